@@ -1,0 +1,36 @@
+"""One line for a user's mistake, and the wrapper that prints it.
+
+Every mistake a user can make (a wrong key, a missing file, a full disk) ends as a `UserError`, whose
+message names the key or file, the value found and the choices. A stage script ends with
+`run_stage(main)`, which prints that line and exits with status 1, without a traceback.
+"""
+
+import difflib
+import errno
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """A mistake of the user's; its text is one line."""
+
+
+def unknown(key: str, value: object, choices: Iterable[str]) -> UserError:
+    """Return the error for a name that is not one of `choices`, with the nearest one suggested."""
+    names = list(choices)
+    near = difflib.get_close_matches(str(value), names, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return UserError(f"{key}: {value!r} is unknown{hint}; choose one of {', '.join(names) or '(none)'}")
+
+
+def run_stage(main: Callable[[], None]) -> None:
+    """Run a stage's `main`; print a `UserError` or a full disk as one line and exit with status 1."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        sys.exit(f"error: the disk is full{where}; free some space and run the stage again")

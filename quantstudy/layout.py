@@ -1,0 +1,59 @@
+"""Where every file of a study lies, relative to the project root that a stage runs in."""
+
+from pathlib import Path
+
+
+def split(study: str, name: str) -> Path:
+    """A split's container file; `name` is train, calibration or test."""
+    return Path("data") / study / f"{name}.pt"
+
+
+def model(study: str, variant: str) -> Path:
+    """A variant's model file: fp32.pth, ptq/<method>.pth or qat/<method>.pth."""
+    folder = Path("models") / study
+    if variant == "fp32":
+        return folder / "fp32.pth"
+    return folder / ("qat" if variant.startswith("qat_") else "ptq") / f"{variant}.pth"
+
+
+def calibration(study: str) -> Path:
+    """Histograms and ranges of every quantizable layer's input."""
+    return Path("models") / study / "calibration.pt"
+
+
+def reference_logits(study: str) -> Path:
+    """The fp32 model's logits on the test split, float32 [images, classes]."""
+    return Path("models") / study / "fp32_logits.npy"
+
+
+def predictions(study: str, variant: str) -> Path:
+    """Predicted classes, int16 [images], in the order of the test split."""
+    return Path("models") / study / "predictions" / f"{variant}.npy"
+
+
+def resume(study: str, name: str) -> Path:
+    """A training run's state after its last finished epoch; deleted when the run ends."""
+    return Path("models") / study / "resume" / f"{name}.pt"
+
+
+def report(study: str) -> Path:
+    """The folder of a study's metrics, details, curves, tables and plots."""
+    return Path("reports") / study
+
+
+def metrics(study: str, variant: str) -> Path:
+    """One flat JSON a variant: the DVC metrics."""
+    return report(study) / "metrics" / f"{variant}.json"
+
+
+def details(study: str, variant: str) -> Path:
+    """Strings, rows per layer and all timings of a variant; no DVC metric."""
+    return report(study) / "details" / f"{variant}.json"
+
+
+def curve(study: str, name: str) -> Path:
+    """A training curve, one row an epoch; `name` is finetune or a QAT method."""
+    return report(study) / "curves" / f"{name}.csv"
+
+
+ENVIRONMENT = Path("reports") / "environment.json"

@@ -1,0 +1,337 @@
+"""The typed, validated view of `params.yaml`.
+
+Every section is a frozen pydantic model that forbids unknown keys, so a misspelt key, a wrong type or a
+number out of range is an error of one line that names the key, the value and the choices.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from quantstudy.errors import UserError, unknown
+
+PARAMS_FILE = Path("params.yaml")
+GROUP_SIZES = (8, 16, 32, 64, 128, 256)
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+Bits = Annotated[int, Field(ge=2, le=8)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Optimizer = Literal["sgd", "adamw"]
+Schedule = Literal["cosine", "constant", "one_cycle"]
+Augmentation = Literal["none", "shift", "flip", "crop_flip"]
+
+
+class Section(BaseModel):
+    """A part of the params: immutable, no unknown keys, no coercion of strings to numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Model(Section):
+    """A torchvision classifier and the weights that its training starts from."""
+
+    architecture: str
+    weights: str | None = None
+    """None: random; `imagenet`: torchvision's; otherwise the path of a local state_dict."""
+    weights_sha256: Sha256 | None = None
+
+
+class Data(Section):
+    """Images, where they come from and the size the model sees."""
+
+    source: Literal["digits", "torchvision", "folder"]
+    dataset: str | None = None
+    path: str | None = None
+    sha256: Sha256 | None = None
+    image_size: Annotated[int, Field(ge=8, le=1024)]
+    mean: tuple[float, float, float] = Field(default=(0.485, 0.456, 0.406), strict=False)
+    std: tuple[float, float, float] = Field(default=(0.229, 0.224, 0.225), strict=False)
+    max_train: Annotated[int, Field(ge=1)] | None = None
+    max_test: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _source_has_its_keys(self) -> "Data":
+        needed = {"digits": (), "torchvision": ("dataset",), "folder": ("path",)}[self.source]
+        for key in needed:
+            if getattr(self, key) is None:
+                raise ValueError(f"source {self.source} needs the key {key}")
+        return self
+
+
+class Training(Section):
+    """One training run: fine-tuning or QAT."""
+
+    epochs: Annotated[int, Field(ge=1)]
+    learning_rate: Annotated[float, Field(gt=0)]
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    optimizer: Optimizer = "sgd"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    schedule: Schedule = "cosine"
+    augmentation: Augmentation = "flip"
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+
+class Qat(Training):
+    """Quantization-aware training: 2 epochs at 1e-5 unless the study says otherwise."""
+
+    epochs: Annotated[int, Field(ge=1)] = 2
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    schedule: Schedule = "constant"
+
+
+class Calibration(Section):
+    """The calibration images: `batches` of `batch_size`, drawn by seed from the training split."""
+
+    batches: Annotated[int, Field(ge=1)] = 4
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    bins: Annotated[int, Field(ge=64)] = 2048
+
+
+class Study(Section):
+    """A row of `studies`."""
+
+    model: Model
+    data: Data
+    training: Training
+    calibration: Calibration
+    qat: Qat
+    seed: Annotated[int, Field(ge=0)]
+
+
+class Scheme(Section):
+    """Numbers that every integer method has: symmetric weights, per channel or per group."""
+
+    weight_bits: Bits
+    group_size: int | None = None
+
+    @field_validator("group_size")
+    @classmethod
+    def _group_size_divides(cls, value: int | None) -> int | None:
+        if value is not None and value not in GROUP_SIZES:
+            choices = ", ".join(map(str, GROUP_SIZES))
+            raise ValueError(f"{value} does not divide the layers' rows into whole blocks; choose one of {choices}")
+        return value
+
+
+class Cast(Section):
+    """Every parameter cast to a 16-bit float type."""
+
+    kind: Literal["cast"]
+    dtype: Literal["float16", "bfloat16"]
+
+
+class WeightOnly(Scheme):
+    """Integer weights, floating-point activations."""
+
+    kind: Literal["weight_only"]
+
+
+class Dynamic(Scheme):
+    """Integer weights; the activation range is taken per batch at run time."""
+
+    kind: Literal["dynamic"]
+    activation_bits: Bits = 8
+
+
+class Static(Scheme):
+    """Integer weights; the activation range comes from calibration, clipped at a percentile if one is given."""
+
+    kind: Literal["static"]
+    activation_bits: Bits = 8
+    clip_percentile: Annotated[float, Field(gt=50, le=100)] | None = None
+
+
+class MixedLinear(Scheme):
+    """Linear layers in integers, every other layer in a 16-bit float type."""
+
+    kind: Literal["mixed_linear"]
+    dtype: Literal["float16", "bfloat16"] = "float16"
+
+
+class MixedVariance(Scheme):
+    """The `fraction` of layers with the lowest weight variance in integers, the rest in a 16-bit float type."""
+
+    kind: Literal["mixed_variance"]
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
+
+
+class QatStatic(Static):
+    """The static scheme, fine-tuned."""
+
+    kind: Literal["qat_static"]  # type: ignore[assignment]
+
+
+class QatCast(Section):
+    """Mixed-precision fine-tuning, then a cast; float16 uses a gradient scaler."""
+
+    kind: Literal["qat_cast"]
+    dtype: Literal["float16", "bfloat16"]
+
+
+Method = Annotated[
+    Cast | WeightOnly | Dynamic | Static | MixedLinear | MixedVariance | QatStatic | QatCast,
+    Field(discriminator="kind"),
+]
+
+
+class Measure(Section):
+    """How accuracy and latency are measured."""
+
+    runtimes: list[Literal["eager", "inductor"]]
+    batch_sizes: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
+    seconds: Annotated[float, Field(gt=0)]
+    """Time spent timing each batch size on each runtime, the variant and fp32 together."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+
+
+class ScalingLaw(Section):
+    """The variants on the scaling-law plot: the same schemes with and without training."""
+
+    ptq: list[str]
+    qat: list[str]
+
+
+class Params(Section):
+    """The whole of `params.yaml`."""
+
+    run: list[Name]
+    ptq: list[Name]
+    qat: list[Name]
+    studies: dict[Name, Study]
+    methods: dict[Name, Method]
+    measure: Measure
+    scaling_law: ScalingLaw
+
+    @property
+    def variants(self) -> list[str]:
+        """Every variant of a study: fp32, then the methods of `ptq` and `qat` in their order."""
+        return ["fp32", *self.ptq, *self.qat]
+
+    def study(self, name: str) -> Study:
+        """Return a study's row; raise `UserError` for a name that is not in `studies`."""
+        if name not in self.studies:
+            raise unknown("study", name, self.studies)
+        return self.studies[name]
+
+    def method(self, name: str) -> Any:
+        """Return a method's row; raise `UserError` for a name that is not in `methods`."""
+        if name not in self.methods:
+            raise unknown("method", name, self.methods)
+        return self.methods[name]
+
+
+def load_params(path: Path = PARAMS_FILE) -> Params:
+    """Read and validate `params.yaml`; raise `UserError` with one line for the first mistake in it."""
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run from the project's root") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: {raw!r} is not a mapping of sections")
+    try:
+        params = Params.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_one_line(error, raw)) from None
+    _check_lists(params)
+    return params
+
+
+def _check_lists(params: Params) -> None:
+    lowered: dict[str, str] = {}
+    for name in params.studies:
+        other = lowered.setdefault(name.lower(), name)
+        if other != name:
+            raise UserError(f"studies: {other!r} and {name!r} differ only in case; rename one")
+    for key, names, choices in (
+        ("run", params.run, list(params.studies)),
+        ("ptq", params.ptq, [m for m, row in params.methods.items() if not row.kind.startswith("qat")]),
+        ("qat", params.qat, [m for m, row in params.methods.items() if row.kind.startswith("qat")]),
+        ("scaling_law.ptq", params.scaling_law.ptq, params.variants),
+        ("scaling_law.qat", params.scaling_law.qat, params.variants),
+    ):
+        if not names:
+            raise UserError(f"{key}: [] is empty; list one or more of {', '.join(choices)}")
+        for name in names:
+            if name not in choices:
+                raise unknown(key, name, choices)
+        if len(set(names)) < len(names):
+            raise UserError(f"{key}: {names} lists a name twice")
+
+
+def _one_line(error: ValidationError, raw: dict[str, Any]) -> str:
+    first = error.errors()[0]
+    loc = _real_location(first["loc"], raw)
+    key = ".".join(str(part) for part in loc) or "params.yaml"
+    value = first["input"]
+    kind, context = first["type"], first.get("ctx", {})
+    if kind == "extra_forbidden":
+        owner = _model_at(loc[:-1], raw)
+        return str(unknown(key, loc[-1], owner.model_fields)).replace("is unknown", "is an unknown key")
+    if kind == "missing":
+        return f"{key}: missing; this key is required"
+    if kind == "union_tag_invalid":
+        tags = str(context["expected_tags"]).replace("'", "").split(", ")
+        return str(unknown(f"{key}.kind", context["tag"], tags))
+    if kind == "union_tag_not_found":
+        return f"{key}.kind: missing; this key is required"
+    if kind == "literal_error":
+        return str(unknown(key, value, re.findall(r"'([^']*)'", str(context["expected"]))))
+    if kind == "string_pattern_mismatch" and "[key]" in key:
+        return _bad_name(str(value), raw)
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" if message.startswith(str(value)) else f"{key}: {value!r}: {message}"
+
+
+def _bad_name(value: str, raw: dict[str, Any]) -> str:
+    for section in ("studies", "methods"):
+        names = [str(name) for name in raw.get(section) or {}]
+        twins = [name for name in names if name.lower() == value.lower() and name != value]
+        if value in names and twins:
+            return f"{section}: {twins[0]!r} and {value!r} differ only in case; rename one"
+    return f"{value!r}: a study's or method's name is made of a-z, 0-9 and _ only"
+
+
+def _real_location(loc: tuple[int | str, ...], raw: Any) -> list[int | str]:
+    """Drop the union tags that pydantic puts into a location, which are not keys of the file."""
+    kept: list[int | str] = []
+    for index, part in enumerate(loc):
+        is_tag = len(kept) == 2 and kept[0] == "methods" and index == 2
+        if not is_tag:
+            kept.append(part)
+    return kept
+
+
+def _model_at(loc: list[int | str], raw: dict[str, Any]) -> type[Section]:
+    kinds: dict[str, type[Section]] = {
+        "cast": Cast,
+        "weight_only": WeightOnly,
+        "dynamic": Dynamic,
+        "static": Static,
+        "mixed_linear": MixedLinear,
+        "mixed_variance": MixedVariance,
+        "qat_static": QatStatic,
+        "qat_cast": QatCast,
+    }
+    if not loc:
+        return Params
+    if loc[0] == "methods":
+        return kinds[raw["methods"][loc[1]]["kind"]]
+    if loc[0] == "studies":
+        sections: dict[str, type[Section]] = {
+            "model": Model,
+            "data": Data,
+            "training": Training,
+            "calibration": Calibration,
+            "qat": Qat,
+        }
+        return sections[str(loc[2])] if len(loc) > 2 else Study
+    return {"measure": Measure, "scaling_law": ScalingLaw}[str(loc[0])]
