@@ -1,0 +1,1 @@
+"""Images: sources, one container file per split, and batches on the device."""

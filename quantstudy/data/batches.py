@@ -1,0 +1,122 @@
+"""Batches of a split on the device: resized, augmented, normalized, channels last.
+
+Decoded splits are indexed where they lie (on a GPU, in its memory when they fit). Encoded splits are decoded
+by threads that stay two batches ahead, so that the device does not wait.
+"""
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from quantstudy.data.augment import augment
+from quantstudy.data.container import Split
+from quantstudy.data.sampling import validation_indices
+from quantstudy.params import Augmentation, Data
+
+__all__ = ["Batches", "validation_indices"]
+
+_AHEAD = 2
+_GPU_SHARE = 0.25
+
+
+class Batches:
+    """An iterable of `(images, labels)`: float32 [B, 3, S, S], channels last, and int64 [B], both on `device`.
+
+    images: the number of images; `len()` is the number of batches.
+    seconds_waiting: time that consumers have spent waiting for a batch, in all iterations so far.
+
+    Without shuffling, all batches but the last have `batch_size` images. With it, the batches are as equal as
+    possible, so that none is too small for batch normalization.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        data: Data,
+        batch_size: int,
+        device: torch.device | str,
+        *,
+        indices: Tensor | None = None,
+        shuffle: bool = False,
+        augmentation: Augmentation = "none",
+        seed: int = 0,
+    ) -> None:
+        self._split = split
+        self._size = data.image_size
+        self._batch_size = batch_size
+        self._device = torch.device(device)
+        self._indices = torch.arange(len(split)) if indices is None else indices
+        self._shuffle = shuffle
+        self._augmentation: Augmentation = augmentation
+        self._seed = seed
+        self._epoch = 0
+        self._labels = split.labels.to(self._device)
+        self._resident = _resident(split, self._device)
+        mean, std = torch.tensor(data.mean), torch.tensor(data.std)
+        self._scale = (1 / (255 * std)).view(1, 3, 1, 1).to(self._device)
+        self._offset = (-mean / std).view(1, 3, 1, 1).to(self._device)
+        self.images = len(self._indices)
+        self.seconds_waiting = 0.0
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return -(-self.images // self._batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Fix the order and the augmentation of the next iterations: they depend on the seed and `epoch` alone."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of the epoch that was set; a second iteration yields the same ones."""
+        batches = self._batches()
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds_waiting += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
+        if self._shuffle:
+            order = self._indices[torch.randperm(self.images, generator=generator)]
+            chunks: Sequence[Tensor] = order.tensor_split(len(self)) if self.images else ()
+        else:
+            chunks = self._indices.split(self._batch_size)
+        for chunk, pixels in zip(chunks, self._pixels(chunks), strict=True):
+            images = augment(pixels, self._size, self._augmentation, generator)
+            images = images.to(torch.float32, memory_format=torch.channels_last)
+            yield images.mul_(self._scale).add_(self._offset), self._labels[chunk.to(self._device)]
+
+    def _pixels(self, chunks: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield the decoded images of each chunk, uint8 on the device."""
+        if self._resident is not None:
+            for chunk in chunks:
+                yield self._resident[chunk.to(self._resident.device)].to(self._device)
+            return
+        workers = os.cpu_count() or 1
+        pool = ThreadPoolExecutor(workers)
+        ahead: deque[list[Future[Tensor]]] = deque()
+        try:
+            for number in range(len(chunks) + _AHEAD):
+                if number < len(chunks):
+                    parts = chunks[number].tensor_split(min(workers, len(chunks[number])))
+                    ahead.append([pool.submit(self._split.decode, part) for part in parts])
+                if number >= _AHEAD:
+                    yield torch.cat([part.result() for part in ahead.popleft()]).to(self._device)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _resident(split: Split, device: torch.device) -> Tensor | None:
+    """Return the decoded images, on the device when they take at most a quarter of its free memory."""
+    if split.images is None or device.type != "cuda":
+        return split.images
+    free, _ = torch.cuda.mem_get_info(device)
+    return split.images.to(device) if split.images.nbytes <= _GPU_SHARE * free else split.images

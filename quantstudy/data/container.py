@@ -1,0 +1,118 @@
+"""One file per split: labels, class names and every image, decoded or still encoded.
+
+DVC hashes files one by one, so a split is a single file that `torch.load(weights_only=True)` reads: small
+images as one uint8 tensor, large ones as their encoded bytes end to end. The same content always gives
+the same bytes. `images.py` decides which form a split takes.
+"""
+
+import contextlib
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantstudy.errors import UserError
+from quantstudy.files import atomic
+
+_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images of one split, either decoded or encoded, with their labels.
+
+    labels: int64 [N], indices into `classes`.
+    side: height and width, in pixels, of the square images that `decode` returns.
+    images: uint8 [N, 3, side, side], when decoded.
+    encoded, offsets: uint8 [bytes] and int64 [N + 1], when encoded; image i is `encoded[offsets[i]:offsets[i + 1]]`.
+    """
+
+    labels: Tensor
+    classes: tuple[str, ...]
+    side: int
+    images: Tensor | None = None
+    encoded: Tensor | None = None
+    offsets: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the images as stored."""
+        pixels = self.encoded if self.images is None else self.images
+        assert pixels is not None
+        return pixels.nbytes
+
+    def subset(self, indices: Tensor | Sequence[int]) -> "Split":
+        """Return a copy that holds the images at `indices`, in that order."""
+        indices = torch.as_tensor(indices, dtype=torch.int64)
+        labels = self.labels[indices]
+        if self.images is not None:
+            return Split(labels, self.classes, self.side, images=self.images[indices])
+        assert self.encoded is not None and self.offsets is not None
+        spans = [self.encoded[self.offsets[i] : self.offsets[i + 1]] for i in indices.tolist()]
+        lengths = torch.tensor([0, *map(len, spans)], dtype=torch.int64)
+        encoded = torch.cat(spans) if spans else self.encoded[:0].clone()
+        return Split(labels, self.classes, self.side, encoded=encoded, offsets=lengths.cumsum(0))
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """Return the images at `indices` (int64 [B]) as uint8 [B, 3, side, side]; safe to call from threads."""
+        if self.images is not None:
+            return self.images[indices]
+        from quantstudy.data.images import square
+
+        assert self.encoded is not None and self.offsets is not None
+        out = torch.empty(len(indices), 3, self.side, self.side, dtype=torch.uint8)
+        for row, index in enumerate(indices.tolist()):
+            span = self.encoded[self.offsets[index] : self.offsets[index + 1]]
+            out[row] = torch.from_numpy(square(span.numpy().tobytes(), self.side)).permute(2, 0, 1)
+        return out
+
+
+def save_split(path: Path, split: Split) -> None:
+    """Write `split` to `path` atomically; equal splits give equal bytes."""
+    content = {
+        "version": _VERSION,
+        "labels": split.labels,
+        "classes": list(split.classes),
+        "side": split.side,
+        "images": split.images,
+        "encoded": split.encoded,
+        "offsets": split.offsets,
+    }
+    # Saved through an open file: given a path, torch.save writes the temporary file's name into the archive.
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
+
+
+def save_splits(splits: Mapping[Path, Split]) -> None:
+    """Write every split, or none of them when one fails."""
+    with contextlib.ExitStack() as stack:
+        for path, split in splits.items():
+            save_split(stack.enter_context(atomic(path)), split)
+
+
+def load_split(path: Path) -> Split:
+    """Map a split from `path`; raise `UserError` when it is missing, truncated or corrupt."""
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"bad checksum of {damaged}")
+        content = torch.load(path, mmap=True, weights_only=True)
+        if content.pop("version") != _VERSION:
+            raise ValueError("another version of the format")
+        return Split(**{**content, "classes": tuple(content["classes"])})
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run the stage `download`, which writes it") from None
+    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not a whole split file ({error}); run the stage `download` again") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: not a split file; run the stage `download` again") from None

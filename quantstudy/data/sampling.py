@@ -1,0 +1,58 @@
+"""Which images: stratified subsets, the validation split and the calibration draw, all fixed by a seed."""
+
+import torch
+from torch import Tensor
+
+from quantstudy.errors import UserError
+from quantstudy.params import Calibration
+
+
+def balanced_indices(labels: Tensor, maximum: int | None, seed: int = 0) -> Tensor:
+    """Return up to `maximum` indices (all for None), int64, ascending, as equal per class as the classes allow."""
+    if maximum is None or maximum >= len(labels):
+        return torch.arange(len(labels))
+    order, rank, _ = _shuffled_ranks(labels, seed)
+    return order[rank.argsort(stable=True)[:maximum]].sort().values
+
+
+def validation_indices(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split images with int64 `labels` [N] into (train, validation) indices, int64, ascending, disjoint.
+
+    Validation gets `fraction` of each class, at least one image; no class gives its last image to it before
+    every other image is taken.
+    Raise `UserError` for fewer than two images.
+    """
+    if len(labels) < 2:
+        raise UserError(f"{len(labels)} image cannot be split in two; raise max_train")
+    order, rank, size = _shuffled_ranks(labels, seed)
+    share = (rank + 0.5) / size
+    share[rank == size - 1] += 1
+    count = min(max(1, round(fraction * len(labels))), len(labels) - 1)
+    by_share = order[share.argsort(stable=True)]
+    return by_share[count:].sort().values, by_share[:count].sort().values
+
+
+def calibration_indices(images: int, calibration: Calibration, seed: int, study: str) -> Tensor:
+    """Draw the calibration images of a training split of `images`, int64, without replacement, in the order drawn.
+
+    Raise `UserError` when the split holds fewer than `batches` times `batch_size`.
+    """
+    needed = calibration.batches * calibration.batch_size
+    if needed > images:
+        raise UserError(
+            f"studies.{study}.calibration: {calibration.batches} batches of {calibration.batch_size} need {needed} "
+            f"images, but the training split has {images}; lower batches or batch_size, or raise data.max_train"
+        )
+    return torch.randperm(images, generator=torch.Generator().manual_seed(seed))[:needed]
+
+
+def _shuffled_ranks(labels: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a random order of the images and, for each in it, its rank within its class and the class's size."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    shuffled = labels[order]
+    by_class = shuffled.argsort(stable=True)
+    sizes = shuffled.bincount()
+    starts = sizes.cumsum(0) - sizes
+    rank = torch.empty_like(shuffled)
+    rank[by_class] = torch.arange(len(labels)) - starts[shuffled[by_class]]
+    return order, rank, sizes[shuffled]

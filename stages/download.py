@@ -1,0 +1,32 @@
+"""Turn a study's data source into three files: the training, calibration and test splits."""
+
+import argparse
+from collections.abc import Sequence
+
+from quantstudy import layout
+from quantstudy.data.container import save_splits
+from quantstudy.data.sampling import calibration_indices
+from quantstudy.data.sources import prepare
+from quantstudy.errors import run_stage
+from quantstudy.params import load_params
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fetch the study's images, draw the calibration images from the training split, write all three splits."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
+    name = parser.parse_args(argv).study
+    study = load_params().study(name)
+
+    train, test = prepare(study.data, name)
+    calibration = train.subset(calibration_indices(len(train), study.calibration, study.seed, name))
+
+    splits = {"train": train, "calibration": calibration, "test": test}
+    save_splits({layout.split(name, part): split for part, split in splits.items()})
+    for part, split in splits.items():
+        print(f"{layout.split(name, part)}: {len(split)} images, {split.nbytes / 1e6:.1f} MB")
+    print(f"{name}: {len(train.classes)} classes, {train.side} pixels a side")
+
+
+if __name__ == "__main__":
+    run_stage(main)
