@@ -56,4 +56,9 @@ def curve(study: str, name: str) -> Path:
     return report(study) / "curves" / f"{name}.csv"
 
 
+def training_summary(study: str, name: str) -> Path:
+    """What a training run started from, its images and its best epoch; `name` as for `curve`."""
+    return report(study) / "curves" / f"{name}.json"
+
+
 ENVIRONMENT = Path("reports") / "environment.json"

@@ -1,0 +1,142 @@
+"""Build a torchvision classifier, load weights into it, fold its BatchNorm."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from quantstudy import params as P
+from quantstudy.checkpoint import load_checkpoint, load_tensors, save_checkpoint
+from quantstudy.errors import UserError, unknown
+from quantstudy.files import check_sha256
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Which tensors a weights file gave and which keep their random start."""
+
+    source: str
+    loaded: list[str]
+    random: list[str]
+
+    def __str__(self) -> str:
+        """One line for the log."""
+        text = f"weights from {self.source}: {len(self.loaded)} tensors loaded"
+        return text + (f", random: {', '.join(self.random)}" if self.random else "")
+
+
+def build(architecture: str, classes: int) -> nn.Module:
+    """Return a torchvision classifier with a head of `classes` outputs and random weights."""
+    from torchvision import models
+
+    choices = models.list_models(module=models)
+    if architecture not in choices:
+        raise unknown("model.architecture", architecture, choices)
+    kwargs = {"init_weights": True} if architecture in ("googlenet", "inception_v3") else {}
+    return models.get_model(architecture, weights=None, num_classes=classes, **kwargs)
+
+
+def load_pretrained(model: nn.Module, row: P.Model, study: str) -> LoadReport:
+    """Load the weights that `row` names into `model`, in place.
+
+    A head of another number of classes keeps its random start, and so does whatever a partial file lacks.
+
+    Raises:
+        UserError: the file is missing, corrupt, has another SHA-256, or belongs to another architecture.
+    """
+    if row.weights is None:
+        return LoadReport("nowhere (random start)", [], list(model.state_dict()))
+    if row.weights == "imagenet":
+        source, state = f"torchvision ImageNet {row.architecture}", _imagenet(row.architecture)
+    else:
+        check_sha256(Path(row.weights), row.weights_sha256, f"studies.{study}.model.weights_sha256")
+        source, state = row.weights, _state_dict(Path(row.weights))
+    own = model.state_dict()
+    head = _head_names(model)
+    strange = [k for k in state if k not in own or (state[k].shape != own[k].shape and k not in head)]
+    if strange:
+        first = strange[0]
+        found = f"holds {first}" + (f" of shape {tuple(state[first].shape)}" if first in own else "")
+        wanted = f"of shape {tuple(own[first].shape)} here" if first in own else "which it lacks"
+        raise UserError(
+            f"studies.{study}.model.weights: {source!r} is not of architecture {row.architecture}: "
+            f"it {found}, {wanted} ({len(strange)} of {len(state)} tensors do not fit)"
+        )
+    usable = {name: tensor for name, tensor in state.items() if tensor.shape == own[name].shape}
+    model.load_state_dict(usable, strict=False)
+    return LoadReport(source, list(usable), [name for name in own if name not in usable])
+
+
+def _imagenet(architecture: str) -> dict[str, torch.Tensor]:
+    from torchvision import models
+
+    try:
+        return dict(models.get_model_weights(architecture).DEFAULT.get_state_dict(progress=True, check_hash=True))
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"model.weights: imagenet weights of {architecture} could not be downloaded ({error}); "
+            "put a state_dict on disk and name its path instead"
+        ) from None
+
+
+def _state_dict(path: Path) -> dict[str, torch.Tensor]:
+    state = load_tensors(path)
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path}: not a state_dict (a mapping from names to tensors)")
+    return state
+
+
+def _head_names(model: nn.Module) -> set[str]:
+    name = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    return {f"{name}.weight", f"{name}.bias"}
+
+
+def save_fp32(path: Path, model: nn.Module, architecture: str, classes: int) -> None:
+    """Write the trained model: torchvision's own state_dict, BatchNorm not folded."""
+    save_checkpoint(path, model.state_dict(), architecture=architecture, classes=classes, variant="fp32")
+
+
+def load_fp32(path: Path) -> nn.Module:
+    """Read a model that `save_fp32` wrote: float32, BatchNorm folded, eval mode, channels_last, on the CPU."""
+    checkpoint = load_checkpoint(path)
+    with torch.device("meta"):
+        model = build(checkpoint["architecture"], checkpoint["classes"])
+    model.load_state_dict(checkpoint["state_dict"], assign=True)
+    folded = fold_batchnorm(model.eval())
+    return folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def fold_batchnorm(model: nn.Module) -> nn.Module:
+    """Return a copy in eval mode where each BatchNorm2d that follows a Conv2d is folded into it.
+
+    The names of the layers stay: the convolution takes the folded weight and a bias, the BatchNorm becomes an
+    `Identity`. A BatchNorm that does not directly follow a convolution stays as it is.
+    """
+    folded = copy.deepcopy(model).eval()
+    modules = dict(folded.named_modules())
+    for conv_name, norm_name in _conv_norm_pairs(folded):
+        conv, norm = modules[conv_name], modules[norm_name]
+        folded.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))  # type: ignore[type-var]
+        folded.set_submodule(norm_name, nn.Identity())
+    return folded.requires_grad_(False)
+
+
+def _conv_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
+    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return []
+    graph = fx.Tracer().trace(model)
+    modules = dict(model.named_modules())
+    pairs = []
+    for node in graph.nodes:
+        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
+            continue
+        before = node.args[0]
+        is_conv = before.op == "call_module" and isinstance(modules[before.target], nn.Conv2d)
+        if is_conv and len(before.users) == 1:
+            pairs.append((before.target, node.target))
+    return pairs

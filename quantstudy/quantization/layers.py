@@ -1,0 +1,211 @@
+"""The quantized layer: one layer that trains, simulates, is stored packed, and compiles to int8 kernels.
+
+`QuantConv2d` and `QuantLinear` take the place of a Conv2d or Linear. They live in one of two states:
+
+- trainable: a float weight, rounded in each forward pass with a straight-through gradient (QAT);
+- frozen: integer codes and scales. `packed` and `weight_scale` are all that a file stores of the weight.
+
+The input is quantized by `ActivationQuantizer`. In eager mode both use fast simulated arithmetic; while
+`torch.compile` or `torch.export` traces, a frozen layer with one scale per channel emits
+`torch.ops.quantized_decomposed` quantize and dequantize operators around the ordinary operator, which inductor
+fuses to oneDNN int8 kernels and ONNX knows as QuantizeLinear and DequantizeLinear.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
+from torch import Tensor, nn
+
+from quantstudy.quantization.packing import pack, unpack
+from quantstudy.quantization.schemes import SMALLEST_SCALE, ActivationScheme, WeightScheme
+
+OPS = torch.ops.quantized_decomposed
+
+
+@dataclass(frozen=True)
+class LayerScheme:
+    """How one layer is quantized."""
+
+    weight: WeightScheme
+    activation: ActivationScheme = field(default_factory=ActivationScheme)
+
+
+class ActivationQuantizer(nn.Module):
+    """Quantize and dequantize a layer's input, per tensor, to unsigned codes.
+
+    `scale` and `zero_point` are plain numbers, not tensors, because inductor's int8 patterns and ONNX want
+    constants; the model's file stores them beside the tensors.
+    """
+
+    def __init__(self, scheme: ActivationScheme, scale: float = 1.0, zero_point: int = 0) -> None:
+        super().__init__()
+        self.scheme, self.scale, self.zero_point = scheme, scale, zero_point
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` rounded to the quantizer's grid, in the dtype and memory format of `x`."""
+        if self.scheme.mode == "none":
+            return x
+        if self.scheme.mode == "dynamic":
+            return self._dynamic(x)
+        if not torch.compiler.is_compiling():
+            return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, 0, self.scheme.highest)
+        grid = (self.scale, self.zero_point, 0, self.scheme.highest, torch.uint8)
+        return OPS.dequantize_per_tensor.default(OPS.quantize_per_tensor.default(x, *grid), *grid)
+
+    def _dynamic(self, x: Tensor) -> Tensor:
+        highest = self.scheme.highest
+        if torch.compiler.is_compiling():
+            scale, zero_point = OPS.choose_qparams.tensor(x, 0, highest, SMALLEST_SCALE, torch.uint8)
+            grid = (scale, zero_point, 0, highest, torch.uint8)
+            return OPS.dequantize_per_tensor.tensor(OPS.quantize_per_tensor.tensor(x, *grid), *grid)
+        low, high = torch.aminmax(x.detach())
+        low, high = low.clamp_max(0.0), high.clamp_min(0.0)
+        scale = ((high - low) / highest).clamp_min(SMALLEST_SCALE)
+        zero_point = (-low / scale).round().clamp(0, highest).to(torch.int32)
+        on = torch.ones(1, dtype=torch.int64, device=x.device)
+        fake = torch._fake_quantize_per_tensor_affine_cachemask_tensor_qparams
+        return fake(x, scale.view(1), zero_point.view(1), on, 0, highest)[0]
+
+    def extra_repr(self) -> str:
+        """Show the grid in `print(model)`."""
+        return f"{self.scheme}, scale={self.scale:.4g}, zero_point={self.zero_point}"
+
+
+class _QuantLayer(nn.Module):
+    """What the two quantized layers share; a subclass adds the operator."""
+
+    weight: nn.Parameter | None
+    bias: Any
+    packed: Tensor
+    weight_scale: Tensor
+    int_weight: Tensor
+    dense_weight: Tensor
+
+    def _init_quantization(self, layer: Any, scheme: LayerScheme) -> None:
+        self.scheme = scheme
+        self.shape = layer.weight.shape
+        self.activation = ActivationQuantizer(scheme.activation)
+        self.weight = nn.Parameter(layer.weight.detach())
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach())
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the weight is stored as integer codes."""
+        return self.weight is None
+
+    def freeze(self) -> None:
+        """Round the weight for good: keep packed codes and scales, drop the float weight."""
+        assert self.weight is not None, "already frozen"
+        weight = self.weight.detach()
+        scale = self.scheme.weight.choose_scale(weight)
+        self.set_codes(self.scheme.weight.quantize(weight, scale), scale)
+
+    def set_codes(self, codes: Tensor, scale: Tensor) -> None:
+        """Store int8 codes of the weight's shape and float32 scales [O, groups]; the layer is frozen after."""
+        self.weight = None
+        self.register_buffer("packed", pack(codes, self.scheme.weight.bits))
+        self.register_buffer("weight_scale", scale.to(self.scheme.weight.scale_dtype))
+        self.requires_grad_(False)
+
+    def empty_codes(self) -> None:
+        """Become frozen with uninitialized storage, for `load_state_dict(assign=True)`."""
+        groups = self.scheme.weight.grouped(torch.empty(self.shape, device="meta")).shape[1]
+        count = -(-self.shape.numel() * self.scheme.weight.bits // 8)
+        self.weight = None
+        self.register_buffer("packed", torch.empty(count, dtype=torch.uint8, device="meta"))
+        scale = torch.empty(self.shape[0], groups, dtype=self.scheme.weight.scale_dtype, device="meta")
+        self.register_buffer("weight_scale", scale)
+
+    def weight_codes(self) -> Tensor:
+        """Return the int8 codes of a frozen layer, in the weight's shape."""
+        return unpack(self.packed, self.scheme.weight.bits, self.shape)
+
+    def unpack(self) -> None:
+        """Make the weight ready for the forward pass; buffers that no file stores.
+
+        `dense_weight` is the dequantized weight in the dtype of the bias, for eager mode. `int_weight` holds the
+        int8 codes for a compiled or exported graph, where one scale per channel and a quantized input allow it.
+        """
+        codes = self.weight_codes()
+        dense = self.scheme.weight.dequantize(codes, self.weight_scale.float())
+        dtype = torch.float32 if self.bias is None else self.bias.dtype
+        dense = dense.to(dtype, memory_format=torch.channels_last if dense.ndim == 4 else torch.contiguous_format)
+        self.register_buffer("dense_weight", dense, persistent=False)
+        if self.emits_int8:
+            self.register_buffer("int_weight", codes, persistent=False)
+            zeros = torch.zeros(self.shape[0], dtype=torch.int64, device=codes.device)
+            self.register_buffer("weight_zero_point", zeros, persistent=False)
+
+    @property
+    def emits_int8(self) -> bool:
+        """Whether a compiled graph may compute this layer in int8: one scale per channel, a quantized input."""
+        return self.scheme.activation.mode != "none" and self.scheme.weight.group_size is None
+
+    def forward_weight(self) -> Tensor:
+        """Return the weight that the operator multiplies with, as the layer's state and the tracer want it."""
+        if self.weight is not None:
+            return self.scheme.weight.fake_quantize(self.weight)
+        if not hasattr(self, "dense_weight"):
+            self.unpack()
+        if torch.compiler.is_compiling() and self.emits_int8:
+            scale = self.weight_scale.flatten()
+            return OPS.dequantize_per_channel.default(
+                self.int_weight, scale, self.weight_zero_point, 0, -128, 127, torch.int8
+            )
+        return self.dense_weight
+
+    def extra_repr(self) -> str:
+        """Show shape and scheme in `print(model)`."""
+        return f"{tuple(self.shape)}, {self.scheme.weight}, {'frozen' if self.frozen else 'trainable'}"
+
+
+class QuantConv2d(_QuantLayer):
+    """A Conv2d with quantized weight and input; any groups, so depthwise too. Input and output [N, C, H, W]."""
+
+    def __init__(self, layer: nn.Conv2d, scheme: LayerScheme) -> None:
+        super().__init__()
+        if layer.padding_mode != "zeros":
+            raise NotImplementedError(f"padding_mode {layer.padding_mode!r}; only zeros can be quantized")
+        self.stride, self.padding, self.dilation, self.groups = (
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+        )
+        self._init_quantization(layer, scheme)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve the quantized input with the quantized weight."""
+        weight = self.forward_weight()
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return nn.functional.conv2d(self.activation(x), weight, self.bias, *geometry)
+
+
+class QuantLinear(_QuantLayer):
+    """A Linear with quantized weight and input. Input [..., in_features], output [..., out_features]."""
+
+    def __init__(self, layer: nn.Linear, scheme: LayerScheme) -> None:
+        super().__init__()
+        self._init_quantization(layer, scheme)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply the quantized input with the quantized weight."""
+        weight = self.forward_weight()
+        return nn.functional.linear(self.activation(x), weight, self.bias)
+
+
+def quantize_layers(model: nn.Module, schemes: dict[str, LayerScheme]) -> dict[str, _QuantLayer]:
+    """Replace the named Conv2d and Linear modules of `model` in place; return the new layers by name."""
+    replaced: dict[str, _QuantLayer] = {}
+    for name, scheme in schemes.items():
+        layer = model.get_submodule(name)
+        replaced[name] = (QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear)(layer, scheme)
+        model.set_submodule(name, replaced[name])
+    return replaced
+
+
+def quantized_layers(model: nn.Module) -> dict[str, _QuantLayer]:
+    """Return every quantized layer of `model` by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _QuantLayer)}

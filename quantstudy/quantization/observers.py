@@ -1,0 +1,109 @@
+"""Calibration: the range and the histogram of every quantizable layer's input.
+
+Two passes over the same few batches: the first finds each layer's minimum and maximum, the second fills a
+histogram of fixed bins between them, so nothing is approximated by merging. Every way of choosing a range
+(min-max, a percentile) and the outlier report read the same histograms.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+QUANTIZABLE = (nn.Conv2d, nn.Linear)
+
+
+def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every Conv2d and Linear by name, in the order of the model's definition."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QUANTIZABLE)}
+
+
+@torch.no_grad()
+def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], bins: int) -> dict[str, Any]:
+    """Return the input statistics of every quantizable layer of `model` over `batches`.
+
+    The result is `{"images": int, "layers": {name: statistics}}`; a layer's statistics are the floats min, max,
+    mean and std, `edges` (float32 [bins + 1]) and `counts` (float64 [bins]).
+    """
+    images = [images for images, _ in batches]
+    layers = quantizable_layers(model)
+    extremes: dict[str, list[float]] = {}
+    sums: dict[str, Tensor] = {}
+
+    def watch_range(name: str, value: Tensor) -> None:
+        low, high = (float(bound) for bound in torch.aminmax(value.detach()))
+        seen = extremes.setdefault(name, [low, high])
+        extremes[name] = [min(seen[0], low), max(seen[1], high)]
+        moments = torch.stack([torch.tensor(value.numel()), value.sum().double(), value.double().square().sum()])
+        sums[name] = sums.get(name, torch.zeros(3, dtype=torch.float64)) + moments.cpu()
+
+    counts: dict[str, Tensor] = {}
+
+    def watch_histogram(name: str, value: Tensor) -> None:
+        low, high = _span(*extremes[name])
+        found = torch.histc(value.detach().float(), bins, low, high).double().cpu()
+        counts[name] = counts.get(name, torch.zeros(bins, dtype=torch.float64)) + found
+
+    for watch in (watch_range, watch_histogram):
+        _run_watched(model, layers, images, watch)
+    return {
+        "images": sum(len(batch) for batch in images),
+        "layers": {name: _statistics(extremes[name], sums[name], counts[name]) for name in layers if name in counts},
+    }
+
+
+def _run_watched(
+    model: nn.Module, layers: dict[str, nn.Module], images: list[Tensor], watch: Callable[[str, Tensor], None]
+) -> None:
+    handles = [
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: watch(name, inputs[0]))  # type: ignore[misc]
+        for name, layer in layers.items()
+    ]
+    try:
+        for batch in images:
+            model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _span(low: float, high: float) -> tuple[float, float]:
+    """The histogram's first and last edge; a constant input still gets a span."""
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _statistics(extremes: list[float], sums: Tensor, counts: Tensor) -> dict[str, Any]:
+    count, total, squares = (float(value) for value in sums)
+    mean = total / count
+    low, high = _span(*extremes)
+    return {
+        "min": extremes[0],
+        "max": extremes[1],
+        "mean": mean,
+        "std": max(squares / count - mean * mean, 0.0) ** 0.5,
+        "edges": torch.linspace(low, high, len(counts) + 1, dtype=torch.float32),
+        "counts": counts,
+    }
+
+
+def histogram_percentile(edges: Tensor, counts: Tensor, percentile: float) -> tuple[float, float]:
+    """Return the range (low, high) that keeps all but (100 - percentile) % of the values at each end.
+
+    The bounds are bin edges: the smallest edge with at least `percentile` % of the values below it, and the
+    largest with at least that share above it. `edges` is [bins + 1], `counts` [bins].
+    """
+    below = np.cumsum(counts.numpy())
+    needed = percentile / 100 * below[-1] * (1 - 1e-12)
+    upper = int(np.searchsorted(below, needed))
+    above = np.cumsum(counts.numpy()[::-1])
+    lower = len(counts) - 1 - int(np.searchsorted(above, needed))
+    return float(edges[lower]), float(edges[upper + 1])
+
+
+def activation_range(statistics: dict[str, Any], percentile: float | None) -> tuple[float, float]:
+    """Return the range of a layer's input: min-max without a percentile, else cut there at both ends."""
+    if percentile is None or percentile == 100:
+        return statistics["min"], statistics["max"]
+    return histogram_percentile(statistics["edges"], statistics["counts"], percentile)

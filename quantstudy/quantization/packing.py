@@ -1,0 +1,41 @@
+"""Integer codes of 2 to 8 bits, packed without a gap.
+
+Code c of b bits is stored as the unsigned value c + 2^(b-1). Four bits lie two to a byte, the first code in
+the low half; two bits four to a byte, likewise; eight bits one to a byte. The odd widths (3, 5, 6, 7) are one
+stream of bits, the lowest bit of a code first.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack int8 codes of any shape, each in [-2^(bits-1), 2^(bits-1) - 1], into uint8 [ceil(count * bits / 8)]."""
+    unsigned = (codes.flatten().to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+    if bits == 8:
+        return unsigned
+    if 8 % bits:
+        stream = np.unpackbits(unsigned.numpy()[:, None], axis=1, count=bits, bitorder="little")
+        return torch.from_numpy(np.packbits(stream, bitorder="little"))
+    per_byte = 8 // bits
+    padded = torch.nn.functional.pad(unsigned, (0, -len(unsigned) % per_byte)).view(-1, per_byte)
+    packed = padded[:, 0].clone()
+    for place in range(1, per_byte):
+        packed |= padded[:, place] << (bits * place)
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
+    """Undo `pack`: return int8 codes of `shape`."""
+    count = shape.numel()
+    if bits == 8:
+        unsigned = packed
+    elif 8 % bits:
+        stream = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little").reshape(count, bits)
+        unsigned = torch.from_numpy(np.packbits(stream, axis=1, bitorder="little")[:, 0])
+    else:
+        mask = 2**bits - 1
+        places = [(packed >> (bits * place)) & mask for place in range(8 // bits)]
+        unsigned = torch.stack(places, dim=1).flatten()[:count]
+    return (unsigned.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8).view(shape)

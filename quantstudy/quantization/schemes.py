@@ -1,0 +1,115 @@
+"""The arithmetic of quantization, and the conventions of this project.
+
+Weights are symmetric integers of b bits, `w ~ code * scale`, with codes in [-2^(b-1), 2^(b-1) - 1]. A scale
+belongs to one output channel (`PerAxis(0)` in torchao's words), or to one group of consecutive weights of an
+output channel, its row flattened (`PerGroup`). A row shorter than the group is one group; the last group of a
+row that does not divide is shorter. Activations are affine, per tensor, unsigned: `x ~ (code - zero_point) * scale`
+with codes in [0, 2^b - 1].
+
+The formulas are those of torchao's `choose_qparams_affine` (SYMMETRIC_NO_CLIPPING_ERR and ASYMMETRIC) and
+`quantize_affine`, with which the tests compare them. They stand here because importing torchao takes longer
+than a stage's own work.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Mode = Literal["none", "static", "dynamic"]
+SMALLEST_SCALE = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class WeightScheme:
+    """Symmetric integer weights of `bits`, one scale per output channel or per `group_size` weights of it."""
+
+    bits: int
+    group_size: int | None = None
+
+    @property
+    def lowest(self) -> int:
+        """The smallest code."""
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def highest(self) -> int:
+        """The largest code."""
+        return 2 ** (self.bits - 1) - 1
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """float32 per channel, bfloat16 per group (16 bits, and no underflow after a BatchNorm fold)."""
+        return torch.float32 if self.group_size is None else torch.bfloat16
+
+    def grouped(self, weight: Tensor) -> Tensor:
+        """Reshape [O, ...] to [O, groups, group size], the last group padded with zeros."""
+        rows = weight.flatten(1)
+        size = min(self.group_size or rows.shape[1], rows.shape[1])
+        padding = -rows.shape[1] % size
+        if padding:
+            rows = F.pad(rows, (0, padding))
+        return rows.view(rows.shape[0], -1, size)
+
+    def ungrouped(self, groups: Tensor, shape: torch.Size) -> Tensor:
+        """Undo `grouped`: [O, groups, group size] to `shape`."""
+        rows = groups.flatten(1)
+        return rows[:, : shape[1:].numel()].reshape(shape)
+
+    def choose_scale(self, weight: Tensor) -> Tensor:
+        """Return the smallest scales that clip nothing: float32 [O, groups], already rounded to their dtype."""
+        low, high = torch.aminmax(self.grouped(weight.detach()), dim=2)
+        scale = torch.maximum(low / self.lowest, high / self.highest).float()
+        return scale.clamp_min(SMALLEST_SCALE).to(self.scale_dtype).float()
+
+    def quantize(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """Round float weights [O, ...] to int8 codes of the same shape; `scale` is float32 [O, groups]."""
+        codes = torch.div(self.grouped(weight.detach().float()), scale.unsqueeze(2))
+        return self.ungrouped(codes.round_().clamp_(self.lowest, self.highest).to(torch.int8), weight.shape)
+
+    def dequantize(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """Turn int8 codes [O, ...] into float32 weights of the same shape; `scale` is float32 [O, groups]."""
+        return self.ungrouped(self.grouped(codes.float()).mul_(scale.unsqueeze(2)), codes.shape)
+
+    def fake_quantize(self, weight: Tensor) -> Tensor:
+        """Quantize and dequantize with the straight-through estimator: the gradient passes unchanged.
+
+        The range is the weights' own, so nothing is clipped and the estimator needs no mask.
+        """
+        result: Tensor = _StraightThrough.apply(weight, self)
+        return result
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Round in the forward pass, identity in the backward pass (Bengio et al. 2013)."""
+
+    @staticmethod
+    def forward(context: Any, weight: Tensor, scheme: WeightScheme) -> Tensor:
+        scale = scheme.choose_scale(weight).unsqueeze(2)
+        values = torch.div(scheme.grouped(weight), scale).round_().clamp_(scheme.lowest, scheme.highest).mul_(scale)
+        return scheme.ungrouped(values, weight.shape)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Any) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+@dataclass(frozen=True)
+class ActivationScheme:
+    """Affine unsigned activations of `bits`: not quantized, with a calibrated range, or with the batch's own."""
+
+    mode: Mode = "none"
+    bits: int = 32
+
+    @property
+    def highest(self) -> int:
+        """The largest code; the smallest is 0."""
+        return 2**self.bits - 1
+
+    def choose_qparams(self, low: float, high: float) -> tuple[float, int]:
+        """Return the scale and the zero point for values in [low, high], a range that is made to hold zero."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        scale = max((high - low) / self.highest, SMALLEST_SCALE)
+        return scale, min(max(round(-low / scale), 0), self.highest)

@@ -1,0 +1,238 @@
+"""The one training loop, for fine-tuning and for quantization-aware training.
+
+It keeps the epoch with the best top-1 on the validation images (a part of the training split), writes its
+curve after every epoch, and resumes after a kill from the last epoch whose state it saved. Saving is skipped
+while it would take more than a tenth of the time trained since the last save, so a large model on a small
+data set is not slowed by it.
+"""
+
+import csv
+import io
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from quantstudy import params as P
+from quantstudy.data.batches import Batches
+from quantstudy.errors import UserError
+from quantstudy.files import atomic, write_text
+from quantstudy.runtime import autocast
+
+COLUMNS = (
+    "epoch",
+    "train_loss",
+    "train_top1",
+    "validation_loss",
+    "validation_top1",
+    "learning_rate",
+    "images_per_second",
+    "waiting_percent",
+)
+SAVE_SHARE = 0.1
+MEMORY_FORMAT = torch.channels_last
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training run is called, where its files lie, and the arithmetic it uses."""
+
+    name: str
+    settings: P.Training
+    curve: Path
+    resume: Path
+    fingerprint: str
+    """Identifies data, model and settings: a saved state of another fingerprint is not resumed from."""
+    dtype: torch.dtype | None = None
+    """Autocast type, None for float32; float16 brings a gradient scaler."""
+    score_start: bool = False
+    """Whether the untrained model competes as epoch 0, so that training can never lose on validation."""
+
+
+@dataclass
+class State:
+    """What grows during a run."""
+
+    epoch: int = 0
+    rows: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, torch.Tensor] = field(default_factory=dict)
+    best_epoch: int = 0
+    best_score: tuple[float, float] = (-1.0, -math.inf)
+
+
+def train(model: nn.Module, training: Batches, validation: Batches, run: Run) -> State:
+    """Train `model` in place, leave it with the weights of its best epoch, return the run's state."""
+    device = next(model.parameters()).device
+    optimizer = _optimizer(model, run.settings)
+    schedule = _schedule(optimizer, run.settings, len(training))
+    scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    state = _restore(run, parts)
+    saved_at = time.perf_counter()
+    save_seconds = 0.0
+    if run.score_start and not state.rows:
+        loss, top1 = evaluate(model, validation, run.dtype)
+        _keep(state, model, {"epoch": 0, "validation_loss": loss, "validation_top1": top1})
+    for epoch in range(state.epoch + 1, run.settings.epochs + 1):
+        training.set_epoch(epoch)
+        row = _one_epoch(model, training, optimizer, schedule, scaler, run, epoch)
+        row["validation_loss"], row["validation_top1"] = evaluate(model, validation, run.dtype)
+        state.epoch = epoch
+        _keep(state, model, row)
+        _write_curve(run.curve, state.rows)
+        tqdm.write(_line(run, row))
+        elapsed = time.perf_counter() - saved_at
+        if epoch < run.settings.epochs and save_seconds <= SAVE_SHARE * elapsed:
+            save_seconds = _save(run, parts, state)
+            saved_at = time.perf_counter()
+    model.load_state_dict(state.best)
+    run.resume.unlink(missing_ok=True)
+    return state
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Batches, dtype: torch.dtype | None = None) -> tuple[float, float]:
+    """Return the mean cross-entropy and the top-1 in percent of `model`, in eval mode, on all of `batches`."""
+    model.eval()
+    loss, correct, seen = 0.0, 0, 0
+    for images, labels in batches:
+        with autocast(images.device, dtype):
+            logits = model(images).float()
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        correct += int((logits.argmax(1) == labels).sum())
+        seen += len(labels)
+    return loss / seen, 100 * correct / seen
+
+
+def _one_epoch(
+    model: nn.Module,
+    batches: Batches,
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    scaler: torch.amp.GradScaler,
+    run: Run,
+    epoch: int,
+) -> dict[str, float]:
+    model.train()
+    device = next(model.parameters()).device
+    total_loss = torch.zeros((), device=device)
+    correct = torch.zeros((), device=device)
+    seen, started, waited = 0, time.perf_counter(), batches.seconds_waiting
+    title = f"{run.name} {epoch}/{run.settings.epochs}"
+    with tqdm(total=batches.images, desc=title, unit="img", leave=False, mininterval=1.0) as bar:
+        for images, labels in batches:
+            with autocast(device, run.dtype):
+                logits = model(images).float()
+                loss = F.cross_entropy(logits, labels, label_smoothing=run.settings.label_smoothing)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            total_loss += loss.detach() * len(labels)
+            correct += (logits.detach().argmax(1) == labels).sum()
+            seen += len(labels)
+            bar.update(len(labels))
+            if bar.n == bar.last_print_n:
+                bar.set_postfix_str(f"loss {total_loss.item() / seen:.3f} top1 {100 * correct.item() / seen:.1f}%")
+    seconds = time.perf_counter() - started
+    mean_loss = total_loss.item() / seen
+    if not math.isfinite(mean_loss):
+        rate = run.settings.learning_rate
+        raise UserError(f"{run.name}: the loss is {mean_loss} in epoch {epoch}; lower learning_rate, which is {rate}")
+    return {
+        "epoch": epoch,
+        "train_loss": mean_loss,
+        "train_top1": 100 * correct.item() / seen,
+        "learning_rate": schedule.get_last_lr()[0],
+        "images_per_second": seen / seconds,
+        "waiting_percent": 100 * (batches.seconds_waiting - waited) / seconds,
+    }
+
+
+def _optimizer(model: nn.Module, settings: P.Training) -> torch.optim.Optimizer:
+    """Weight decay applies to matrices and kernels, not to biases and BatchNorm."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
+    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum, fused=True)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, settings: P.Training, steps_per_epoch: int) -> Any:
+    """Learning rate by step: constant, cosine to zero, or one cycle (Smith 2018) with a 30 % warm-up."""
+    steps = settings.epochs * steps_per_epoch
+    if settings.schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    if settings.schedule == "one_cycle":
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, settings.learning_rate, total_steps=steps + 1, cycle_momentum=False
+        )
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+def _keep(state: State, model: nn.Module, row: dict[str, float]) -> None:
+    state.rows.append(row)
+    score = (row["validation_top1"], -row["validation_loss"])
+    if score > state.best_score:
+        state.best_score, state.best_epoch = score, int(row["epoch"])
+        state.best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def _line(run: Run, row: dict[str, float]) -> str:
+    return (
+        f"{run.name} epoch {row['epoch']}/{run.settings.epochs}: loss {row['train_loss']:.4f}, "
+        f"top-1 {row['train_top1']:.2f} %, validation top-1 {row['validation_top1']:.2f} %, "
+        f"{row['images_per_second']:.0f} images/s, waiting for data {row['waiting_percent']:.1f} %"
+    )
+
+
+def _write_curve(path: Path, rows: list[dict[str, float]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: f"{row[name]:.6g}" if name in row else "" for name in COLUMNS})
+    write_text(path, text.getvalue())
+
+
+def _save(run: Run, parts: dict[str, Any], state: State) -> float:
+    started = time.perf_counter()
+    content = {name: part.state_dict() for name, part in parts.items()}
+    content |= {"fingerprint": run.fingerprint, "state": vars(state)}
+    with atomic(run.resume) as temporary:
+        torch.save(content, temporary)
+    return time.perf_counter() - started
+
+
+def _restore(run: Run, parts: dict[str, Any]) -> State:
+    """Load the state of an interrupted run of the same fingerprint; a broken or foreign file is ignored."""
+    if not run.resume.is_file():
+        return State()
+    try:
+        content = torch.load(run.resume, weights_only=True)
+        if content["fingerprint"] != run.fingerprint:
+            return State()
+    except Exception as error:
+        tqdm.write(f"{run.name}: {run.resume} cannot be read ({error}); training starts anew")
+        return State()
+    for name, part in parts.items():
+        part.load_state_dict(content[name])
+    state = State(**content["state"])
+    tqdm.write(f"{run.name}: resumes after epoch {state.epoch} of {run.settings.epochs}")
+    return state
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return a text that is equal exactly for runs with the same data, model and settings."""
+    return json.dumps([part.model_dump() if isinstance(part, P.Section) else part for part in parts])
