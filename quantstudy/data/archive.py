@@ -19,17 +19,17 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from quantstudy.errors import UserError
 
-_OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {
-    ".tar": lambda path: path.open("rb"),
-    ".tar.gz": lambda path: gzip.open(path),
-    ".tgz": lambda path: gzip.open(path),
-    ".tar.bz2": lambda path: bz2.open(path),
-    ".tar.xz": lambda path: lzma.open(path),
+_DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {
+    ".tar.gz": gzip.GzipFile,
+    ".tgz": gzip.GzipFile,
+    ".tar.bz2": bz2.BZ2File,
+    ".tar.xz": lzma.LZMAFile,
 }
+_SUFFIXES = (".tar", *_DECOMPRESSORS, ".zip")
 _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 
 
@@ -52,20 +52,17 @@ def open_files(path: Path) -> Files:
         return _folder(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder; put or link it there")
+    suffix = next((suffix for suffix in _SUFFIXES if path.name.endswith(suffix)), None)
+    if suffix is None:
+        raise UserError(f"{path}: not an archive that can be read; use a folder or one of {', '.join(_SUFFIXES)}")
     try:
-        if path.name.endswith(".zip"):
-            return _zip(path)
-        for suffix, opener in _OPENERS.items():
-            if path.name.endswith(suffix):
-                return _tar(path, opener(path), compressed=suffix != ".tar")
+        return _zip(path) if suffix == ".zip" else _tar(path, _uncompressed(path, suffix))
     except _DAMAGE as error:
         raise _damaged(path, error) from None
     except OSError as error:
         if error.errno is not None:
             raise
         raise _damaged(path, error) from None
-    choices = ", ".join([*_OPENERS, ".zip"])
-    raise UserError(f"{path}: not a type of archive that is read; use a folder or one of {choices}")
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
@@ -74,19 +71,32 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 def _folder(path: Path) -> Files:
     names, folders = [], []
-    for found in path.rglob("*"):
-        target = folders if found.is_dir() else names
-        target.append(found.relative_to(path).as_posix())
-    return Files(sorted(names), sorted(folders), lambda name: (path / name).read_bytes())
+    for top, below, inside in os.walk(path, followlinks=True):
+        relative = Path(top).relative_to(path)
+        folders += [(relative / name).as_posix() for name in below]
+        names += [(relative / name).as_posix() for name in inside]
+
+    def read(name: str) -> bytes:
+        try:
+            return (path / name).read_bytes()
+        except (FileNotFoundError, PermissionError) as error:
+            raise UserError(f"{path / name}: cannot be read ({error.strerror})") from None
+
+    return Files(sorted(names), sorted(folders), read)
 
 
-def _tar(path: Path, stream: IO[bytes], *, compressed: bool) -> Files:
-    if compressed:
-        unpacked = tempfile.TemporaryFile()  # noqa: SIM115  (it stays open for the reader)
-        with stream:
-            shutil.copyfileobj(stream, unpacked, 2**20)
-        unpacked.seek(0)
-        stream = unpacked
+def _uncompressed(path: Path, suffix: str) -> IO[bytes]:
+    """Return an open, uncompressed tar that closes with its last reader."""
+    if suffix == ".tar":
+        return path.open("rb")
+    unpacked = tempfile.TemporaryFile()  # noqa: SIM115
+    with _DECOMPRESSORS[suffix](path) as stream:
+        shutil.copyfileobj(stream, unpacked, 2**20)
+    unpacked.seek(0)
+    return unpacked
+
+
+def _tar(path: Path, stream: IO[bytes]) -> Files:
     spans: dict[str, tuple[int, int]] = {}
     folders = []
     with tarfile.open(fileobj=stream, mode="r:") as archive:
@@ -112,21 +122,26 @@ def _tar(path: Path, stream: IO[bytes], *, compressed: bool) -> Files:
 
 def _zip(path: Path) -> Files:
     archive = zipfile.ZipFile(path)
-    names, folders = [], []
+    members, folders = {}, []
     for member in archive.infolist():
+        if member.flag_bits & 1:
+            raise UserError(f"{path}: member {member.filename} is encrypted; archive it without a password")
         is_link = stat.S_ISLNK(member.external_attr >> 16)
         _check_member(path, member.filename, archive.read(member).decode(errors="replace") if is_link else None)
-        (folders if member.is_dir() else names).append(member.filename)
+        if member.is_dir():
+            folders.append(_plain(member.filename))
+        else:
+            members[_plain(member.filename)] = member
     lock = threading.Lock()
 
     def read(name: str) -> bytes:
         try:
             with lock:
-                return archive.read(name)
+                return archive.read(members[name])
         except _DAMAGE as error:
             raise _damaged(path, error) from None
 
-    return Files(sorted(names), sorted(_plain(name) for name in folders), read)
+    return Files(sorted(members), sorted(folders), read)
 
 
 def _plain(name: str) -> str:

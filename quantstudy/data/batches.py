@@ -21,6 +21,7 @@ from quantstudy.params import Augmentation, Data
 __all__ = ["Batches", "validation_indices"]
 
 _AHEAD = 2
+_MAX_WORKERS = 16
 _GPU_SHARE = 0.25
 
 
@@ -88,7 +89,7 @@ class Batches:
             order = self._indices[torch.randperm(self.images, generator=generator)]
             chunks: Sequence[Tensor] = order.tensor_split(len(self)) if self.images else ()
         else:
-            chunks = self._indices.split(self._batch_size)
+            chunks = torch.split(self._indices, self._batch_size)
         for chunk, pixels in zip(chunks, self._pixels(chunks), strict=True):
             images = augment(pixels, self._size, self._augmentation, generator)
             images = images.to(torch.float32, memory_format=torch.channels_last)
@@ -100,7 +101,7 @@ class Batches:
             for chunk in chunks:
                 yield self._resident[chunk.to(self._resident.device)].to(self._device)
             return
-        workers = os.cpu_count() or 1
+        workers = min(_MAX_WORKERS, os.cpu_count() or 1)
         pool = ThreadPoolExecutor(workers)
         ahead: deque[list[Future[Tensor]]] = deque()
         try:

@@ -112,7 +112,7 @@ def _read_all(images: ImageList, convert: "Callable[[bytes | Image], Any]") -> I
 
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        with tqdm(total=total, unit="image", leave=False) as progress:
+        with tqdm(total=total, unit="image", leave=False, disable=None) as progress:
             starts = range(0, total, _CHUNK)
             for start, converted in zip(starts, pool.map(chunk, starts), strict=True):
                 yield start, converted

@@ -7,11 +7,11 @@ from quantstudy.errors import UserError
 from quantstudy.params import Calibration
 
 
-def balanced_indices(labels: Tensor, maximum: int | None, seed: int = 0) -> Tensor:
+def balanced_indices(labels: Tensor, maximum: int | None) -> Tensor:
     """Return up to `maximum` indices (all for None), int64, ascending, as equal per class as the classes allow."""
     if maximum is None or maximum >= len(labels):
         return torch.arange(len(labels))
-    order, rank, _ = _shuffled_ranks(labels, seed)
+    order, rank, _ = _shuffled_ranks(labels, seed=0)
     return order[rank.argsort(stable=True)[:maximum]].sort().values
 
 

@@ -50,8 +50,8 @@ def torchvision_set(data: Data, key: str) -> tuple[ImageList, ImageList]:
     with _one_line_errors(name, root, f"{key}.dataset"):
         if not root.exists():
             _download(name, root)
-        sets = [_open(name, root, arguments, download=True) for arguments in _SPLIT_ARGUMENTS[name]]
-    train, test = (_image_list(dataset, name, root) for dataset in sets)
+        sets = [_open(name, root, arguments) for arguments in _SPLIT_ARGUMENTS[name]]
+    train, test = (_image_list(dataset, root) for dataset in sets)
     return train, test
 
 
@@ -61,13 +61,13 @@ def _download(name: str, root: Path) -> None:
     partial.mkdir(parents=True)
     try:
         for arguments in _SPLIT_ARGUMENTS[name]:
-            _open(name, partial, arguments, download=True)
+            _open(name, partial, arguments)
         partial.rename(root)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _open(name: str, root: Path, arguments: dict[str, Any], *, download: bool) -> Any:
+def _open(name: str, root: Path, arguments: dict[str, Any]) -> Any:
     """Construct the torchvision set; one that reads files is made to return their paths, not images."""
     import inspect
 
@@ -76,16 +76,20 @@ def _open(name: str, root: Path, arguments: dict[str, Any], *, download: bool) -
     dataset = getattr(datasets, name)
     if "loader" in inspect.signature(dataset).parameters:
         arguments = {**arguments, "loader": Path}
-    return dataset(root, download=download, **arguments)
+    return dataset(root, download=True, **arguments)
 
 
-def _image_list(dataset: Any, name: str, root: Path) -> ImageList:
-    labels = torch.tensor([int(dataset[i][1]) for i in range(len(dataset))], dtype=torch.int64)
-    classes = getattr(dataset, "classes", range(int(labels.max()) + 1))
-    names = [f"{root} ({name}, image {i})" for i in range(len(dataset))]
+def _image_list(dataset: Any, root: Path) -> ImageList:
+    targets, names = [], []
+    for index in range(len(dataset)):
+        image, target = dataset[index]
+        targets.append(int(target))
+        names.append(str(image) if isinstance(image, Path) else f"{root}: image {index}")
+    labels = torch.tensor(targets, dtype=torch.int64)
+    classes = getattr(dataset, "classes", range(max(targets) + 1))
 
     def read(index: int) -> "bytes | Image":
-        image = dataset[index][0]
+        image: Path | Image = dataset[index][0]
         if not isinstance(image, Path):
             return image
         try:
