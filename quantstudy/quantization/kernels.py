@@ -1,0 +1,266 @@
+"""Int8 convolutions and linear layers on a CPU, in eager mode, without compiling anything.
+
+The input is quantized to unsigned 8-bit codes and multiplied with int8 weights by oneDNN (the operators
+`torch.ops.onednn.qconv2d_pointwise` and `qlinear_pointwise`, to which inductor lowers too), which accumulates in
+int32 and returns float32: y = (sum (q_x - zero_point) * q_w) * scale_x * scale_w + bias. Up to float32 rounding
+that is the simulated layer, so accuracy measured on either holds for the other. The range of the input is fixed
+(`StaticActivation`) or the batch's own, found in each forward pass.
+
+What makes it fast:
+- Weights are packed once, when a layer is built.
+- `torch.quantize_per_tensor` is the one eager operator that quantizes in a single pass; its bytes are viewed as
+  uint8 where `int_repr()` would copy them. A clamp-and-round of separate operators takes 6 to 25 times as long.
+- `torch.aminmax` is slow on a channels_last tensor and fast on the same memory seen as one row.
+- A zero point of 0 (an input behind a ReLU) lets oneDNN skip a correction term, which it otherwise computes in
+  each call; for a small image and many channels that term costs more than the convolution.
+
+An x86 CPU without VNNI adds pairs of u8 * s8 products in saturating int16 (`vpmaddubsw`), so large codes would give
+wrong sums; oneDNN's advice there is 7-bit inputs. `int8_kernels_available` therefore wants a CPU with VNNI
+and a convolution with the largest codes that comes out exact.
+"""
+
+import functools
+import math
+import platform
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+PostOp = Literal["none", "relu", "relu6"]
+
+_ATTRIBUTES: dict[PostOp, tuple[str, list[float]]] = {
+    "none": ("none", []),
+    "relu": ("relu", []),
+    "relu6": ("hardtanh", [0.0, 6.0]),
+}
+_SMALLEST_SCALE = np.float32(torch.finfo(torch.float32).eps)
+_OPERATORS = ("qconv_prepack", "qconv2d_pointwise", "qlinear_prepack", "qlinear_pointwise")
+
+
+@dataclass(frozen=True)
+class StaticActivation:
+    """A calibrated input grid: x ~ (code - zero_point) * scale with codes in [0, highest], highest <= 255."""
+
+    scale: float
+    zero_point: int
+    highest: int = 255
+
+
+@dataclass(frozen=True)
+class DynamicActivation:
+    """An input grid chosen in each forward pass from the batch's minimum and maximum; codes in [0, highest]."""
+
+    highest: int = 255
+
+
+Activation = StaticActivation | DynamicActivation
+
+
+class _PackedWeight:
+    """A weight in oneDNN's own layout. It never changes, so copies of a layer share it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_PackedWeight":
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an int8 kernel layer cannot be pickled: save the quantized layer it was built from")
+
+
+class _Int8Layer(nn.Module):
+    """What the two kernel layers share: the scales, the bias and the quantization of the input.
+
+    They hold plain tensors, no parameters: nothing to train, to save or to move off the CPU.
+    """
+
+    def __init__(self, scale: Tensor, bias: Tensor | None, activation: Activation, post_op: PostOp) -> None:
+        super().__init__()
+        self.activation = activation
+        self.post_op = post_op
+        self._scale = scale.detach().float().flatten().contiguous()
+        self._zero_point = torch.zeros(len(self._scale), dtype=torch.int32)
+        self._bias = None if bias is None else bias.detach().float()
+
+    def extra_repr(self) -> str:
+        """Show the input grid and the fused operator in `print(model)`."""
+        return f"{self.activation}, post_op={self.post_op}"
+
+    def _quantize(self, x: Tensor) -> tuple[Tensor, float, int]:
+        if isinstance(self.activation, StaticActivation):
+            scale, zero_point = self.activation.scale, self.activation.zero_point
+        else:
+            scale, zero_point = choose_dynamic_qparams(x, self.activation.highest)
+        codes = quantize_to_uint8(x, scale, zero_point)
+        if self.activation.highest < 255:
+            codes.clamp_(max=self.activation.highest)
+        return codes, scale, zero_point
+
+
+class Int8Conv2d(_Int8Layer):
+    """A Conv2d in int8: float32 [N, C, H, W] (or [C, H, W]) in and out, channels_last out.
+
+    `weight_codes` is int8 [O, I / groups, kH, kW], `weight_scale` float32 [O] (symmetric), `bias` float32 [O] or
+    None; `stride`, `padding` ("same" and "valid" too), `dilation` and `groups` are those of `nn.Conv2d`. `post_op`
+    is applied to the output inside the kernel. Padding stands for the value zero, whatever the zero point.
+    Inputs must be finite. Raises RuntimeError where `int8_kernels_available` is False.
+    """
+
+    def __init__(
+        self,
+        weight_codes: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        activation: Activation,
+        *,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | Literal["same", "valid"] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        post_op: PostOp = "none",
+    ) -> None:
+        _require_kernels()
+        super().__init__(weight_scale, bias, activation, post_op)
+        self.stride, self.dilation, self.groups = _pair(stride), _pair(dilation), groups
+        self.padding, self._pad_after = _resolve_padding(padding, weight_codes.shape[2:], self.dilation)
+        packed = torch.ops.onednn.qconv_prepack(
+            weight_codes, self._scale, 1.0, 0, self.stride, self.padding, self.dilation, groups, None
+        )
+        self._packed = _PackedWeight(packed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve; an empty batch gives an empty output."""
+        if x.ndim == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        codes, scale, zero_point = self._quantize(x.contiguous(memory_format=torch.channels_last))
+        if any(self._pad_after):
+            codes = nn.functional.pad(codes, (0, self._pad_after[1], 0, self._pad_after[0]), value=zero_point)
+        name, scalars = _ATTRIBUTES[self.post_op]
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return torch.ops.onednn.qconv2d_pointwise(
+            *(codes, scale, zero_point, self._packed.tensor, self._scale, self._zero_point, self._bias),
+            *(*geometry, 1.0, 0, torch.float32, name, scalars, ""),
+        )
+
+
+class Int8Linear(_Int8Layer):
+    """A Linear in int8: float32 [..., I] in, float32 [..., O] out.
+
+    `weight_codes` is int8 [O, I], `weight_scale` float32 [O] (symmetric), `bias` float32 [O] or None. `post_op` is
+    applied to the output inside the kernel. Inputs must be finite. Raises RuntimeError where
+    `int8_kernels_available` is False.
+    """
+
+    def __init__(
+        self,
+        weight_codes: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        activation: Activation,
+        *,
+        post_op: PostOp = "none",
+    ) -> None:
+        _require_kernels()
+        super().__init__(weight_scale, bias, activation, post_op)
+        self._packed = _PackedWeight(torch.ops.onednn.qlinear_prepack(weight_codes, None))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply; an empty batch gives an empty output."""
+        codes, scale, zero_point = self._quantize(x.contiguous())
+        name, scalars = _ATTRIBUTES[self.post_op]
+        return torch.ops.onednn.qlinear_pointwise(
+            *(codes, scale, zero_point, self._packed.tensor, self._scale, self._zero_point, self._bias),
+            *(1.0, 0, torch.float32, name, scalars, ""),
+        )
+
+
+def quantize_to_uint8(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """Return uint8 codes clamp(round(x * (1 / scale)) + zero_point, 0, 255), in the shape and strides of `x`.
+
+    `x` is float32; rounding is half to even. Values beyond 2^31 steps (infinity) give a wrong code.
+    """
+    quantized = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
+    storage: Any = quantized.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, quantized.shape, quantized.stride())
+
+
+def choose_dynamic_qparams(x: Tensor, highest: int = 255) -> tuple[float, int]:
+    """Return the scale and the zero point for the values of float32 `x`, in a range that is made to hold zero.
+
+    The arithmetic is float32: scale = max((high - low) / highest, eps), zero_point = round(-low / scale). An empty
+    `x` counts as zero. Values that are not finite give a scale of NaN, so that the output is NaN too.
+    """
+    if not x.numel():
+        return float(_SMALLEST_SCALE), 0
+    row = x.permute(0, 2, 3, 1).reshape(-1) if x.ndim == 4 else x.reshape(-1)
+    least, most = (value.item() for value in torch.aminmax(row))
+    if not math.isfinite(most - least):
+        return math.nan, 0
+    low, high = np.float32(min(least, 0.0)), np.float32(max(most, 0.0))
+    scale = max((high - low) / np.float32(highest), _SMALLEST_SCALE)
+    return float(scale), int(min(max(np.rint(-low / scale), 0), highest))
+
+
+def int8_kernels_available(device: torch.device | str = "cpu") -> bool:
+    """Whether `Int8Conv2d` and `Int8Linear` run, fast and exact, on `device`: an x86 CPU with VNNI, oneDNN's operators.
+
+    The answer is found once per process, by looking at the CPU and by computing a convolution whose sums saturate
+    in 16 bits.
+    """
+    return torch.device(device).type == "cpu" and _probe()
+
+
+@functools.cache
+def _probe() -> bool:
+    if not (_has_vnni() and all(hasattr(torch.ops.onednn, name) for name in _OPERATORS)):
+        return False
+    weight = torch.full((16, 16, 3, 3), 127, dtype=torch.int8)
+    scale, zeros = torch.ones(16), torch.zeros(16, dtype=torch.int32)
+    geometry: Any = ([1, 1], [0, 0], [1, 1], 1)
+    try:
+        with warnings.catch_warnings():  # torch.quint8 is deprecated, and nothing else quantizes in one pass
+            warnings.simplefilter("ignore")
+            codes = quantize_to_uint8(torch.full((1, 16, 3, 3), 300.0), 1.0, 0)
+        packed = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 0, *geometry, None)
+        y = torch.ops.onednn.qconv2d_pointwise(
+            *(codes, 1.0, 0, packed, scale, zeros, None, *geometry, 1.0, 0, torch.float32, "none", [], "")
+        )
+    except (RuntimeError, TypeError, AttributeError):  # an operator of another torch, or of a build without oneDNN
+        return False
+    return bool((y == 255 * 127 * 16 * 9).all())
+
+
+def _has_vnni() -> bool:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu._is_vnni_supported()
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_vnni") or found.get("avx_vnni"))
+
+
+def _require_kernels() -> None:
+    if not int8_kernels_available():
+        raise RuntimeError("int8 kernels need an x86 CPU with AVX512-VNNI or AVX-VNNI and torch with oneDNN")
+
+
+def _pair(value: int | Sequence[int]) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def _resolve_padding(
+    padding: int | Sequence[int] | str, kernel: Sequence[int], dilation: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Return the padding on both sides of (height, width), and what "same" adds below and to the right."""
+    if padding == "same":
+        total = [reach * (size - 1) for reach, size in zip(dilation, kernel, strict=True)]
+        return [extra // 2 for extra in total], [extra % 2 for extra in total]
+    if isinstance(padding, str):
+        return [0, 0], [0, 0]
+    return _pair(padding), [0, 0]

@@ -1,0 +1,247 @@
+"""The int8 kernels against their definition: a float operator on dequantized inputs and weights."""
+
+import copy
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from quantstudy.quantization.kernels import (
+    Activation,
+    DynamicActivation,
+    Int8Conv2d,
+    Int8Linear,
+    StaticActivation,
+    choose_dynamic_qparams,
+    int8_kernels_available,
+    quantize_to_uint8,
+)
+
+needs_kernels = pytest.mark.skipif(
+    not int8_kernels_available("cpu"), reason="this machine has no VNNI, so no exact int8 kernels"
+)
+EPS = torch.finfo(torch.float32).eps
+
+GEOMETRIES = {
+    "dense": ((8, 12), {"kernel": (3, 3), "padding": 1}),
+    "pointwise": ((16, 24), {"kernel": (1, 1)}),
+    "strided": ((8, 12), {"kernel": (3, 3), "padding": 1, "stride": 2}),
+    "depthwise": ((16, 16), {"kernel": (3, 3), "padding": 1, "groups": 16}),
+    "depthwise-strided": ((10, 10), {"kernel": (3, 3), "padding": 1, "stride": (2, 1), "groups": 10}),
+    "depth-multiplier": ((6, 12), {"kernel": (3, 3), "padding": 1, "groups": 6}),
+    "grouped": ((16, 32), {"kernel": (3, 3), "groups": 4}),
+    "dilated": ((8, 8), {"kernel": (3, 3), "padding": 2, "dilation": 2}),
+    "first-layer": ((3, 16), {"kernel": (7, 7), "padding": 3, "stride": 2}),
+    "one-channel": ((1, 5), {"kernel": (3, 3), "padding": 1}),
+    "wide-kernel": ((4, 6), {"kernel": (1, 5), "padding": (0, 2)}),
+    "same": ((8, 8), {"kernel": (3, 3), "padding": "same"}),
+    "same-even": ((8, 8), {"kernel": (4, 2), "padding": "same", "dilation": (1, 3)}),
+    "valid": ((8, 8), {"kernel": (3, 3), "padding": "valid"}),
+}
+ACTIVATIONS: dict[str, Activation] = {
+    "static": StaticActivation(0.03, 97),
+    "static-after-relu": StaticActivation(0.02, 0),
+    "static-all-negative": StaticActivation(0.02, 255),
+    "static-4bit": StaticActivation(0.3, 7, highest=15),
+    "dynamic": DynamicActivation(),
+    "dynamic-4bit": DynamicActivation(highest=15),
+}
+
+
+def reference_input(x: Tensor, activation: Activation) -> Tensor:
+    """The input as the layer sees it, in separate steps: codes, and back to float."""
+    if isinstance(activation, StaticActivation):
+        scale, zero_point = torch.tensor(activation.scale), torch.tensor(activation.zero_point)
+    else:
+        low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+        scale = ((high - low) / activation.highest).clamp(min=EPS)
+        zero_point = (-low / scale).round().clamp(0, activation.highest)
+    codes = (torch.round(x * (1 / scale)) + zero_point).clamp(0, activation.highest)
+    return (codes - zero_point) * scale
+
+
+def random_layer(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+    scale = torch.rand(shape[0], generator=generator) * 0.01 + 0.001
+    return codes, scale, torch.randn(shape[0], generator=generator)
+
+
+def assert_similar(actual: Tensor, expected: Tensor) -> None:
+    assert actual.shape == expected.shape and actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * max(1.0, float(expected.abs().max())))
+
+
+def conv_pair(geometry: str, activation: Activation, x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """The kernel's output and the reference's."""
+    (inputs, outputs), settings_ = GEOMETRIES[geometry]
+    rest: dict[str, Any] = {key: value for key, value in settings_.items() if key != "kernel"}
+    codes, scale, bias = random_layer((outputs, inputs // rest.get("groups", 1), *settings_["kernel"]))  # type: ignore[misc]
+    expected = F.conv2d(reference_input(x, activation), codes * scale.view(-1, 1, 1, 1), bias, **rest)
+    return Int8Conv2d(codes, scale, bias, activation, **rest, **options)(x), expected
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_convolution_equals_simulation(geometry: str, activation: Activation) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(2, GEOMETRIES[geometry][0][0], 11, 9)
+    actual, expected = conv_pair(geometry, activation, x)
+    assert_similar(actual, expected)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+
+
+@needs_kernels
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_convolution_equals_simulation(data: st.DataObject) -> None:
+    whole = data.draw
+    groups, size = whole(st.integers(1, 4)), whole(st.integers(5, 9))
+    inputs, outputs = groups * whole(st.integers(1, 5)), groups * whole(st.integers(1, 5))
+    rest: dict[str, Any] = {
+        "stride": whole(st.integers(1, 3)),
+        "padding": whole(st.integers(0, 3)),
+        "dilation": whole(st.integers(1, 2)),
+        "groups": groups,
+    }
+    kernel = (whole(st.integers(1, 3)), whole(st.integers(1, 3)))
+    activation = whole(st.sampled_from([StaticActivation(0.03, whole(st.integers(0, 255))), DynamicActivation()]))
+    codes, scale, bias = random_layer((outputs, inputs // groups, *kernel), seed=whole(st.integers(0, 99)))
+    x = torch.randn(whole(st.integers(1, 3)), inputs, size, size, generator=torch.Generator().manual_seed(3))
+    expected = F.conv2d(reference_input(x, activation), codes * scale.view(-1, 1, 1, 1), bias, **rest)
+    assert_similar(Int8Conv2d(codes, scale, bias, activation, **rest)(x), expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(4, 32), (1, 32), (2, 5, 32), (32,)], ids=["2-D", "one row", "3-D", "1-D"])
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+def test_linear_equals_simulation(shape: tuple[int, ...], activation: Activation, with_bias: bool) -> None:
+    torch.manual_seed(2)
+    x = torch.randn(shape)
+    codes, scale, bias = random_layer((10, 32))
+    used = bias if with_bias else None
+    expected = F.linear(reference_input(x, activation), codes * scale.view(-1, 1), used)
+    assert_similar(Int8Linear(codes, scale, used, activation)(x), expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("post_op", ["relu", "relu6"])
+@pytest.mark.parametrize("activation", [ACTIVATIONS["static"], ACTIVATIONS["dynamic"]], ids=["static", "dynamic"])
+def test_post_op_is_applied(post_op: Any, activation: Activation) -> None:
+    function = F.relu if post_op == "relu" else F.relu6
+    x = torch.randn(2, 8, 6, 6)
+    actual, expected = conv_pair("dense", activation, x, post_op=post_op)
+    assert_similar(actual, function(expected))
+    codes, scale, bias = random_layer((10, 32))
+    rows = torch.randn(3, 32)
+    expected = function(F.linear(reference_input(rows, activation), codes * scale.view(-1, 1), bias))
+    assert_similar(Int8Linear(codes, scale, bias, activation, post_op=post_op)(rows), expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation", [ACTIVATIONS["static"], ACTIVATIONS["dynamic"]], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(2, 8, 5, 5),
+        torch.full((2, 8, 5, 5), 1.7),
+        torch.full((2, 8, 5, 5), -1.7),
+        torch.randn(1, 8, 5, 5),
+        torch.randn(2, 8, 5, 5).to(memory_format=torch.channels_last),
+        torch.randn(2, 16, 5, 5)[:, ::2],
+        torch.randn(5, 5, 8, 2).permute(3, 2, 0, 1),
+        torch.randn(1, 8, 5, 5).expand(3, 8, 5, 5),
+    ],
+    ids=["zero", "constant", "negative", "batch-1", "channels-last", "sliced", "permuted", "expanded"],
+)
+def test_odd_inputs(x: Tensor, activation: Activation) -> None:
+    assert_similar(*conv_pair("dense", activation, x))
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation", [ACTIVATIONS["static"], ACTIVATIONS["dynamic"]], ids=["static", "dynamic"])
+def test_empty_batch_and_missing_batch(activation: Activation) -> None:
+    codes, scale, bias = random_layer((12, 8, 3, 3))
+    layer = Int8Conv2d(codes, scale, bias, activation, padding=1, stride=2)
+    assert layer(torch.randn(0, 8, 7, 7)).shape == (0, 12, 4, 4)
+    image = torch.randn(8, 7, 7)
+    torch.testing.assert_close(layer(image), layer(image[None])[0])
+    codes, scale, bias = random_layer((10, 32))
+    assert Int8Linear(codes, scale, bias, activation)(torch.randn(0, 32)).shape == (0, 10)
+    rows = torch.randn(32, 6).t()
+    torch.testing.assert_close(
+        Int8Linear(codes, scale, bias, activation)(rows), Int8Linear(codes, scale, bias, activation)(rows.contiguous())
+    )
+
+
+@needs_kernels
+def test_sums_do_not_saturate() -> None:
+    codes = torch.full((4, 64, 3, 3), -128, dtype=torch.int8)
+    layer = Int8Conv2d(codes, torch.ones(4), None, StaticActivation(1.0, 0))
+    assert (layer(torch.full((1, 64, 3, 3), 255.0)) == -128 * 255 * 64 * 9).all()
+
+
+@needs_kernels
+def test_dynamic_follows_the_batch_and_static_does_not() -> None:
+    codes, scale, _ = random_layer((12, 8, 3, 3))
+    x = torch.randn(2, 8, 7, 7)
+    dynamic = Int8Conv2d(codes, scale, None, DynamicActivation())
+    static = Int8Conv2d(codes, scale, None, StaticActivation(0.03, 128))
+    torch.testing.assert_close(dynamic(1024 * x), 1024 * dynamic(x))
+    assert not torch.allclose(static(1024 * x), 1024 * static(x), rtol=0.5)
+
+
+@needs_kernels
+def test_not_a_number_is_not_hidden() -> None:
+    codes, scale, bias = random_layer((10, 32))
+    x = torch.randn(4, 32)
+    x[1, 3] = float("nan")
+    assert Int8Linear(codes, scale, bias, DynamicActivation())(x).isnan().all()
+
+
+@needs_kernels
+def test_copies_share_the_weight_and_nothing_is_saved() -> None:
+    codes, scale, bias = random_layer((10, 32))
+    layer = Int8Linear(codes, scale, bias, DynamicActivation())
+    twin, x = copy.deepcopy(layer), torch.randn(3, 32)
+    assert torch.equal(twin(x), layer(x)) and not layer.state_dict()
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(layer)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.floats(1e-6, 1e6), st.sampled_from([15, 255]))
+def test_dynamic_arithmetic_is_float32(seed: int, factor: float, highest: int) -> None:
+    x = torch.randn(37, generator=torch.Generator().manual_seed(seed)) * factor
+    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+    scale = ((high - low) / highest).clamp(min=EPS)
+    zero_point = (-low / scale).round().clamp(0, highest)
+    assert choose_dynamic_qparams(x, highest) == (scale.item(), zero_point.item())
+
+
+@pytest.mark.parametrize("zero_point", [0, 97, 255])
+def test_quantize_rounds_half_to_even_and_clamps(zero_point: int) -> None:
+    x = torch.arange(-700, 700).float().mul(0.25).view(2, 7, 10, 10).to(memory_format=torch.channels_last)
+    codes = quantize_to_uint8(x, 0.5, zero_point)
+    assert codes.dtype == torch.uint8 and codes.stride() == x.stride()
+    assert torch.equal(codes, (torch.round(x / 0.5) + zero_point).clamp(0, 255).to(torch.uint8))
+
+
+def test_kernels_are_refused_elsewhere() -> None:
+    assert not int8_kernels_available("cuda") and not int8_kernels_available("meta")
+
+
+def test_a_cpu_held_below_vnni_is_found_out() -> None:
+    code = "from quantstudy.quantization.kernels import int8_kernels_available as a; print(a('cpu'))"
+    environment = {"DNNL_MAX_CPU_ISA": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "False"
