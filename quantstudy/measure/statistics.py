@@ -1,0 +1,90 @@
+"""How sure an accuracy is, and how far one model's outputs lie from another's.
+
+An accuracy is a proportion of a finite test split. Wilson's interval says how far it can be trusted, McNemar's
+exact test whether two variants differ on the same images, and the signal-to-quantization-noise ratio how much
+quantization disturbs the logits, long before the accuracy moves.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Z_95 = 1.959963984540054
+"""The 97.5 % quantile of the normal distribution: two-sided 95 %."""
+
+SQNR_LIMIT_DB = 200.0
+"""Bound of `sqnr_db` on both sides; float32 rounding alone lies near 150 dB."""
+
+
+def wilson_interval(correct: int, images: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of `correct` out of `images`, both ends in percent.
+
+    Wilson, *Probable inference, the law of succession, and statistical inference*, JASA 22 (1927). Unlike the
+    normal interval it stays inside 0 to 100 and has a width at 0 % and 100 %.
+
+    Raises:
+        ValueError: `images` is not positive, or `correct` is not between 0 and `images`.
+    """
+    if images <= 0 or not 0 <= correct <= images:
+        raise ValueError(f"{correct} correct of {images} images is no proportion")
+    share, squared = correct / images, Z_95**2 / images
+    center = (share + squared / 2) / (1 + squared)
+    half = Z_95 * math.sqrt(share * (1 - share) / images + squared / (4 * images)) / (1 + squared)
+    return 100 * max(0.0, center - half), 100 * min(1.0, center + half)
+
+
+def wilson_half_width(correct: int, images: int) -> float:
+    """Return half the width of `wilson_interval`, in percentage points."""
+    low, high = wilson_interval(correct, images)
+    return (high - low) / 2
+
+
+def mcnemar_exact_p(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) -> float:
+    """Return the exact two-sided p-value that two models are equally accurate on the same images.
+
+    Only images that exactly one of the two gets right count: under the null hypothesis each of these n is as
+    likely to favour either model, so the smaller count k follows Binomial(n, 1/2) and p = 2·P(X ≤ k), at most
+    1 (McNemar, Psychometrika 12 (1947); the exact form). Summed in integers, so it neither rounds nor overflows.
+
+    Args:
+        correct_a: bool [images], whether model a is right.
+        correct_b: bool [images], whether model b is right, on the same images in the same order.
+
+    Raises:
+        ValueError: the two arrays differ in shape.
+    """
+    a, b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
+    if a.shape != b.shape:
+        raise ValueError(f"correct_a has shape {a.shape}, correct_b {b.shape}; they must be the same images")
+    only_a, only_b = int(np.sum(a & ~b)), int(np.sum(b & ~a))
+    n, k = only_a + only_b, min(only_a, only_b)
+    ways = term = 1
+    for i in range(1, k + 1):
+        term = term * (n - i + 1) // i
+        ways += term
+    return min(1.0, 2 * ways / 2**n)
+
+
+def sqnr_db(reference: NDArray[np.floating], other: NDArray[np.floating]) -> float:
+    """Return 20·log10(‖reference‖ / ‖reference - other‖) in decibels, over all elements, in float64.
+
+    Bounded by ±`SQNR_LIMIT_DB` so that it is always a finite number: identical arrays give the upper bound,
+    arrays with an infinity or a NaN (a float16 overflow) the lower one.
+
+    Raises:
+        ValueError: the two arrays differ in shape.
+    """
+    if np.shape(reference) != np.shape(other):
+        raise ValueError(f"reference has shape {np.shape(reference)}, other {np.shape(other)}")
+    signal = np.asarray(reference, dtype=np.float64)
+    noise = signal - np.asarray(other, dtype=np.float64)
+    signal_norm, noise_norm = float(np.linalg.norm(signal)), float(np.linalg.norm(noise))
+    if not math.isfinite(noise_norm):
+        return -SQNR_LIMIT_DB
+    if noise_norm == 0.0:
+        return SQNR_LIMIT_DB
+    if signal_norm == 0.0:
+        return -SQNR_LIMIT_DB
+    decibels = 20 * (math.log10(signal_norm) - math.log10(noise_norm))
+    return max(-SQNR_LIMIT_DB, min(SQNR_LIMIT_DB, decibels))

@@ -1,0 +1,43 @@
+import pytest
+import torch
+from torch import nn
+
+from quantstudy.measure.operations import layer_macs, tera_bit_operations, total_macs
+
+
+def small() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    )
+
+
+def test_layers_by_hand() -> None:
+    assert layer_macs(small(), 16) == {"0": 16 * 16 * 8 * 3 * 9, "1.2": 14 * 14 * 8 * 9, "4": 40}
+
+
+def test_the_model_is_untouched() -> None:
+    model = small().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    layer_macs(model, 16)
+    assert model.training and list(model.state_dict()) == list(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("architecture", "giga"), [("vgg11", 7.609), ("mobilenet_v2", 0.327)])
+def test_known_models_at_224(architecture: str, giga: float) -> None:
+    from torchvision.models import get_model
+
+    with torch.device("meta"):
+        model = get_model(architecture)
+    assert total_macs(model, 224) / 1e9 == pytest.approx(giga, abs=0.001)
+
+
+def test_bit_operations() -> None:
+    macs = {"a": 10**12, "b": 2 * 10**12}
+    assert tera_bit_operations(macs, {"a": 4, "b": 8}, {"a": 8, "b": 32}) == 32 + 512
+    with pytest.raises(KeyError):
+        tera_bit_operations(macs, {"a": 4}, {"a": 8})

@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from quantstudy.measure.statistics import (
+    SQNR_LIMIT_DB,
+    mcnemar_exact_p,
+    sqnr_db,
+    wilson_half_width,
+    wilson_interval,
+)
+
+
+@st.composite
+def proportions(draw: st.DrawFn) -> tuple[int, int]:
+    images = draw(st.integers(1, 50_000))
+    return draw(st.integers(0, images)), images
+
+
+@given(proportions())
+def test_wilson_interval_is_scipys_and_contains_the_proportion(proportion: tuple[int, int]) -> None:
+    correct, images = proportion
+    low, high = wilson_interval(correct, images)
+    known = binomtest(correct, images).proportion_ci(0.95, method="wilson")
+    assert (low, high) == pytest.approx((100 * known.low, 100 * known.high), abs=1e-9)
+    assert 0 <= low <= 100 * correct / images + 1e-9 and 100 * correct / images - 1e-9 <= high <= 100
+    assert wilson_half_width(correct, images) == pytest.approx((high - low) / 2)
+
+
+@pytest.mark.parametrize(("correct", "images"), [(0, 0), (5, 4), (-1, 4)])
+def test_no_proportion(correct: int, images: int) -> None:
+    with pytest.raises(ValueError, match="no proportion"):
+        wilson_interval(correct, images)
+
+
+def pair(both: int, only_a: int, only_b: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    counts = (both, only_a, only_b, neither)
+    return np.repeat([True, True, False, False], counts), np.repeat([True, False, True, False], counts)
+
+
+@settings(max_examples=50)
+@given(*[st.integers(0, 400)] * 4)
+def test_mcnemar_is_scipys_exact_binomial(both: int, only_a: int, only_b: int, neither: int) -> None:
+    a, b = pair(both, only_a, only_b, neither)
+    known = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+    assert mcnemar_exact_p(a, b) == pytest.approx(known, rel=1e-9)
+    assert mcnemar_exact_p(a, b) == mcnemar_exact_p(b, a)
+
+
+def test_mcnemar_known_values() -> None:
+    assert mcnemar_exact_p(*pair(30, 12, 5, 40)) == 2 * (1 + 17 + 136 + 680 + 2380 + 6188) / 2**17
+    assert mcnemar_exact_p(*pair(10, 0, 0, 10)) == 1.0
+
+
+@pytest.mark.parametrize("counts", [(0, 10_000, 0, 0), (0, 5_000, 5_000, 0), (0, 12_000, 13_000, 0)])
+def test_mcnemar_stays_finite_on_many_images(counts: tuple[int, int, int, int]) -> None:
+    assert 0.0 <= mcnemar_exact_p(*pair(*counts)) <= 1.0
+
+
+def test_mcnemar_wants_the_same_images() -> None:
+    with pytest.raises(ValueError, match="same images"):
+        mcnemar_exact_p(np.ones(3, bool), np.ones(4, bool))
+
+
+def test_sqnr_of_a_known_noise() -> None:
+    logits = np.full((4, 10), 3.0, dtype=np.float32)
+    assert sqnr_db(logits, logits * 0.9) == pytest.approx(20, abs=1e-4)
+    assert sqnr_db(logits, logits * 2) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("other", "decibels"), [(1.0, SQNR_LIMIT_DB), (np.inf, -SQNR_LIMIT_DB), (np.nan, -SQNR_LIMIT_DB)]
+)
+def test_sqnr_is_always_finite(other: float, decibels: float) -> None:
+    ones = np.ones((2, 3), dtype=np.float32)
+    assert sqnr_db(ones, ones * np.float32(other)) == decibels
+
+
+def test_sqnr_of_a_silent_reference() -> None:
+    assert sqnr_db(np.zeros(3), np.ones(3)) == -SQNR_LIMIT_DB
+    assert sqnr_db(np.zeros(3), np.zeros(3)) == SQNR_LIMIT_DB
+
+
+def test_sqnr_of_half_precision_does_not_overflow() -> None:
+    big = np.full(1000, 60_000, dtype=np.float16)
+    assert sqnr_db(big, -big) == pytest.approx(-6.0206, abs=1e-3)
+
+
+def test_sqnr_wants_equal_shapes() -> None:
+    with pytest.raises(ValueError, match="shape"):
+        sqnr_db(np.ones((2, 3)), np.ones((3, 2)))
