@@ -64,7 +64,7 @@ def square(source: "bytes | Image", side: int) -> NDArray[np.uint8]:
         image = _short_side(image, side)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))
-    return np.asarray(image)
+    return np.array(image)
 
 
 def store(train: ImageList, test: ImageList, image_size: int) -> tuple[Split, Split]:

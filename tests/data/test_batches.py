@@ -1,0 +1,123 @@
+"""Batches: what they hold, in which order, and what each augmentation does."""
+
+import pytest
+import torch
+from PIL import Image
+
+from quantstudy.data.augment import flip, resized_crop, shift
+from quantstudy.data.batches import Batches
+from quantstudy.data.container import Split
+from quantstudy.data.images import ImageList
+from quantstudy.data.images import _store_encoded as store_encoded
+from quantstudy.params import Data
+
+AUGMENTATIONS = ["none", "shift", "flip", "crop_flip"]
+HALVES = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+
+def data(image_size: int) -> Data:
+    return Data(source="digits", image_size=image_size, **HALVES)
+
+
+def decoded_split(count: int = 25, side: int = 16) -> Split:
+    images = torch.randint(
+        0, 256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    return Split(torch.arange(count), tuple(map(str, range(count))), side, images=images)
+
+
+def encoded_split(count: int = 25, side: int = 16) -> Split:
+    wide = decoded_split(count, side + 4).images[:, :, :side].permute(0, 2, 3, 1).numpy()
+    images = [Image.fromarray(pixels) for pixels in wide]
+    names = [str(i) for i in range(count)]
+    return store_encoded(ImageList(torch.arange(count), tuple(names), names, images.__getitem__), side)
+
+
+def epoch(batches: Batches, number: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    batches.set_epoch(number)
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def test_evaluation_batches_are_normalized_and_in_order() -> None:
+    split = decoded_split()
+    batches = Batches(split, data(16), 8, "cpu")
+    images, labels = epoch(batches)
+    assert (len(batches), batches.images) == (4, 25)
+    assert [len(labels) for _, labels in batches] == [8, 8, 8, 1]
+    assert torch.equal(labels, torch.arange(25))
+    torch.testing.assert_close(images, split.images / 127.5 - 1)
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+@pytest.mark.parametrize("image_size", [16, 32, 72])
+def test_batches_have_the_models_size_and_layout(image_size: int, augmentation: str) -> None:
+    for images, labels in Batches(decoded_split(), data(image_size), 8, "cpu", augmentation=augmentation):
+        assert images.shape == (len(labels), 3, image_size, image_size)
+        assert images.dtype == torch.float32 and images.is_contiguous(memory_format=torch.channels_last)
+        assert images.min() >= -1.001 and images.max() <= 1.001
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+@pytest.mark.parametrize("make", [decoded_split, encoded_split], ids=["decoded", "encoded"])
+def test_an_epoch_depends_on_the_seed_and_its_number_alone(make, augmentation: str) -> None:
+    keys = {"shuffle": True, "augmentation": augmentation}
+    uninterrupted = Batches(make(), data(16), 8, "cpu", seed=5, **keys)
+    first, third = (epoch(uninterrupted, number) for number in (0, 2))
+    resumed = epoch(Batches(make(), data(16), 8, "cpu", seed=5, **keys), 2)
+    another = epoch(Batches(make(), data(16), 8, "cpu", seed=6, **keys), 2)
+    assert torch.equal(third[0], resumed[0]) and torch.equal(third[1], resumed[1])
+    assert not torch.equal(third[1], first[1]) and not torch.equal(third[1], another[1])
+
+
+def test_shuffled_batches_hold_every_image_once_in_equal_batches() -> None:
+    batches = Batches(decoded_split(), data(16), 8, "cpu", shuffle=True)
+    assert epoch(batches)[1].sort().values.tolist() == list(range(25))
+    assert sorted(len(labels) for _, labels in batches) == [6, 6, 6, 7]
+
+
+def test_indices_choose_the_images() -> None:
+    chosen = torch.tensor([7, 3, 20])
+    batches = Batches(decoded_split(), data(16), 2, "cpu", indices=chosen)
+    assert batches.images == 3 and torch.equal(epoch(batches)[1], chosen)
+
+
+def test_encoded_images_are_decoded_in_order() -> None:
+    split = encoded_split()
+    images, labels = epoch(Batches(split, data(16), 4, "cpu"))
+    torch.testing.assert_close(images, split.decode(torch.arange(25)) / 127.5 - 1)
+    assert torch.equal(labels, torch.arange(25))
+
+
+def test_waiting_is_counted_and_an_abandoned_epoch_ends() -> None:
+    batches = Batches(encoded_split(), data(16), 4, "cpu")
+    next(iter(batches))
+    once = batches.seconds_waiting
+    assert once > 0
+    epoch(batches)
+    assert batches.seconds_waiting > once
+
+
+def test_shift_moves_by_up_to_an_eighth_and_pads_with_black() -> None:
+    dot = torch.zeros(200, 3, 32, 32, dtype=torch.uint8)
+    dot[:, :, 16, 16] = 255
+    where = shift(dot, torch.Generator().manual_seed(0))[:, 0].nonzero()[:, 1:] - 16
+    assert len(where) == 200 and where.min() == -4 and where.max() == 4
+    white = shift(torch.full((50, 3, 8, 8), 255, dtype=torch.uint8), torch.Generator().manual_seed(0))
+    assert set(white.unique().tolist()) == {0, 255}
+
+
+def test_flip_mirrors_about_half() -> None:
+    images = decoded_split(200).images
+    flipped = flip(images, torch.Generator().manual_seed(0))
+    mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
+    assert ((flipped == images).flatten(1).all(1) ^ mirrored).all()
+    assert 70 < mirrored.sum() < 130
+
+
+def test_resized_crop_stays_inside_the_image_and_varies() -> None:
+    ramp = torch.arange(96.0).expand(64, 3, 96, 96)
+    crops = resized_crop(ramp, 80, torch.Generator().manual_seed(0))
+    assert crops.min() >= 0 and crops.max() <= 95
+    widths = crops[:, 0, 0, -1] - crops[:, 0, 0, 0]
+    assert widths.min() > 0.45 * 95 and widths.max() < 95 and widths.std() > 3

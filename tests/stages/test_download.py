@@ -1,0 +1,76 @@
+"""The download stage: what it writes, that it writes the same again, and that a mistake writes nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from quantstudy.data.container import Split, load_split
+from stages import download
+
+SPLITS = ["data/tiny/calibration.pt", "data/tiny/test.pt", "data/tiny/train.pt"]
+
+
+def rows(split: Split) -> set[bytes]:
+    assert split.images is not None
+    return {bytes(image.flatten().tolist()) for image in split.images}
+
+
+def load(name: str) -> Split:
+    return load_split(Path("data/tiny") / f"{name}.pt")
+
+
+def test_calibration_comes_from_train_and_never_from_test(project) -> None:
+    project.edit("studies.tiny.data.max_train", None)
+    project.edit("studies.tiny.data.max_test", None)
+    download.main(["--study", "tiny"])
+    train, calibration, test = (load(name) for name in ("train", "calibration", "test"))
+    assert (len(train), len(calibration), len(test)) == (1258, 32, 539)
+    assert rows(calibration) <= rows(train)
+    assert not rows(calibration) & rows(test) and not rows(train) & rows(test)
+
+
+def test_the_seed_draws_the_calibration_images_and_nothing_else(project) -> None:
+    download.main(["--study", "tiny"])
+    first = {name: Path(name).read_bytes() for name in SPLITS}
+    download.main(["--study", "tiny"])
+    assert first == {name: Path(name).read_bytes() for name in SPLITS}
+    project.edit("studies.tiny.seed", 1)
+    download.main(["--study", "tiny"])
+    assert [name for name in SPLITS if Path(name).read_bytes() != first[name]] == ["data/tiny/calibration.pt"]
+
+
+def test_it_says_what_it_wrote(project, capsys: pytest.CaptureFixture[str]) -> None:
+    download.main(["--study", "tiny"])
+    assert project.files() == SPLITS
+    out = capsys.readouterr().out
+    assert "data/tiny/train.pt: 96 images" in out and "10 classes" in out
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        pytest.param("max_train", 31, "studies.tiny.calibration: 2 batches of 16 need 32 images, but", id="too-few"),
+        pytest.param("image_size", 4, "studies.tiny.data.image_size: 4: ", id="image-size"),
+        pytest.param("source", "mnist", "studies.tiny.data.source: 'mnist' is unknown", id="unknown-source"),
+        pytest.param("source", "folder", "studies.tiny.data: ", id="folder-without-path"),
+    ],
+)
+def test_a_mistake_in_the_params_is_one_line_and_writes_nothing(project, key: str, value: object, line: str) -> None:
+    project.edit(f"studies.tiny.data.{key}", value)
+    assert project.failure(download.main).startswith(f"error: {line}")
+    assert project.files() == []
+
+
+def test_a_failed_run_keeps_the_splits_of_the_last_one(project) -> None:
+    download.main(["--study", "tiny"])
+    before = {name: Path(name).read_bytes() for name in SPLITS}
+    project.edit("studies.tiny.data", {"source": "folder", "path": "none", "image_size": 32})
+    assert "none: no such file" in project.failure(download.main)
+    assert before == {name: Path(name).read_bytes() for name in SPLITS}
+
+
+def test_unknown_study(project) -> None:
+    from quantstudy.errors import run_stage
+
+    with pytest.raises(SystemExit, match="error: study: 'tyni' is unknown .did you mean tiny"):
+        run_stage(lambda: download.main(["--study", "tyni"]))
