@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from quantstudy.data.container import Split, load_split
+from quantstudy.errors import UserError
 from stages import download
 
 SPLITS = ["data/tiny/calibration.pt", "data/tiny/test.pt", "data/tiny/train.pt"]
@@ -70,7 +71,5 @@ def test_a_failed_run_keeps_the_splits_of_the_last_one(project) -> None:
 
 
 def test_unknown_study(project) -> None:
-    from quantstudy.errors import run_stage
-
-    with pytest.raises(SystemExit, match="error: study: 'tyni' is unknown .did you mean tiny"):
-        run_stage(lambda: download.main(["--study", "tyni"]))
+    with pytest.raises(UserError, match=r"^study: 'tyni' is unknown; choose one of tiny$"):
+        download.main(["--study", "tyni"])
