@@ -20,8 +20,11 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from quantstudy import layout
 from quantstudy import params as P
 from quantstudy.data.batches import Batches
+from quantstudy.data.container import load_split
+from quantstudy.data.sampling import validation_indices
 from quantstudy.errors import UserError
 from quantstudy.files import atomic, write_text
 from quantstudy.runtime import autocast
@@ -231,6 +234,35 @@ def _restore(run: Run, parts: dict[str, Any]) -> State:
     state = State(**content["state"])
     tqdm.write(f"{run.name}: resumes after epoch {state.epoch} of {run.settings.epochs}")
     return state
+
+
+def training_and_validation(
+    name: str, study: P.Study, settings: P.Training, device: torch.device
+) -> tuple[Batches, Batches]:
+    """Return the batches to train on and the validation batches, both of the study's training split."""
+    split = load_split(layout.split(name, "train"))
+    kept, held_out = validation_indices(split.labels, settings.validation_fraction, study.seed)
+    training = Batches(
+        split,
+        study.data,
+        settings.batch_size,
+        device,
+        indices=kept,
+        shuffle=True,
+        augmentation=settings.augmentation,
+        seed=study.seed,
+    )
+    return training, Batches(split, study.data, 2 * settings.batch_size, device, indices=held_out)
+
+
+def summary(state: State, training: Batches, validation: Batches) -> dict[str, Any]:
+    """Return what a finished run is remembered by."""
+    return {
+        "train_images": training.images,
+        "validation_images": validation.images,
+        "best_epoch": state.best_epoch,
+        "validation_top1": state.best_score[0],
+    }
 
 
 def fingerprint(*parts: Any) -> str:

@@ -1,0 +1,105 @@
+"""The methods: a `kind` in `params.yaml` picks a registered function.
+
+A function takes the fp32 model (BatchNorm folded, eval mode), the calibration statistics and the method's row
+of the params, and returns a `Variant`. The functions named in `POST_TRAINING` return it finished; those in
+`TRAINED` return it ready to be trained, and `finish` turns it into what is stored. A new method is a class of
+its row in `params.py`, a function here and a row in `params.yaml`.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantstudy import params as P
+from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
+from quantstudy.quantization.observers import activation_range, quantizable_layers
+from quantstudy.quantization.schemes import ActivationScheme, Mode, WeightScheme
+from quantstudy.quantization.variant import Variant, cast
+from quantstudy.runtime import DTYPES
+
+Calibration = dict[str, Any]
+Function = Callable[[nn.Module, Calibration, Any], Variant]
+
+
+def cast_to(model: nn.Module, calibration: Calibration, settings: P.Cast | P.QatCast) -> Variant:
+    """Cast every parameter to a 16-bit float type; arithmetic runs in it too."""
+    return cast(model, DTYPES[settings.dtype])
+
+
+def weight_only(model: nn.Module, calibration: Calibration, settings: P.WeightOnly) -> Variant:
+    """Integer weights in every layer; activations stay float32."""
+    return _frozen(_quantized(model, settings, quantizable_layers(model)))
+
+
+def dynamic(model: nn.Module, calibration: Calibration, settings: P.Dynamic) -> Variant:
+    """Integer weights and activations; the activation range is the batch's own, found at run time."""
+    return _frozen(_quantized(model, settings, quantizable_layers(model), "dynamic"))
+
+
+def static(model: nn.Module, calibration: Calibration, settings: P.Static) -> Variant:
+    """Integer weights and activations; the activation range comes from calibration."""
+    return _frozen(trainable_static(model, calibration, settings))
+
+
+def mixed_linear(model: nn.Module, calibration: Calibration, settings: P.MixedLinear) -> Variant:
+    """Linear layers in integers, everything else in a 16-bit float type (the notebook's simple rule)."""
+    chosen = [name for name, layer in quantizable_layers(model).items() if isinstance(layer, nn.Linear)]
+    return cast(_frozen(_quantized(model, settings, chosen)).network, DTYPES[settings.dtype])
+
+
+def mixed_variance(model: nn.Module, calibration: Calibration, settings: P.MixedVariance) -> Variant:
+    """The `fraction` of layers with the lowest weight variance in integers, the rest in a 16-bit float type."""
+    layers: dict[str, Any] = quantizable_layers(model)
+    by_variance = sorted(layers, key=lambda name: float(layers[name].weight.var()))
+    chosen = by_variance[: round(settings.fraction * len(layers))]
+    return cast(_frozen(_quantized(model, settings, chosen)).network, DTYPES[settings.dtype])
+
+
+def trainable_static(model: nn.Module, calibration: Calibration, settings: P.Static) -> Variant:
+    """Build the static scheme with float weights that are rounded in each forward pass (Jacob et al. 2018)."""
+    variant = _quantized(model, settings, quantizable_layers(model), "static")
+    for name, layer in quantized_layers(variant.network).items():
+        bounds = activation_range(calibration["layers"][name], settings.clip_percentile)
+        layer.activation.scale, layer.activation.zero_point = layer.scheme.activation.choose_qparams(*bounds)
+    return variant
+
+
+def trainable_float(model: nn.Module, calibration: Calibration, settings: P.QatCast) -> Variant:
+    """Copy the fp32 model for mixed-precision fine-tuning."""
+    return Variant(copy.deepcopy(model))
+
+
+def finish(variant: Variant, settings: P.QatStatic | P.QatCast) -> Variant:
+    """Freeze or cast a trained variant."""
+    if isinstance(settings, P.QatCast):
+        return cast(variant.network, DTYPES[settings.dtype])
+    return _frozen(variant)
+
+
+POST_TRAINING: dict[str, Function] = {
+    "cast": cast_to,
+    "weight_only": weight_only,
+    "dynamic": dynamic,
+    "static": static,
+    "mixed_linear": mixed_linear,
+    "mixed_variance": mixed_variance,
+}
+TRAINED: dict[str, Function] = {"qat_static": trainable_static, "qat_cast": trainable_float}
+
+
+def _quantized(model: nn.Module, settings: P.Scheme, names: Any, mode: Mode = "none") -> Variant:
+    bits = getattr(settings, "activation_bits", 32)
+    scheme = LayerScheme(WeightScheme(settings.weight_bits, settings.group_size), ActivationScheme(mode, bits))
+    network = copy.deepcopy(model)
+    quantize_layers(network, dict.fromkeys(names, scheme))
+    return Variant(network)
+
+
+@torch.no_grad()
+def _frozen(variant: Variant) -> Variant:
+    for layer in quantized_layers(variant.network).values():
+        layer.freeze()
+    return variant

@@ -1,0 +1,95 @@
+"""A quantized model as one object, and its file.
+
+A `Variant` is a network of ordinary and quantized layers, the float type that its unquantized arithmetic runs
+in, and the plain facts of its method. Its file holds what is needed to build it again: the architecture, one
+row a quantized layer (bits, group size, activation grid) and the tensors, integer codes packed.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantstudy.checkpoint import load_checkpoint, save_checkpoint
+from quantstudy.models import build, fold_batchnorm
+from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
+from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
+
+
+class Variant(nn.Module):
+    """A quantized network: float32 images [N, 3, S, S] in, float32 logits [N, classes] out."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.network, self.dtype = network, dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Cast the images to the network's type, and its logits to float32."""
+        logits: Tensor = self.network(images.to(self.dtype))
+        return logits.float()
+
+    def unpack(self) -> "Variant":
+        """Make every frozen layer ready to run; return self."""
+        for layer in quantized_layers(self).values():
+            layer.unpack()
+        return self
+
+
+def save_variant(path: Path, variant: Variant, architecture: str, classes: int, name: str) -> None:
+    """Write a variant whose quantized layers are all frozen."""
+    layers = {layer: _describe(module) for layer, module in quantized_layers(variant.network).items()}
+    facts = {
+        "architecture": architecture,
+        "classes": classes,
+        "variant": name,
+        "dtype": str(variant.dtype).removeprefix("torch."),
+        "layers": layers,
+    }
+    save_checkpoint(path, variant.network.state_dict(), **facts)
+
+
+def load_variant(path: Path) -> Variant:
+    """Read a file that `save_variant` wrote: same layers, same codes, so bit-identical logits."""
+    checkpoint = load_checkpoint(path)
+    dtype: torch.dtype = getattr(torch, checkpoint["dtype"])
+    with torch.device("meta"):
+        network = fold_batchnorm(build(checkpoint["architecture"], checkpoint["classes"]).eval())
+    schemes = {name: _scheme(row) for name, row in checkpoint["layers"].items()}
+    for name, layer in quantize_layers(network, schemes).items():
+        layer.empty_codes()
+        row = checkpoint["layers"][name]
+        layer.activation.scale, layer.activation.zero_point = row["scale"], row["zero_point"]
+    network.load_state_dict(checkpoint["state_dict"], assign=True)
+    network.requires_grad_(False).eval()
+    return Variant(network.to(memory_format=torch.channels_last), dtype).unpack().eval()  # type: ignore[call-overload]
+
+
+def _describe(layer: Any) -> dict[str, Any]:
+    return {
+        "weight_bits": layer.scheme.weight.bits,
+        "group_size": layer.scheme.weight.group_size,
+        "activation": layer.scheme.activation.mode,
+        "activation_bits": layer.scheme.activation.bits,
+        "scale": layer.activation.scale,
+        "zero_point": layer.activation.zero_point,
+    }
+
+
+def _scheme(row: dict[str, Any]) -> LayerScheme:
+    activation = ActivationScheme(row["activation"], row["activation_bits"])
+    return LayerScheme(WeightScheme(row["weight_bits"], row["group_size"]), activation)
+
+
+def cast(network: nn.Module, dtype: torch.dtype) -> Variant:
+    """Return a copy of `network` with every floating-point parameter in `dtype`; packed codes and scales stay."""
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_floating_point():
+                setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and name != "weight_scale":
+                module._buffers[name] = buffer.to(dtype)
+    return Variant(network, dtype)

@@ -1,0 +1,37 @@
+"""Record the range and the histogram of every layer's input on the study's calibration images."""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+
+from quantstudy import layout, models
+from quantstudy.data.batches import Batches
+from quantstudy.data.container import load_split
+from quantstudy.errors import run_stage
+from quantstudy.files import atomic
+from quantstudy.params import load_params
+from quantstudy.quantization.observers import collect
+from quantstudy.runtime import set_up
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write models/<study>/calibration.pt."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
+    name = parser.parse_args(argv).study
+    study = load_params().study(name)
+    device = set_up(study.seed)
+
+    split = load_split(layout.split(name, "calibration"))
+    batches = Batches(split, study.data, study.calibration.batch_size, device)
+    model = models.load_fp32(layout.model(name, "fp32")).to(device)
+    statistics = collect(model, batches, study.calibration.bins)
+
+    with atomic(layout.calibration(name)) as temporary:
+        torch.save(statistics, temporary)
+    print(f"{name}: {len(statistics['layers'])} layers observed on {statistics['images']} training images")
+
+
+if __name__ == "__main__":
+    run_stage(main)

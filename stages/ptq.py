@@ -1,0 +1,39 @@
+"""Quantize a study's fp32 model after training, with one method."""
+
+import argparse
+from collections.abc import Sequence
+
+from quantstudy import layout, models
+from quantstudy.checkpoint import load_checkpoint, load_tensors
+from quantstudy.errors import run_stage, unknown
+from quantstudy.params import load_params
+from quantstudy.quantization.methods import POST_TRAINING
+from quantstudy.quantization.variant import save_variant
+from quantstudy.runtime import set_up
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write models/<study>/ptq/<method>.pth."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
+    parser.add_argument("--method", required=True, help="a row of methods in params.yaml that needs no training")
+    arguments = parser.parse_args(argv)
+    name, method = arguments.study, arguments.method
+    params = load_params()
+    study, settings = params.study(name), params.method(method)
+    if settings.kind not in POST_TRAINING:
+        raise unknown("method", method, [m for m, row in params.methods.items() if row.kind in POST_TRAINING])
+    set_up(study.seed)
+
+    facts = load_checkpoint(layout.model(name, "fp32"))
+    model = models.load_fp32(layout.model(name, "fp32"))
+    calibration = load_tensors(layout.calibration(name))
+    variant = POST_TRAINING[settings.kind](model, calibration, settings)
+
+    path = layout.model(name, method)
+    save_variant(path, variant, facts["architecture"], facts["classes"], method)
+    print(f"{path}: {path.stat().st_size / 1e6:.3f} MB, fp32 {layout.model(name, 'fp32').stat().st_size / 1e6:.3f} MB")
+
+
+if __name__ == "__main__":
+    run_stage(main)

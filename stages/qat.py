@@ -1,0 +1,55 @@
+"""Fine-tune a study's model with one method's quantization in the loop, then freeze or cast it."""
+
+import argparse
+from collections.abc import Sequence
+
+from quantstudy import layout, models, training
+from quantstudy.checkpoint import load_checkpoint, load_tensors
+from quantstudy.errors import run_stage, unknown
+from quantstudy.files import sha256, write_json
+from quantstudy.params import QatCast, load_params
+from quantstudy.quantization.methods import TRAINED, finish
+from quantstudy.quantization.variant import save_variant
+from quantstudy.runtime import DTYPES, set_up, training_dtype
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write models/<study>/qat/<method>.pth and reports/<study>/curves/<method>.{csv,json}."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
+    parser.add_argument("--method", required=True, help="a row of methods in params.yaml that trains")
+    arguments = parser.parse_args(argv)
+    name, method = arguments.study, arguments.method
+    params = load_params()
+    study, settings = params.study(name), params.method(method)
+    if settings.kind not in TRAINED:
+        raise unknown("method", method, [m for m, row in params.methods.items() if row.kind in TRAINED])
+    device = set_up(study.seed)
+
+    fp32 = layout.model(name, "fp32")
+    facts = load_checkpoint(fp32)
+    calibration = load_tensors(layout.calibration(name))
+    variant = TRAINED[settings.kind](models.load_fp32(fp32), calibration, settings)
+    variant.requires_grad_(True).to(device)
+
+    batches, validation = training.training_and_validation(name, study, study.qat, device)
+    is_cast = isinstance(settings, QatCast)
+    run = training.Run(
+        name=f"{name} {method}",
+        settings=study.qat,
+        curve=layout.curve(name, method),
+        resume=layout.resume(name, method),
+        fingerprint=training.fingerprint(study, settings, sha256(fp32), sha256(layout.calibration(name))),
+        dtype=DTYPES[settings.dtype] if is_cast else training_dtype("fp32", device),
+        score_start=True,
+    )
+    state = training.train(variant, batches, validation, run)
+
+    path = layout.model(name, method)
+    save_variant(path, finish(variant.cpu(), settings), facts["architecture"], facts["classes"], method)
+    write_json(layout.training_summary(name, method), training.summary(state, batches, validation))
+    print(f"best epoch {state.best_epoch}: validation top-1 {state.best_score[0]:.2f} %")
+
+
+if __name__ == "__main__":
+    run_stage(main)
