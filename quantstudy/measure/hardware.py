@@ -1,0 +1,102 @@
+"""What this machine's processors can do: instruction sets, and which float types they compute in natively.
+
+A 16-bit type that the hardware lacks is emulated: correct, but several times slower than float32. Its accuracy
+is then worth reporting and its latency only with that remark.
+"""
+
+import functools
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
+
+INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
+    "AVX2": ("avx2",),
+    "AVX512F": ("avx512f",),
+    "VNNI": ("avx512_vnni", "avx_vnni"),
+    "AVX512_BF16": ("avx512_bf16",),
+    "AVX512_FP16": ("avx512_fp16",),
+    "AMX_INT8": ("amx_int8",),
+    "AMX_BF16": ("amx_bf16",),
+    "AMX_FP16": ("amx_fp16",),
+}
+"""Instruction sets that matter to low-bit arithmetic, and the Linux flags of which any one means it is there."""
+
+_NATIVE: dict[str, tuple[str, ...]] = {
+    "bfloat16": ("avx512_bf16", "amx_bf16", "bf16"),
+    "float16": ("avx512_fp16", "amx_fp16", "asimdhp"),
+}
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """Return the CPU's features, named as Linux names them (`avx512_vnni`, `amx_int8`, `asimdhp`).
+
+    Elsewhere than on Linux PyTorch is asked; a feature that neither knows is absent.
+    """
+    flags = _from_cpuinfo()
+    return frozenset(flags) if flags else frozenset(_from_torch())
+
+
+def cpu_model() -> str:
+    """Return the CPU's name, or its architecture where the system does not tell."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def instruction_sets() -> dict[str, bool]:
+    """Return which of `INSTRUCTION_SETS` this CPU has."""
+    flags = cpu_flags()
+    return {name: not flags.isdisjoint(any_of) for name, any_of in INSTRUCTION_SETS.items()}
+
+
+def arithmetic_is_native(dtype: str, device: str) -> bool:
+    """Return whether the hardware multiplies in `dtype`, or PyTorch emulates it through float32.
+
+    Args:
+        dtype: float32, float16 or bfloat16.
+        device: `cpu` or `cuda`. On CUDA float16 is always native, bfloat16 from compute capability 8.0.
+
+    Raises:
+        ValueError: another dtype.
+    """
+    if dtype == "float32":
+        return True
+    if dtype not in _NATIVE:
+        raise ValueError(f"dtype: {dtype!r} is unknown; choose one of float32, {', '.join(_NATIVE)}")
+    if device == "cpu":
+        return not cpu_flags().isdisjoint(_NATIVE[dtype])
+    if dtype == "float16":
+        return True
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def _cpuinfo() -> Mapping[str, str]:
+    """Return the first processor's block of /proc/cpuinfo; empty where there is none."""
+    try:
+        block = CPUINFO.read_text(encoding="utf-8").split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in block.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _from_cpuinfo() -> set[str]:
+    info = _cpuinfo()
+    return set((info.get("flags") or info.get("Features") or "").lower().split())
+
+
+def _from_torch() -> set[str]:
+    import torch
+
+    names = {"avx2": "_is_avx2_supported", "avx512f": "_is_avx512_supported", "avx512_vnni": "_is_vnni_supported"}
+    names |= {"avx512_bf16": "_is_avx512_bf16_supported", "amx_fp16": "_is_amx_fp16_supported"}
+    flags = {flag for flag, ask in names.items() if getattr(torch.cpu, ask, bool)()}
+    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return flags | {name for name in _all_flags() if capabilities.get(name) is True}
+
+
+def _all_flags() -> set[str]:
+    return {flag for group in (*INSTRUCTION_SETS.values(), *_NATIVE.values()) for flag in group}

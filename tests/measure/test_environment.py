@@ -1,0 +1,94 @@
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quantstudy.measure import environment, probes
+
+
+@pytest.fixture
+def facts() -> dict[str, Any]:
+    """A machine that has everything."""
+    return {
+        "gpu": {"available": True},
+        "cpu": {"architecture": "arm64"},
+        "software": dict.fromkeys(("git", "dvc", "torchao", "ffmpeg"), "1.0"),
+        "compiler": {"works": True},
+        "native_arithmetic": {"cpu": {"float16": True, "bfloat16": True}},
+        "kernels": {name: {"available": True, "reason": ""} for name in probes.PROBES},
+    }
+
+
+def test_nothing_is_missing(facts: dict[str, Any]) -> None:
+    assert environment.missing(facts) == [] and environment.remarks(facts) == []
+
+
+def test_each_missing_thing_says_what_it_disables(facts: dict[str, Any]) -> None:
+    facts["software"]["ffmpeg"] = None
+    facts["compiler"]["works"] = False
+    facts["kernels"]["int8_conv_onednn"]["available"] = False
+    rows = environment.missing(facts)
+    assert [row["what"] for row in rows] == ["a working C++ compiler", "int8 convolutions of oneDNN", "ffmpeg"]
+    assert all(row["disables"] and row["how_to_get"] for row in rows)
+    assert "eager" in " ".join(environment.remarks(facts))
+
+
+def test_emulated_float16_is_a_reason_for_a_null(facts: dict[str, Any]) -> None:
+    facts["gpu"]["available"] = False
+    facts["native_arithmetic"]["cpu"]["float16"] = False
+    assert "float16" in environment.null_metrics(facts)["speedup_b16"]
+    assert any("float16 is emulated" in sentence for sentence in environment.remarks(facts))
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert environment.compiler() == {
+        "command": "no-such-compiler",
+        "found": False,
+        "version": None,
+        "works": False,
+        "reason": "not found",
+    }
+
+
+@pytest.mark.skipif(os.name != "posix", reason="writes a shell script")
+def test_a_compiler_that_cannot_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = tmp_path / "c++"
+    fake.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo "fake 1.0" && exit\n'
+        'echo "p.cpp:1:10: fatal error: Python.h: No such file or directory" >&2\nexit 1\n'
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    found = environment.compiler()
+    assert (found["version"], found["works"]) == ("fake 1.0", False)
+    assert found["reason"] == "Python.h: No such file or directory"
+
+
+def test_a_missing_package_and_tool(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setenv("PATH", "")
+    versions = environment.software()
+    assert versions["torchao"] is None and versions["git"] is None and versions["python"]
+
+
+def test_probes_agree_with_the_machine() -> None:
+    found = probes.probe_kernels()
+    assert json.loads(json.dumps(found)) == found
+    assert found["int8_matmul_cuda"]["available"] == torch.cuda.is_available()
+    assert all(row["reason"] for row in found.values())
+
+
+def test_a_kernel_with_a_wrong_result_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(probes.PROBES, "wrong", lambda: probes._equal(torch.ones(2), torch.full((2,), 2.0), 0.1))
+    monkeypatch.setitem(probes.PROBES, "broken", lambda: torch.ops.aten._int_mm(torch.ones(1), torch.ones(1)))
+    found = probes.probe_kernels()
+    assert found["wrong"] == {"available": False, "reason": "ran, but its result is wrong by 50.0 %"}
+    assert not found["broken"]["available"] and "\n" not in found["broken"]["reason"]
