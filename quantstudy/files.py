@@ -43,6 +43,23 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False, default=_plain) + "\n")
 
 
+def save_tensors(path: Path, content: Any) -> None:
+    """Write tensors and plain values atomically with `torch.save`; equal content gives equal bytes.
+
+    Given a path, `torch.save` would write the temporary file's name into the archive, and report a full disk as a
+    `RuntimeError`; given an open file it does neither, once the error behind its own is raised.
+    """
+    import torch
+
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
 def _plain(value: Any) -> Any:
     if hasattr(value, "item"):
         return value.item()

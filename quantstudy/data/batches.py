@@ -84,10 +84,12 @@ class Batches:
             yield batch
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if not self.images:
+            return
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
         if self._shuffle:
             order = self._indices[torch.randperm(self.images, generator=generator)]
-            chunks: Sequence[Tensor] = order.tensor_split(len(self)) if self.images else ()
+            chunks: Sequence[Tensor] = order.tensor_split(len(self))
         else:
             chunks = torch.split(self._indices, self._batch_size)
         for chunk, pixels in zip(chunks, self._pixels(chunks), strict=True):

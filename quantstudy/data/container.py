@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quantstudy.data.decoding import square
 from quantstudy.errors import UserError
-from quantstudy.files import atomic
+from quantstudy.files import atomic, save_tensors
 
 _VERSION = 1
 
@@ -65,8 +66,6 @@ class Split:
         """Return the images at `indices` (int64 [B]) as uint8 [B, 3, side, side]; safe to call from threads."""
         if self.images is not None:
             return self.images[indices]
-        from quantstudy.data.images import square
-
         assert self.encoded is not None and self.offsets is not None
         out = torch.empty(len(indices), 3, self.side, self.side, dtype=torch.uint8)
         for row, index in enumerate(indices.tolist()):
@@ -86,9 +85,7 @@ def save_split(path: Path, split: Split) -> None:
         "encoded": split.encoded,
         "offsets": split.offsets,
     }
-    # Saved through an open file: given a path, torch.save writes the temporary file's name into the archive.
-    with atomic(path) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
+    save_tensors(path, content)
 
 
 def save_splits(splits: Mapping[Path, Split]) -> None:

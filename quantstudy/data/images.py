@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from quantstudy.data.container import Split
+from quantstudy.data.decoding import opened, resize_short_side, rgb, square
 from quantstudy.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,16 +57,6 @@ class ImageList:
         return ImageList(self.labels[indices], self.classes, [self.names[i] for i in rows], lambda i: read(rows[i]))
 
 
-def square(source: "bytes | Image", side: int) -> NDArray[np.uint8]:
-    """Decode to RGB, resize the short side to `side` pixels and crop the centre; uint8 [side, side, 3]."""
-    image = _rgb(source)
-    if image.size != (side, side):
-        image = _short_side(image, side)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-    return np.array(image)
-
-
 def store(train: ImageList, test: ImageList, image_size: int) -> tuple[Split, Split]:
     """Read every image of both lists into splits; raise `UserError` naming the first that does not decode."""
     side = _stored_side((train, test), image_size)
@@ -94,11 +84,11 @@ def _store_encoded(images: ImageList, side: int) -> Split:
 
 def _compact(source: "bytes | Image", side: int) -> bytes:
     """Return the file's own bytes when its short side is near `side`, otherwise a smaller JPEG."""
-    image = _rgb(source)
+    image = rgb(source)
     if isinstance(source, bytes) and min(image.size) <= _KEPT_RATIO * side:
         return source
     buffer = io.BytesIO()
-    image = image if min(image.size) <= side else _short_side(image, side)
+    image = image if min(image.size) <= side else resize_short_side(image, side)
     image.save(buffer, "JPEG", quality=_JPEG_QUALITY)
     return buffer.getvalue()
 
@@ -135,24 +125,6 @@ def _stored_side(lists: Sequence[ImageList], image_size: int) -> int:
     sizes = set()
     for images in lists:
         for index in range(0, len(images.names), max(1, len(images.names) // _PEEKED)):
-            sizes.add(_converted(images, index, lambda source: _opened(source).size))
+            sizes.add(_converted(images, index, lambda source: opened(source).size))
     shorts = {min(size) for size in sizes}
     return min(image_size, *shorts) if len(sizes) == 1 else image_size
-
-
-def _opened(source: "bytes | Image") -> "Image":
-    from PIL import Image
-
-    return Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
-
-
-def _rgb(source: "bytes | Image") -> "Image":
-    return _opened(source).convert("RGB")
-
-
-def _short_side(image: "Image", side: int) -> "Image":
-    from PIL import Image
-
-    scale = side / min(image.size)
-    width, height = (max(side, round(length * scale)) for length in image.size)
-    return image.resize((width, height), Image.Resampling.BILINEAR)

@@ -20,9 +20,8 @@ def data(image_size: int) -> Data:
 
 
 def decoded_split(count: int = 25, side: int = 16) -> Split:
-    images = torch.randint(
-        0, 256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
     return Split(torch.arange(count), tuple(map(str, range(count))), side, images=images)
 
 
@@ -80,6 +79,21 @@ def test_indices_choose_the_images() -> None:
     chosen = torch.tensor([7, 3, 20])
     batches = Batches(decoded_split(), data(16), 2, "cpu", indices=chosen)
     assert batches.images == 3 and torch.equal(epoch(batches)[1], chosen)
+
+
+def test_no_images_give_no_batches() -> None:
+    nothing = torch.arange(0)
+    assert not list(Batches(decoded_split(), data(16), 8, "cpu", indices=nothing))
+    assert not list(Batches(decoded_split(), data(16), 8, "cpu", indices=nothing, shuffle=True))
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+@pytest.mark.parametrize("image_size", [16, 72])
+@pytest.mark.parametrize("make", [decoded_split, encoded_split], ids=["decoded", "encoded"])
+def test_everything_after_decoding_happens_on_the_device(make, image_size: int, augmentation: str) -> None:
+    """The meta device refuses to work with a tensor that lies elsewhere."""
+    for images, labels in Batches(make(), data(image_size), 8, "meta", shuffle=True, augmentation=augmentation):
+        assert images.device.type == labels.device.type == "meta"
 
 
 def test_encoded_images_are_decoded_in_order() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from quantstudy.data.container import Split
 from quantstudy.data.sources import prepare
@@ -211,3 +212,12 @@ def test_image_that_does_not_decode_is_named(make_tree: MakeTree, pack: Pack, su
     bad.write_bytes(b"x" if damage == "garbage" else bad.read_bytes()[:100])
     source = pack(tree, suffix) if suffix else tree
     assert message(source).startswith("PATH: test/bee/001.png: not an image that can be decoded (")
+
+
+def test_pixels_of_more_than_8_bits_are_refused(make_tree: MakeTree) -> None:
+    tree = make_tree()
+    Image.new("I;16", (16, 16), 40_000).save(tree / "train" / "ant" / "000.png")
+    assert message(tree) == (
+        "PATH: train/ant/000.png: not an image that can be decoded "
+        "(its pixels have more than 8 bits (mode I;16); convert it to 8 bits)"
+    )

@@ -11,7 +11,7 @@ from PIL import Image
 
 from quantstudy.data import images
 from quantstudy.data.container import load_split, save_split
-from quantstudy.data.images import square
+from quantstudy.data.decoding import square
 from quantstudy.data.sources import prepare
 from quantstudy.params import Data
 

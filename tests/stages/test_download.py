@@ -1,5 +1,8 @@
 """The download stage: what it writes, that it writes the same again, and that a mistake writes nothing."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,6 +71,20 @@ def test_a_failed_run_keeps_the_splits_of_the_last_one(project) -> None:
     project.edit("studies.tiny.data", {"source": "folder", "path": "none", "image_size": 32})
     assert "none: no such file" in project.failure(download.main)
     assert before == {name: Path(name).read_bytes() for name in SPLITS}
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(project) -> None:
+    """The largest file that may be written stands in for the disk; it is set in a process of its own."""
+    script = (
+        "import resource; from quantstudy.errors import run_stage; from stages import download;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000));"
+        "run_stage(lambda: download.main(['--study', 'tiny']))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(download.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    line = "error: the disk is full while writing data/tiny/train.pt; free some space and run the stage again\n"
+    assert (done.returncode, done.stderr) == (1, line)
+    assert project.files() == []
 
 
 def test_unknown_study(project) -> None:
