@@ -4,15 +4,17 @@ The input is quantized to unsigned 8-bit codes and multiplied with int8 weights 
 `torch.ops.onednn.qconv2d_pointwise` and `qlinear_pointwise`, to which inductor lowers too), which accumulates in
 int32 and returns float32: y = (sum (q_x - zero_point) * q_w) * scale_x * scale_w + bias. Up to float32 rounding
 that is the simulated layer, so accuracy measured on either holds for the other. The range of the input is fixed
-(`StaticActivation`) or the batch's own, found in each forward pass.
+(`StaticActivation`) or the batch's own, found in each forward pass (`DynamicActivation`).
+
+A layer whose output only feeds layers with one known input grid can write that grid's codes itself (`output`), and
+those layers then read uint8: no float32 image is written or read in between. `lowering.py` decides where.
 
 What makes it fast:
 - Weights are packed once, when a layer is built.
-- `torch.quantize_per_tensor` is the one eager operator that quantizes in a single pass; its bytes are viewed as
-  uint8 where `int_repr()` would copy them. A clamp-and-round of separate operators takes 6 to 25 times as long.
-- `torch.aminmax` is slow on a channels_last tensor and fast on the same memory seen as one row.
+- `uint8.py` quantizes the input in one pass.
 - A zero point of 0 (an input behind a ReLU) lets oneDNN skip a correction term, which it otherwise computes in
-  each call; for a small image and many channels that term costs more than the convolution.
+  each call; for a small image and many channels that term costs more than the convolution. Its linear operator
+  has no such cost, so a 1x1 convolution of stride 1 is computed as a linear layer over the channels.
 
 An x86 CPU without VNNI adds pairs of u8 * s8 products in saturating int16 (`vpmaddubsw`), so large codes would give
 wrong sums; oneDNN's advice there is 7-bit inputs. `int8_kernels_available` therefore wants a CPU with VNNI
@@ -20,16 +22,16 @@ and a convolution with the largest codes that comes out exact.
 """
 
 import functools
-import math
 import platform
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+
+from quantstudy.quantization.uint8 import as_pair, choose_dynamic_qparams, quantize_to_uint8
 
 PostOp = Literal["none", "relu", "relu6"]
 
@@ -38,7 +40,6 @@ _ATTRIBUTES: dict[PostOp, tuple[str, list[float]]] = {
     "relu": ("relu", []),
     "relu6": ("hardtanh", [0.0, 6.0]),
 }
-_SMALLEST_SCALE = np.float32(torch.finfo(torch.float32).eps)
 _OPERATORS = ("qconv_prepack", "qconv2d_pointwise", "qlinear_prepack", "qlinear_pointwise")
 
 
@@ -61,6 +62,23 @@ class DynamicActivation:
 Activation = StaticActivation | DynamicActivation
 
 
+@dataclass(frozen=True)
+class _Options:
+    """What a kernel does with its sums before it writes them."""
+
+    post_op: PostOp
+    output: StaticActivation | None
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Return the operators' last arguments: output scale, zero point and dtype, and the post-op."""
+        if self.output is not None and self.output.highest != 255:
+            raise ValueError(f"output.highest is {self.output.highest}; a kernel writes 8-bit codes only, up to 255")
+        name, scalars = _ATTRIBUTES[self.post_op]
+        if self.output is None:
+            return 1.0, 0, torch.float32, name, scalars, ""
+        return self.output.scale, self.output.zero_point, torch.uint8, name, scalars, ""
+
+
 class _PackedWeight:
     """A weight in oneDNN's own layout. It never changes, so copies of a layer share it."""
 
@@ -80,21 +98,26 @@ class _Int8Layer(nn.Module):
     They hold plain tensors, no parameters: nothing to train, to save or to move off the CPU.
     """
 
-    def __init__(self, scale: Tensor, bias: Tensor | None, activation: Activation, post_op: PostOp) -> None:
+    _packed: _PackedWeight
+
+    def __init__(self, scale: Tensor, bias: Tensor | None, activation: Activation, options: "_Options") -> None:
         super().__init__()
         self.activation = activation
-        self.post_op = post_op
+        self.post_op, self.output = options.post_op, options.output
+        self._last_arguments = options.arguments()
         self._scale = scale.detach().float().flatten().contiguous()
         self._zero_point = torch.zeros(len(self._scale), dtype=torch.int32)
         self._bias = None if bias is None else bias.detach().float()
 
     def extra_repr(self) -> str:
         """Show the input grid and the fused operator in `print(model)`."""
-        return f"{self.activation}, post_op={self.post_op}"
+        return f"{self.activation}, post_op={self.post_op}, output={self.output}"
 
     def _quantize(self, x: Tensor) -> tuple[Tensor, float, int]:
         if isinstance(self.activation, StaticActivation):
             scale, zero_point = self.activation.scale, self.activation.zero_point
+            if x.dtype == torch.uint8:
+                return x, scale, zero_point
         else:
             scale, zero_point = choose_dynamic_qparams(x, self.activation.highest)
         codes = quantize_to_uint8(x, scale, zero_point)
@@ -102,14 +125,25 @@ class _Int8Layer(nn.Module):
             codes.clamp_(max=self.activation.highest)
         return codes, scale, zero_point
 
+    def _multiply(self, codes: Tensor, scale: float, zero_point: int) -> Tensor:
+        """Multiply codes [..., I] with a packed weight [O, I]."""
+        return torch.ops.onednn.qlinear_pointwise(
+            *(codes, scale, zero_point, self._packed.tensor, self._scale, self._zero_point, self._bias),
+            *self._last_arguments,
+        )
+
 
 class Int8Conv2d(_Int8Layer):
-    """A Conv2d in int8: float32 [N, C, H, W] (or [C, H, W]) in and out, channels_last out.
+    """A Conv2d in int8: [N, C, H, W] (or [C, H, W]) in and out, channels_last out.
+
+    The input is float32, or the uint8 codes of a static `activation`; the output is float32, or the uint8 codes of
+    the grid `output`.
 
     `weight_codes` is int8 [O, I / groups, kH, kW], `weight_scale` float32 [O] (symmetric), `bias` float32 [O] or
     None; `stride`, `padding` ("same" and "valid" too), `dilation` and `groups` are those of `nn.Conv2d`. `post_op`
     is applied to the output inside the kernel. Padding stands for the value zero, whatever the zero point.
-    Inputs must be finite. Raises RuntimeError where `int8_kernels_available` is False.
+    Inputs must be finite. Raises RuntimeError where `int8_kernels_available` is False, ValueError for an `output`
+    of fewer than 8 bits.
     """
 
     def __init__(
@@ -124,14 +158,19 @@ class Int8Conv2d(_Int8Layer):
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
         post_op: PostOp = "none",
+        output: StaticActivation | None = None,
     ) -> None:
         _require_kernels()
-        super().__init__(weight_scale, bias, activation, post_op)
-        self.stride, self.dilation, self.groups = _pair(stride), _pair(dilation), groups
+        super().__init__(weight_scale, bias, activation, _Options(post_op, output))
+        self.stride, self.dilation, self.groups = as_pair(stride), as_pair(dilation), groups
         self.padding, self._pad_after = _resolve_padding(padding, weight_codes.shape[2:], self.dilation)
-        packed = torch.ops.onednn.qconv_prepack(
-            weight_codes, self._scale, 1.0, 0, self.stride, self.padding, self.dilation, groups, None
-        )
+        plain = groups == 1 and self.stride == [1, 1] and not any(self.padding) and weight_codes.shape[2:].numel() == 1
+        self._pointwise = plain
+        if plain:
+            packed = torch.ops.onednn.qlinear_prepack(weight_codes.flatten(1), None)
+        else:
+            geometry = (self.stride, self.padding, self.dilation, groups)
+            packed = torch.ops.onednn.qconv_prepack(weight_codes, self._scale, 1.0, 0, *geometry, None)
         self._packed = _PackedWeight(packed)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,16 +180,17 @@ class Int8Conv2d(_Int8Layer):
         codes, scale, zero_point = self._quantize(x.contiguous(memory_format=torch.channels_last))
         if any(self._pad_after):
             codes = nn.functional.pad(codes, (0, self._pad_after[1], 0, self._pad_after[0]), value=zero_point)
-        name, scalars = _ATTRIBUTES[self.post_op]
+        if self._pointwise:
+            return self._multiply(codes.permute(0, 2, 3, 1), scale, zero_point).permute(0, 3, 1, 2)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         return torch.ops.onednn.qconv2d_pointwise(
             *(codes, scale, zero_point, self._packed.tensor, self._scale, self._zero_point, self._bias),
-            *(*geometry, 1.0, 0, torch.float32, name, scalars, ""),
+            *(*geometry, *self._last_arguments),
         )
 
 
 class Int8Linear(_Int8Layer):
-    """A Linear in int8: float32 [..., I] in, float32 [..., O] out.
+    """A Linear in int8: [..., I] in, [..., O] out; float32 or uint8 codes, as for `Int8Conv2d`.
 
     `weight_codes` is int8 [O, I], `weight_scale` float32 [O] (symmetric), `bias` float32 [O] or None. `post_op` is
     applied to the output inside the kernel. Inputs must be finite. Raises RuntimeError where
@@ -165,46 +205,15 @@ class Int8Linear(_Int8Layer):
         activation: Activation,
         *,
         post_op: PostOp = "none",
+        output: StaticActivation | None = None,
     ) -> None:
         _require_kernels()
-        super().__init__(weight_scale, bias, activation, post_op)
+        super().__init__(weight_scale, bias, activation, _Options(post_op, output))
         self._packed = _PackedWeight(torch.ops.onednn.qlinear_prepack(weight_codes, None))
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply; an empty batch gives an empty output."""
-        codes, scale, zero_point = self._quantize(x.contiguous())
-        name, scalars = _ATTRIBUTES[self.post_op]
-        return torch.ops.onednn.qlinear_pointwise(
-            *(codes, scale, zero_point, self._packed.tensor, self._scale, self._zero_point, self._bias),
-            *(1.0, 0, torch.float32, name, scalars, ""),
-        )
-
-
-def quantize_to_uint8(x: Tensor, scale: float, zero_point: int) -> Tensor:
-    """Return uint8 codes clamp(round(x * (1 / scale)) + zero_point, 0, 255), in the shape and strides of `x`.
-
-    `x` is float32; rounding is half to even. Values beyond 2^31 steps (infinity) give a wrong code.
-    """
-    quantized = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
-    storage: Any = quantized.untyped_storage()
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, quantized.shape, quantized.stride())
-
-
-def choose_dynamic_qparams(x: Tensor, highest: int = 255) -> tuple[float, int]:
-    """Return the scale and the zero point for the values of float32 `x`, in a range that is made to hold zero.
-
-    The arithmetic is float32: scale = max((high - low) / highest, eps), zero_point = round(-low / scale). An empty
-    `x` counts as zero. Values that are not finite give a scale of NaN, so that the output is NaN too.
-    """
-    if not x.numel():
-        return float(_SMALLEST_SCALE), 0
-    row = x.permute(0, 2, 3, 1).reshape(-1) if x.ndim == 4 else x.reshape(-1)
-    least, most = (value.item() for value in torch.aminmax(row))
-    if not math.isfinite(most - least):
-        return math.nan, 0
-    low, high = np.float32(min(least, 0.0)), np.float32(max(most, 0.0))
-    scale = max((high - low) / np.float32(highest), _SMALLEST_SCALE)
-    return float(scale), int(min(max(np.rint(-low / scale), 0), highest))
+        return self._multiply(*self._quantize(x.contiguous()))
 
 
 def int8_kernels_available(device: torch.device | str = "cpu") -> bool:
@@ -250,10 +259,6 @@ def _require_kernels() -> None:
         raise RuntimeError("int8 kernels need an x86 CPU with AVX512-VNNI or AVX-VNNI and torch with oneDNN")
 
 
-def _pair(value: int | Sequence[int]) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
-
-
 def _resolve_padding(
     padding: int | Sequence[int] | str, kernel: Sequence[int], dilation: Sequence[int]
 ) -> tuple[list[int], list[int]]:
@@ -263,4 +268,4 @@ def _resolve_padding(
         return [extra // 2 for extra in total], [extra % 2 for extra in total]
     if isinstance(padding, str):
         return [0, 0], [0, 0]
-    return _pair(padding), [0, 0]
+    return as_pair(padding), [0, 0]

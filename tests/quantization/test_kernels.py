@@ -19,10 +19,9 @@ from quantstudy.quantization.kernels import (
     Int8Conv2d,
     Int8Linear,
     StaticActivation,
-    choose_dynamic_qparams,
     int8_kernels_available,
-    quantize_to_uint8,
 )
+from quantstudy.quantization.uint8 import CodeMaxPool2d, choose_dynamic_qparams, quantize_to_uint8
 
 needs_kernels = pytest.mark.skipif(
     not int8_kernels_available("cpu"), reason="this machine has no VNNI, so no exact int8 kernels"
@@ -234,6 +233,49 @@ def test_quantize_rounds_half_to_even_and_clamps(zero_point: int) -> None:
     codes = quantize_to_uint8(x, 0.5, zero_point)
     assert codes.dtype == torch.uint8 and codes.stride() == x.stride()
     assert torch.equal(codes, (torch.round(x / 0.5) + zero_point).clamp(0, 255).to(torch.uint8))
+
+
+@needs_kernels
+@pytest.mark.parametrize("geometry", ["dense", "pointwise", "depthwise"])
+@pytest.mark.parametrize("post_op", ["none", "relu", "relu6"])
+def test_output_codes_are_the_codes_of_the_output(geometry: str, post_op: Any) -> None:
+    output = StaticActivation(0.02, 40)
+    x = torch.randn(2, GEOMETRIES[geometry][0][0], 9, 9, generator=torch.Generator().manual_seed(4))
+    values, _ = conv_pair(geometry, ACTIVATIONS["static"], x, post_op=post_op)
+    codes, _ = conv_pair(geometry, ACTIVATIONS["static"], x, post_op=post_op, output=output)
+    expected = quantize_to_uint8(values, output.scale, output.zero_point)
+    difference = (codes.int() - expected.int()).abs()
+    assert codes.dtype == torch.uint8 and codes.is_contiguous(memory_format=torch.channels_last)
+    assert difference.max() <= 1 and difference.float().mean() < 1e-3
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(12, 8, 3, 3), (12, 8, 1, 1), (12, 8)], ids=["conv", "pointwise", "linear"])
+def test_codes_are_taken_as_input(shape: tuple[int, ...]) -> None:
+    grid = StaticActivation(0.03, 97)
+    codes, scale, bias = random_layer(shape)
+    layer = (Int8Conv2d if len(shape) == 4 else Int8Linear)(codes, scale, bias, grid)
+    x = torch.randn(2, 8, 6, 6) if len(shape) == 4 else torch.randn(2, 8)
+    assert torch.equal(layer(quantize_to_uint8(x, grid.scale, grid.zero_point)), layer(x))
+
+
+@needs_kernels
+def test_output_of_fewer_bits_is_refused() -> None:
+    codes, scale, bias = random_layer((10, 32))
+    with pytest.raises(ValueError, match=r"output\.highest is 15"):
+        Int8Linear(codes, scale, bias, DynamicActivation(), output=StaticActivation(0.1, 0, highest=15))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kernel_size": 2}, {"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": (2, 3), "ceil_mode": True}],
+)
+@pytest.mark.parametrize("batch", [0, 2])
+def test_pooling_codes_equals_pooling_values(options: dict[str, Any], batch: int) -> None:
+    pool = torch.nn.MaxPool2d(**options)
+    codes = torch.randint(0, 256, (batch, 40, 9, 11), dtype=torch.uint8).to(memory_format=torch.channels_last)
+    assert torch.equal(CodeMaxPool2d(pool)(codes).float(), pool(codes.float()))
+    assert torch.equal(CodeMaxPool2d(pool)(codes.float()), pool(codes.float()))
 
 
 def test_kernels_are_refused_elsewhere() -> None:

@@ -1,0 +1,68 @@
+"""Unsigned 8-bit codes of activations, made fast in eager mode: quantize, find a range, pool.
+
+- `torch.quantize_per_tensor` is the one eager operator that quantizes in a single pass; its bytes are viewed as
+  uint8 where `int_repr()` would copy them. On 2 threads and a [1, 96, 112, 112] input it took 0.2 ms, with
+  `int_repr()` 0.4 ms, and rounding and clamping by separate operators 1.0 ms and more.
+- `torch.aminmax` is slow on a channels_last tensor (1.2 ms) and fast on the same memory seen as one row (0.2 ms).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_SMALLEST_SCALE = np.float32(torch.finfo(torch.float32).eps)
+
+
+def quantize_to_uint8(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """Return uint8 codes clamp(round(x * (1 / scale)) + zero_point, 0, 255), in the shape and strides of `x`.
+
+    `x` is float32; rounding is half to even. Values beyond 2^31 steps (infinity) give a wrong code.
+    """
+    quantized = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
+    storage: Any = quantized.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, quantized.shape, quantized.stride())
+
+
+def choose_dynamic_qparams(x: Tensor, highest: int = 255) -> tuple[float, int]:
+    """Return the scale and the zero point for the values of float32 `x`, in a range that is made to hold zero.
+
+    The arithmetic is float32: scale = max((high - low) / highest, eps), zero_point = round(-low / scale). An empty
+    `x` counts as zero. Values that are not finite give a scale of NaN, so that the output is NaN too.
+    """
+    if not x.numel():
+        return float(_SMALLEST_SCALE), 0
+    row = x.permute(0, 2, 3, 1).reshape(-1) if x.ndim == 4 else x.reshape(-1)
+    least, most = (value.item() for value in torch.aminmax(row))
+    if not math.isfinite(most - least):
+        return math.nan, 0
+    low, high = np.float32(min(least, 0.0)), np.float32(max(most, 0.0))
+    scale = max((high - low) / np.float32(highest), _SMALLEST_SCALE)
+    return float(scale), int(min(max(np.rint(-low / scale), 0), highest))
+
+
+class CodeMaxPool2d(nn.Module):
+    """`pool` for float32 or for uint8 codes, channels_last, on which torch's own operator refuses most sizes.
+
+    Codes keep the order of values, so the maximum of the codes is the code of the maximum.
+    """
+
+    def __init__(self, pool: nn.MaxPool2d) -> None:
+        super().__init__()
+        self.pool = pool
+        names = ("kernel_size", "stride", "padding", "dilation")
+        self._geometry = [as_pair(getattr(pool, name)) for name in names]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pool [N, C, H, W]."""
+        if x.dtype != torch.uint8 or not x.numel():
+            return self.pool(x)
+        return torch.ops.quantized.max_pool2d(x, *self._geometry, self.pool.ceil_mode)
+
+
+def as_pair(value: int | Sequence[int]) -> list[int]:
+    """Return (height, width) of a geometry number, given once for both or as a pair."""
+    return [value, value] if isinstance(value, int) else list(value)
