@@ -13,15 +13,14 @@ from typing import Any
 import torch
 
 from quantstudy.errors import UserError
-from quantstudy.files import atomic
+from quantstudy.files import save_tensors
 
 FORMAT = "quantstudy-1"
 
 
 def save_checkpoint(path: Path, state_dict: dict[str, torch.Tensor], **facts: Any) -> None:
     """Write `state_dict` and the plain values `facts` to `path` atomically."""
-    with atomic(path) as temporary:
-        torch.save({"format": FORMAT, **facts, "state_dict": _shared_storage(state_dict)}, temporary)
+    save_tensors(path, {"format": FORMAT, **facts, "state_dict": _shared_storage(state_dict)})
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ number out of range is an error of one line that names the key, the value and th
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -179,13 +179,13 @@ Method = Annotated[
     Cast | WeightOnly | Dynamic | Static | MixedLinear | MixedVariance | QatStatic | QatCast,
     Field(discriminator="kind"),
 ]
+METHOD_ROWS: tuple[type[Section], ...] = get_args(get_args(Method)[0])
 
 
 class Measure(Section):
     """How accuracy and latency are measured."""
 
     runtimes: list[Literal["eager", "inductor"]]
-    batch_sizes: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
     seconds: Annotated[float, Field(gt=0)]
     """Time spent timing each batch size on each runtime, the variant and fp32 together."""
     threads: Annotated[int, Field(ge=1)] | None = None
@@ -198,6 +198,12 @@ class ScalingLaw(Section):
     qat: list[str]
 
 
+class Outliers(Section):
+    """The outlier study: the percentiles it reports, and at which a method may clip activations."""
+
+    percentiles: Annotated[list[Annotated[float, Field(gt=50, lt=100)]], Field(min_length=1)]
+
+
 class Params(Section):
     """The whole of `params.yaml`."""
 
@@ -206,6 +212,7 @@ class Params(Section):
     qat: list[Name]
     studies: dict[Name, Study]
     methods: dict[Name, Method]
+    outliers: Outliers
     measure: Measure
     scaling_law: ScalingLaw
 
@@ -265,6 +272,17 @@ def _check_lists(params: Params) -> None:
                 raise unknown(key, name, choices)
         if len(set(names)) < len(names):
             raise UserError(f"{key}: {names} lists a name twice")
+    _check_percentiles(params)
+
+
+def _check_percentiles(params: Params) -> None:
+    listed = params.outliers.percentiles
+    for name, row in params.methods.items():
+        percentile = getattr(row, "clip_percentile", None)
+        if percentile is not None and percentile not in listed:
+            choices = ", ".join(map(str, listed))
+            key = f"methods.{name}.clip_percentile"
+            raise UserError(f"{key}: {percentile} is not in outliers.percentiles; choose one of {choices} or add it")
 
 
 def _one_line(error: ValidationError, raw: dict[str, Any]) -> str:
@@ -311,27 +329,17 @@ def _real_location(loc: tuple[int | str, ...], raw: Any) -> list[int | str]:
 
 
 def _model_at(loc: list[int | str], raw: dict[str, Any]) -> type[Section]:
-    kinds: dict[str, type[Section]] = {
-        "cast": Cast,
-        "weight_only": WeightOnly,
-        "dynamic": Dynamic,
-        "static": Static,
-        "mixed_linear": MixedLinear,
-        "mixed_variance": MixedVariance,
-        "qat_static": QatStatic,
-        "qat_cast": QatCast,
-    }
+    """Return the section that a location of the file belongs to."""
     if not loc:
         return Params
     if loc[0] == "methods":
-        return kinds[raw["methods"][loc[1]]["kind"]]
+        kind = raw["methods"][loc[1]]["kind"]
+        return next(row for row in METHOD_ROWS if kind in get_args(row.model_fields["kind"].annotation))
     if loc[0] == "studies":
-        sections: dict[str, type[Section]] = {
-            "model": Model,
-            "data": Data,
-            "training": Training,
-            "calibration": Calibration,
-            "qat": Qat,
-        }
-        return sections[str(loc[2])] if len(loc) > 2 else Study
-    return {"measure": Measure, "scaling_law": ScalingLaw}[str(loc[0])]
+        return Study if len(loc) == 2 else _section(Study, str(loc[2]))
+    return _section(Params, str(loc[0]))
+
+
+def _section(owner: type[Section], key: str) -> type[Section]:
+    section: Any = owner.model_fields[key].annotation
+    return section

@@ -26,7 +26,7 @@ from quantstudy.data.batches import Batches
 from quantstudy.data.container import load_split
 from quantstudy.data.sampling import validation_indices
 from quantstudy.errors import UserError
-from quantstudy.files import atomic, write_text
+from quantstudy.files import save_tensors, write_text
 from quantstudy.runtime import autocast
 
 COLUMNS = (
@@ -213,8 +213,7 @@ def _save(run: Run, parts: dict[str, Any], state: State) -> float:
     started = time.perf_counter()
     content = {name: part.state_dict() for name, part in parts.items()}
     content |= {"fingerprint": run.fingerprint, "state": vars(state)}
-    with atomic(run.resume) as temporary:
-        torch.save(content, temporary)
+    save_tensors(run.resume, content)
     return time.perf_counter() - started
 
 

@@ -3,13 +3,11 @@
 import argparse
 from collections.abc import Sequence
 
-import torch
-
 from quantstudy import layout, models
 from quantstudy.data.batches import Batches
 from quantstudy.data.container import load_split
 from quantstudy.errors import run_stage
-from quantstudy.files import atomic
+from quantstudy.files import save_tensors
 from quantstudy.params import load_params
 from quantstudy.quantization.observers import collect
 from quantstudy.runtime import set_up
@@ -28,8 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = models.load_fp32(layout.model(name, "fp32")).to(device)
     statistics = collect(model, batches, study.calibration.bins)
 
-    with atomic(layout.calibration(name)) as temporary:
-        torch.save(statistics, temporary)
+    save_tensors(layout.calibration(name), statistics)
     print(f"{name}: {len(statistics['layers'])} layers observed on {statistics['images']} training images")
 
 

@@ -123,20 +123,20 @@ class _QuantLayer(nn.Module):
         return unpack(self.packed, self.scheme.weight.bits, self.shape)
 
     def unpack(self) -> None:
-        """Make the weight ready for the forward pass; buffers that no file stores.
-
-        `dense_weight` is the dequantized weight in the dtype of the bias, for eager mode. `int_weight` holds the
-        int8 codes for a compiled or exported graph, where one scale per channel and a quantized input allow it.
-        """
-        codes = self.weight_codes()
-        dense = self.scheme.weight.dequantize(codes, self.weight_scale.float())
+        """Make `dense_weight`, which eager mode multiplies with: dequantized, in the dtype of the bias."""
+        dense = self.scheme.weight.dequantize(self.weight_codes(), self.weight_scale.float())
         dtype = torch.float32 if self.bias is None else self.bias.dtype
         dense = dense.to(dtype, memory_format=torch.channels_last if dense.ndim == 4 else torch.contiguous_format)
         self.register_buffer("dense_weight", dense, persistent=False)
-        if self.emits_int8:
-            self.register_buffer("int_weight", codes, persistent=False)
-            zeros = torch.zeros(self.shape[0], dtype=torch.int64, device=codes.device)
-            self.register_buffer("weight_zero_point", zeros, persistent=False)
+
+    def prepare_to_trace(self) -> None:
+        """Make the weight that a compiled or exported graph holds: int8 codes where it may, else the dense one."""
+        if not self.emits_int8:
+            self.unpack()
+            return
+        self.register_buffer("int_weight", self.weight_codes(), persistent=False)
+        zeros = torch.zeros(self.shape[0], dtype=torch.int64, device=self.packed.device)
+        self.register_buffer("weight_zero_point", zeros, persistent=False)
 
     @property
     def emits_int8(self) -> bool:
@@ -147,13 +147,13 @@ class _QuantLayer(nn.Module):
         """Return the weight that the operator multiplies with, as the layer's state and the tracer want it."""
         if self.weight is not None:
             return self.scheme.weight.fake_quantize(self.weight)
+        if torch.compiler.is_compiling():
+            if not self.emits_int8:
+                return self.dense_weight
+            grid = (self.weight_scale.flatten(), self.weight_zero_point, 0, -128, 127, torch.int8)
+            return OPS.dequantize_per_channel.default(self.int_weight, *grid)
         if not hasattr(self, "dense_weight"):
             self.unpack()
-        if torch.compiler.is_compiling() and self.emits_int8:
-            scale = self.weight_scale.flatten()
-            return OPS.dequantize_per_channel.default(
-                self.int_weight, scale, self.weight_zero_point, 0, -128, 127, torch.int8
-            )
         return self.dense_weight
 
     def extra_repr(self) -> str:
@@ -179,7 +179,7 @@ class QuantConv2d(_QuantLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve the quantized input with the quantized weight."""
         weight = self.forward_weight()
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        geometry: Any = (self.stride, self.padding, self.dilation, self.groups)
         return nn.functional.conv2d(self.activation(x), weight, self.bias, *geometry)
 
 
@@ -200,7 +200,7 @@ def quantize_layers(model: nn.Module, schemes: dict[str, LayerScheme]) -> dict[s
     """Replace the named Conv2d and Linear modules of `model` in place; return the new layers by name."""
     replaced: dict[str, _QuantLayer] = {}
     for name, scheme in schemes.items():
-        layer = model.get_submodule(name)
+        layer: Any = model.get_submodule(name)
         replaced[name] = (QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear)(layer, scheme)
         model.set_submodule(name, replaced[name])
     return replaced

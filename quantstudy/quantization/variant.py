@@ -30,12 +30,6 @@ class Variant(nn.Module):
         logits: Tensor = self.network(images.to(self.dtype))
         return logits.float()
 
-    def unpack(self) -> "Variant":
-        """Make every frozen layer ready to run; return self."""
-        for layer in quantized_layers(self).values():
-            layer.unpack()
-        return self
-
 
 def save_variant(path: Path, variant: Variant, architecture: str, classes: int, name: str) -> None:
     """Write a variant whose quantized layers are all frozen."""
@@ -63,7 +57,7 @@ def load_variant(path: Path) -> Variant:
         layer.activation.scale, layer.activation.zero_point = row["scale"], row["zero_point"]
     network.load_state_dict(checkpoint["state_dict"], assign=True)
     network.requires_grad_(False).eval()
-    return Variant(network.to(memory_format=torch.channels_last), dtype).unpack().eval()  # type: ignore[call-overload]
+    return Variant(network.to(memory_format=torch.channels_last), dtype).eval()  # type: ignore[call-overload]
 
 
 def _describe(layer: Any) -> dict[str, Any]:

@@ -1,0 +1,208 @@
+"""Measure one variant of a study: accuracy, latency, memory and size, as one flat record and its details.
+
+The executables of the variant and of fp32 are timed first, taking turns. The variant's fastest runtime, by the
+sum of its medians, is the one that is reported, and accuracy is measured on that same executable, in batches of
+the larger timed size.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from quantstudy import layout, models
+from quantstudy import params as P
+from quantstudy.data.batches import Batches
+from quantstudy.data.container import Split
+from quantstudy.files import finite
+from quantstudy.measure.executables import Executable, build_executable, worth_compiling
+from quantstudy.measure.latency import Timing, time_alternately
+from quantstudy.measure.memory import peak_memory_mb
+from quantstudy.measure.operations import layer_macs, tera_bit_operations, total_macs
+from quantstudy.measure.statistics import mcnemar_exact_p, sqnr_db, wilson_half_width
+from quantstudy.quantization.layers import quantized_layers
+from quantstudy.quantization.observers import quantizable_layers
+from quantstudy.quantization.variant import Variant, load_variant
+
+Record = dict[str, Any]
+BATCH_SIZES = (1, 16)
+"""The batch sizes that are timed."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is measured, on what."""
+
+    name: str
+    study: P.Study
+    variant: str
+    measure: P.Measure
+    device: torch.device
+
+    @property
+    def path(self) -> Path:
+        """The variant's model file."""
+        return layout.model(self.name, self.variant)
+
+    def load(self, variant: str | None = None) -> nn.Module:
+        """Load the variant, or another one of the study, on the CPU."""
+        path = layout.model(self.name, variant or self.variant)
+        return models.load_fp32(path) if "fp32" in (variant or self.variant) else load_variant(path)
+
+    def noise(self, batch_size: int) -> Tensor:
+        """Return images to time on, float32 [batch_size, 3, S, S], channels_last on the device."""
+        size = self.study.data.image_size
+        generator = torch.Generator().manual_seed(self.study.seed)
+        images = torch.randn(batch_size, 3, size, size, generator=generator)
+        return images.to(self.device, memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def evaluate(task: Task, test: Split, reference: np.ndarray | None) -> tuple[Record, Record, np.ndarray]:
+    """Return the metrics, the details and the logits (float32 [images, classes]) of a variant.
+
+    `reference` holds the fp32 logits on the same images; None when the variant is fp32 itself. Call it before the
+    process has computed anything, because memory is measured in a forked child.
+    """
+    memory = peak_memory_mb(lambda: _run_once(task), task.device)
+    executables, baselines = _executables(task)
+    timings = {size: _time(task, executables, baselines, size) for size in BATCH_SIZES}
+    chosen = min(executables, key=lambda e: sum(t[f"{task.variant} {e.runtime}"].median_ms for t in timings.values()))
+    logits = run_on_test(chosen, task, test)
+    metrics = _accuracy(logits, logits if reference is None else reference, test.labels.numpy())
+    metrics |= _size(task) | _operations(task, chosen)
+    metrics |= _latency(task, chosen, baselines, timings)
+    metrics |= {"kernel_real": int(chosen.real), "peak_memory_mb": finite(memory), "seed": task.study.seed}
+    return metrics, _details(task, chosen, timings), logits
+
+
+def run_on_test(executable: Executable, task: Task, test: Split) -> np.ndarray:
+    """Return the logits on the test split, in its order; every batch has the size that was timed."""
+    size = max(BATCH_SIZES)
+    found = []
+    for images, _ in Batches(test, task.study.data, size, task.device):
+        missing = size - len(images)
+        full = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)]) if missing else images
+        logits = executable.run(full.contiguous(memory_format=torch.channels_last))
+        found.append(logits[: len(images)].float().cpu().numpy())
+    return np.concatenate(found)
+
+
+def _run_once(task: Task) -> None:
+    executable = build_executable(task.load(), "eager", task.device)
+    with torch.no_grad():
+        executable.run(task.noise(max(BATCH_SIZES)))
+
+
+def _executables(task: Task) -> tuple[list[Executable], list[Executable]]:
+    """Build the variant on every runtime worth it, and fp32 likewise if a speed-up can be reported."""
+    first = task.load()
+    compiles = "inductor" in task.measure.runtimes and worth_compiling(first, task.device)
+    runtimes = ["eager", *(["inductor"] if compiles else [])]
+    built = [build_executable(task.load(), runtime, task.device) for runtime in runtimes]
+    if task.variant == "fp32" or not any(executable.real for executable in built):
+        return built, []
+    return built, [build_executable(task.load("fp32"), runtime, task.device) for runtime in task.measure.runtimes]
+
+
+def _time(task: Task, executables: list[Executable], baselines: list[Executable], batch_size: int) -> dict[str, Timing]:
+    calls = {f"{task.variant} {executable.runtime}": executable.run for executable in executables}
+    calls |= {f"fp32 {executable.runtime}": executable.run for executable in baselines}
+    return time_alternately(calls, task.noise(batch_size), task.measure.seconds)
+
+
+def _accuracy(logits: np.ndarray, reference: np.ndarray, labels: np.ndarray) -> Record:
+    predicted, expected = logits.argmax(1), reference.argmax(1)
+    right, right_before = predicted == labels, expected == labels
+    five = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+    images = len(labels)
+    return {
+        "top1": 100 * float(right.mean()),
+        "top5": 100 * float((five == labels[:, None]).any(1).mean()),
+        "top1_ci95": wilson_half_width(int(right.sum()), images),
+        "top1_drop": 100 * float(right_before.mean() - right.mean()),
+        "top1_drop_p": mcnemar_exact_p(right_before, right),
+        "images": images,
+        "agreement": 100 * float((predicted == expected).mean()),
+        "sqnr_db": sqnr_db(reference, logits),
+    }
+
+
+def _size(task: Task) -> Record:
+    size, fp32 = task.path.stat().st_size, layout.model(task.name, "fp32").stat().st_size
+    stored = weights = quantized = 0
+    model = task.load()
+    replaced = quantized_layers(model)
+    for layer in replaced.values():
+        stored += 8 * (layer.packed.nbytes + layer.weight_scale.nbytes)
+        weights += layer.shape.numel()
+    rest: dict[str, Any] = quantizable_layers(model)
+    for module in rest.values():
+        stored += 8 * module.weight.nbytes
+        weights += module.weight.numel()
+    if replaced:
+        quantized = len(replaced)
+    elif isinstance(model, Variant) and model.dtype.itemsize < 4:
+        quantized = len(rest)
+    return {
+        "size_mb": size / 1e6,
+        "compression": fp32 / size,
+        "weight_bits": stored / weights,
+        "layers_quantized": quantized,
+        "layers_quantizable": len(replaced) + len(rest),
+    }
+
+
+def _operations(task: Task, chosen: Executable) -> Record:
+    model = task.load("fp32")
+    macs = layer_macs(model, task.study.data.image_size)
+    weight = {name: layer.weight for name, layer in chosen.layers.items()}
+    activation = {name: layer.activation for name, layer in chosen.layers.items()}
+    return {
+        "gmacs": total_macs(model, task.study.data.image_size) / 1e9,
+        "tbops": tera_bit_operations(macs, weight, activation),
+    }
+
+
+def _latency(
+    task: Task, chosen: Executable, baselines: list[Executable], timings: dict[int, dict[str, Timing]]
+) -> Record:
+    """Report both batch sizes on the chosen runtime; a speed-up only for a real kernel, over fp32's best runtime."""
+    found: Record = {}
+    for size, timing in timings.items():
+        own = timing[f"{task.variant} {chosen.runtime}"].median_ms
+        found[f"latency_ms_b{size}"] = own
+        fp32 = [timing[f"fp32 {executable.runtime}"].median_ms for executable in baselines]
+        if task.variant == "fp32":
+            found[f"speedup_b{size}"] = 1.0
+        else:
+            found[f"speedup_b{size}"] = min(fp32) / own if chosen.real and fp32 else None
+    return found
+
+
+def _details(task: Task, chosen: Executable, timings: dict[int, dict[str, Timing]]) -> Record:
+    macs = layer_macs(task.load("fp32"), task.study.data.image_size)
+    rows = [{"name": name, **asdict(bits), "macs": macs[name]} for name, bits in chosen.layers.items()]
+    return {
+        "variant": task.variant,
+        "runtime": chosen.runtime,
+        "device": str(task.device),
+        "threads": torch.get_num_threads(),
+        "kernel": {"real": chosen.real_layers, "total": len(chosen.layers), "note": _note(chosen)},
+        "timings": [
+            {"executable": name, "batch_size": size, **asdict(timing)}
+            for size, by_name in timings.items()
+            for name, timing in by_name.items()
+        ],
+        "layers": rows,
+    }
+
+
+def _note(chosen: Executable) -> str:
+    if chosen.real:
+        return "every layer runs in its stated type"
+    simulated = len(chosen.layers) - chosen.real_layers
+    return f"{simulated} of {len(chosen.layers)} layers are simulated or run in a wider type; no speed-up is reported"

@@ -1,0 +1,141 @@
+"""The ways a model can be run here, each an executable that says which of its layers run in their stated type.
+
+- `eager`: on a CPU with VNNI, layers with integer weights per channel and integer inputs become oneDNN int8
+  kernels; every other quantized layer is simulated in floating point.
+- `inductor`: `torch.compile` with frozen weights. It fuses the quantize and dequantize operators around
+  convolutions and linear layers with a calibrated input into oneDNN int8 kernels.
+
+A layer is real when its multiplications run in the types its scheme names. Codes of fewer than 8 bits run on
+int8 kernels too, with the same result as in their own type, but that is int8 arithmetic: not real.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantstudy.measure.hardware import arithmetic_is_native
+from quantstudy.quantization.kernels import (
+    Activation,
+    DynamicActivation,
+    Int8Conv2d,
+    Int8Linear,
+    StaticActivation,
+    int8_kernels_available,
+)
+from quantstudy.quantization.layers import QuantConv2d, quantized_layers
+from quantstudy.quantization.observers import quantizable_layers
+from quantstudy.quantization.variant import Variant
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """Bits of a layer's weights and input in its arithmetic, and whether its kernel really computes in them."""
+
+    weight: int
+    activation: int
+    real: bool
+
+
+@dataclass(frozen=True)
+class Executable:
+    """A model ready to run: float32 images [N, 3, S, S] on `device` to float32 logits [N, classes]."""
+
+    runtime: str
+    run: Callable[[Tensor], Tensor]
+    layers: dict[str, LayerBits]
+
+    @property
+    def real_layers(self) -> int:
+        """How many layers run in the types their scheme names."""
+        return sum(layer.real for layer in self.layers.values())
+
+    @property
+    def real(self) -> bool:
+        """Whether all layers do."""
+        return self.real_layers == len(self.layers)
+
+
+def build_executable(model: nn.Module, runtime: str, device: torch.device) -> Executable:
+    """Turn `model`, an fp32 network or a `Variant`, into an executable; the model is used up."""
+    model = model.to(device).eval()
+    layers = layer_bits(model, runtime, device)
+    if runtime == "inductor":
+        return Executable(runtime, _compiled(model, device), layers)
+    if int8_kernels_available(device):
+        use_int8_kernels(model)
+    return Executable(runtime, model, layers)
+
+
+def worth_compiling(model: nn.Module, device: torch.device) -> bool:
+    """Whether inductor is tried for `model`: for models that it runs in their stated types.
+
+    A simulated model gains nothing that could be reported, and a range found at run time keeps convolutions out
+    of inductor's int8 patterns.
+    """
+    return all(layer.real for layer in layer_bits(model, "inductor", device).values())
+
+
+def layer_bits(model: nn.Module, runtime: str, device: torch.device) -> dict[str, LayerBits]:
+    """Return the bits of every Conv2d and Linear, quantized or not, by its name in the fp32 network."""
+    network, dtype = (model.network, model.dtype) if isinstance(model, Variant) else (model, torch.float32)
+    native = dtype == torch.float32 or arithmetic_is_native(str(dtype).removeprefix("torch."), device.type)
+    width = 8 * dtype.itemsize
+    quantized = quantized_layers(network)
+    bits: dict[str, LayerBits] = {}
+    for name, module in network.named_modules():
+        if name in quantized:
+            bits[name] = _quantized_bits(module, runtime, device, width)
+        elif name in quantizable_layers(network):
+            bits[name] = LayerBits(width, width, native)
+    return bits
+
+
+def _quantized_bits(layer: Any, runtime: str, device: torch.device, width: int) -> LayerBits:
+    scheme = layer.scheme
+    activation = width if scheme.activation.mode == "none" else scheme.activation.bits
+    both_int8 = scheme.weight.bits == 8 and activation == 8
+    modes = ("static",) if runtime == "inductor" else ("static", "dynamic")
+    on_kernel = layer.emits_int8 and scheme.activation.mode in modes and int8_kernels_available(device)
+    return LayerBits(scheme.weight.bits, activation, both_int8 and on_kernel)
+
+
+def use_int8_kernels(model: nn.Module) -> None:
+    """Replace every layer that oneDNN's int8 kernels can compute, in place; widths below 8 bits are widened."""
+    for name, layer in quantized_layers(model).items():
+        if layer.emits_int8:
+            model.set_submodule(name, _kernel(layer))
+
+
+def _kernel(layer: Any) -> nn.Module:
+    scheme, activation = layer.scheme.activation, layer.activation
+    grid: Activation = DynamicActivation(scheme.highest)
+    if scheme.mode == "static":
+        grid = StaticActivation(activation.scale, activation.zero_point, scheme.highest)
+    weight = (layer.weight_codes(), layer.weight_scale, layer.bias, grid)
+    if isinstance(layer, QuantConv2d):
+        geometry: Any = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+        return Int8Conv2d(*weight, **geometry, groups=layer.groups)
+    return Int8Linear(*weight)
+
+
+def _compiled(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    from torch._inductor import config
+
+    layers = quantized_layers(model)
+    for layer in layers.values():
+        layer.prepare_to_trace()
+    if device.type == "cpu":
+        config.freezing = True
+        if layers:
+            _register_int8_patterns()
+    return torch.compile(model, mode=None if device.type == "cpu" else "reduce-overhead")
+
+
+def _register_int8_patterns() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
