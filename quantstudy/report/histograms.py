@@ -1,0 +1,134 @@
+"""The outlier report: statistics and histograms of every layer's input, from the calibration file.
+
+Everything is computed from the same histograms that the clipped methods take their ranges from, so that a
+threshold drawn here is the one that is used.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quantstudy.errors import UserError
+from quantstudy.params import Params
+from quantstudy.quantization.observers import histogram_percentile
+from quantstudy.report.style import BLUE, GREEN, ORANGE, PURPLE, VERMILLION, plot_style, save
+
+PERCENTILES = (95.0, 99.0, 99.9)
+"""Percentiles of the original study, in every statistics file."""
+
+DRAWN_BINS = 128
+_CLIP_STYLES = ((VERMILLION, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"))
+
+
+def check_calibration(calibration: Any, path: Path) -> dict[str, dict[str, Any]]:
+    """Return the layers of a calibration file; raise `UserError` when it is not one."""
+    layers = calibration.get("layers") if isinstance(calibration, dict) else None
+    if not isinstance(layers, dict) or not layers:
+        raise UserError(f"{path}: not a calibration file; run calibrate again")
+    return layers
+
+
+def layer_statistics(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers of one layer's input, as plain JSON values.
+
+    Args:
+        layer: min, max, mean and std as numbers, `edges` float32 [bins + 1], `counts` [bins].
+
+    Returns:
+        `min`, `max`, `mean`, `std`, `kurtosis` (of the histogram, 3 for a normal distribution, null for a constant
+        input), and `percentiles`: per percentile p the two-sided range `low`, `high` that leaves (100 - p) % of the
+        values out at each end, `outlier_fraction` (the share of values outside it) and `range_ratio` (the whole
+        range over it: how much finer the quantization step becomes by clipping there).
+    """
+    edges, counts = layer["edges"], layer["counts"]
+    facts: dict[str, Any] = {key: float(layer[key]) for key in ("min", "max", "mean", "std")}
+    facts["kurtosis"] = _kurtosis(_array(edges), _array(counts))
+    facts["percentiles"] = {}
+    for percentile in PERCENTILES:
+        low, high = histogram_percentile(edges, counts, percentile)
+        facts["percentiles"][f"{percentile:g}"] = {
+            "low": low,
+            "high": high,
+            "outlier_fraction": _share_outside(_array(edges), _array(counts), low, high),
+            "range_ratio": (facts["max"] - facts["min"]) / (high - low) if high > low else None,
+        }
+    return facts
+
+
+def clip_percentiles(params: Params) -> list[float]:
+    """Return the percentiles that the methods which run clip at, without 100, from the widest range down."""
+    rows = (params.method(variant) for variant in params.variants[1:])
+    found = {getattr(row, "clip_percentile", None) or 100.0 for row in rows}
+    return sorted(found - {100.0}, reverse=True)
+
+
+def histogram_name(layer: str) -> str:
+    """Return the file name of a layer's histogram, e.g. `hist_features.18.conv.0.0.png`."""
+    return f"hist_{re.sub(r'[^A-Za-z0-9._-]', '_', layer)}.png"
+
+
+def plot_histograms(folder: Path, layers: Mapping[str, Mapping[str, Any]], percentiles: Sequence[float]) -> None:
+    """Draw one PNG a layer into `folder`: the input's histogram and the ranges of `percentiles`."""
+    with plot_style():
+        figure = Figure(figsize=(7.6, 3.4), dpi=90)
+        axes = figure.add_axes((0.12, 0.16, 0.59, 0.72))
+        for name, layer in layers.items():
+            axes.clear()
+            _draw(axes, name, layer, percentiles)
+            save(figure, folder / histogram_name(name), dpi=90)
+
+
+def _draw(axes: Axes, name: str, layer: Mapping[str, Any], percentiles: Sequence[float]) -> None:
+    edges, counts = _rebin(_array(layer["edges"]), _array(layer["counts"]))
+    axes.stairs(counts / max(counts.sum(), 1.0), edges, fill=True, color=BLUE, alpha=0.65, label="values")
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+    for index, percentile in enumerate(percentiles):
+        low, high = histogram_percentile(layer["edges"], layer["counts"], percentile)
+        color, line = _CLIP_STYLES[index % len(_CLIP_STYLES)]
+        label = f"{percentile:g} %: {low:.3g} to {high:.3g}"
+        axes.axvline(high, color=color, linestyle=line, linewidth=1.5, label=label)
+        if low > edges[0]:
+            axes.axvline(low, color=color, linestyle=line, linewidth=1.5)
+    axes.set_title(f"input of {name}", fontsize=10)
+    axes.set_xlabel("activation", fontsize=9)
+    axes.set_ylabel("share of the values", fontsize=9)
+    axes.tick_params(labelsize=8)
+    low, high = float(layer["min"]), float(layer["max"])
+    title = f"{low:.3g} to {high:.3g}" + ("\nclipped at" if percentiles else "")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8, title=title, title_fontsize=8, alignment="left")
+
+
+def _rebin(edges: NDArray[np.float64], counts: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Merge neighbouring bins to about `DRAWN_BINS`: more than pixels can show only costs time."""
+    step = max(1, len(counts) // DRAWN_BINS)
+    starts = np.arange(0, len(counts), step)
+    return np.append(edges[starts], edges[-1]), np.add.reduceat(counts, starts)
+
+
+def _array(tensor: Tensor) -> NDArray[np.float64]:
+    return tensor.detach().cpu().numpy().astype(np.float64)
+
+
+def _share_outside(edges: NDArray[np.float64], counts: NDArray[np.float64], low: float, high: float) -> float:
+    centers = (edges[:-1] + edges[1:]) / 2
+    outside = (centers < low) | (centers > high)
+    return float(counts[outside].sum() / max(counts.sum(), 1.0))
+
+
+def _kurtosis(edges: NDArray[np.float64], counts: NDArray[np.float64]) -> float | None:
+    if np.count_nonzero(counts) < 2:
+        return None
+    centers, weights = (edges[:-1] + edges[1:]) / 2, counts / counts.sum()
+    deviations = centers - (weights * centers).sum()
+    variance = float((weights * deviations**2).sum())
+    return float((weights * deviations**4).sum()) / variance**2
