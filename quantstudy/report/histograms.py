@@ -105,7 +105,9 @@ def _draw(axes: Axes, name: str, layer: Mapping[str, Any], percentiles: Sequence
     axes.tick_params(labelsize=8)
     low, high = float(layer["min"]), float(layer["max"])
     title = f"{low:.3g} to {high:.3g}" + ("\nclipped at" if percentiles else "")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8, title=title, title_fontsize=8, alignment="left")
+    axes.legend(
+        loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8, title=title, title_fontsize=8, alignment="left"
+    )
 
 
 def _rebin(edges: NDArray[np.float64], counts: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

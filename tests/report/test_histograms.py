@@ -1,0 +1,65 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantstudy.errors import UserError
+from quantstudy.params import load_params
+from quantstudy.quantization.observers import histogram_percentile
+from quantstudy.report.histograms import check_calibration, clip_percentiles, histogram_name, layer_statistics
+
+
+def layer(values: torch.Tensor, bins: int = 512) -> dict[str, object]:
+    low, high = (float(bound) for bound in torch.aminmax(values))
+    low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
+    return {
+        "min": float(values.min()),
+        "max": float(values.max()),
+        "mean": float(values.mean()),
+        "std": float(values.std(unbiased=False)),
+        "edges": torch.linspace(low, high, bins + 1),
+        "counts": torch.histc(values, bins, low, high).double(),
+    }
+
+
+def test_statistics_of_a_normal_input() -> None:
+    values = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    facts = layer_statistics(layer(values))
+    assert facts["kurtosis"] == pytest.approx(3, abs=0.1)
+    assert list(facts["percentiles"]) == ["95", "99", "99.9"]
+    for name, quantile in (("95", 1.645), ("99", 2.326), ("99.9", 3.09)):
+        row = facts["percentiles"][name]
+        assert (row["low"], row["high"]) == pytest.approx((-quantile, quantile), abs=0.1)
+        assert row["outlier_fraction"] == pytest.approx(2 * (100 - float(name)) / 100, rel=0.25)
+        assert row["range_ratio"] == pytest.approx((facts["max"] - facts["min"]) / (row["high"] - row["low"]))
+
+
+def test_thresholds_are_those_of_the_clipped_methods() -> None:
+    statistics = layer(torch.relu(torch.randn(10_000)))
+    row = layer_statistics(statistics)["percentiles"]["99"]
+    assert (row["low"], row["high"]) == histogram_percentile(statistics["edges"], statistics["counts"], 99.0)
+
+
+def test_a_constant_input_has_no_kurtosis() -> None:
+    facts = layer_statistics(layer(torch.full((100,), 2.0)))
+    assert facts["kurtosis"] is None and facts["percentiles"]["95"]["outlier_fraction"] == 0.0
+
+
+def test_percentiles_of_the_methods_that_run(project) -> None:
+    assert clip_percentiles(load_params()) == [99.9, 99.0, 95.0]
+    project.edit("ptq", ["fp16", "int8_static", "int4_static", "clip_int8", "clip_int8_p99"])
+    assert clip_percentiles(load_params()) == [99.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("features.18.conv.0.0", "hist_features.18.conv.0.0.png"), ("../a b/é", "hist_.._a_b__.png")],
+)
+def test_file_names_are_safe(name: str, file: str) -> None:
+    assert histogram_name(name) == file
+
+
+@pytest.mark.parametrize("content", [None, {}, {"layers": {}}, {"layers": [1]}])
+def test_not_a_calibration_file(content: object) -> None:
+    with pytest.raises(UserError, match=r"a\.pt: not a calibration file; run calibrate again"):
+        check_calibration(content, Path("a.pt"))

@@ -1,0 +1,53 @@
+"""The outliers stage on a calibration file of two layers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from quantstudy import layout
+from quantstudy.quantization.observers import collect
+from stages import outliers
+
+HISTOGRAMS = ["hist_0.png", "hist_2.png"]
+
+
+@pytest.fixture
+def calibrated(project):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval()
+    path = layout.calibration("tiny")
+    path.parent.mkdir(parents=True)
+    torch.save(collect(model, [(torch.randn(8, 3, 16, 16), torch.zeros(8))], 256), path)
+    return project
+
+
+def test_writes_statistics_and_a_histogram_a_layer(calibrated, capsys: pytest.CaptureFixture[str]) -> None:
+    outliers.main(["--study", "tiny"])
+    folder = Path("reports/tiny")
+    statistics = json.loads((folder / "activation_stats.json").read_text())
+    assert statistics["images"] == 8 and list(statistics["layers"]) == ["0", "2"]
+    assert statistics["layers"]["2"]["min"] == 0.0
+    found = {path.name: path.read_bytes() for path in sorted((folder / "outlier_quant_results").iterdir())}
+    assert list(found) == HISTOGRAMS
+    outliers.main(["--study", "tiny"])
+    assert all((folder / "outlier_quant_results" / name).read_bytes() == found[name] for name in HISTOGRAMS)
+    assert "2 histograms of 8 calibration images" in capsys.readouterr().out
+
+
+def test_a_missing_calibration_is_one_line(calibrated) -> None:
+    layout.calibration("tiny").unlink()
+    assert "models/tiny/calibration.pt: no such file" in calibrated.failure(outliers.main)
+
+
+def test_a_truncated_calibration_is_one_line(calibrated) -> None:
+    path = layout.calibration("tiny")
+    path.write_bytes(path.read_bytes()[:500])
+    assert "truncated, corrupt" in calibrated.failure(outliers.main)
+
+
+def test_another_file_is_one_line(calibrated) -> None:
+    torch.save({"weight": torch.zeros(3)}, layout.calibration("tiny"))
+    assert "not a calibration file; run calibrate again" in calibrated.failure(outliers.main)

@@ -1,0 +1,92 @@
+"""The plots stage on made-up metrics: what it writes, that it writes it again, and what it refuses."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from quantstudy import layout
+from quantstudy.params import load_params
+from stages import plots
+from tests.report.fabricate import fabricate
+
+FOLDER = Path("reports/tiny")
+PLOTS = ["accuracy_vs_latency_plot", "accuracy_vs_size_plot", "scaling_law_plot", "training_curves"]
+TABLES = ["ptq_results_mobilenet_torchao_final.json", "qat_finetune_results.json", "results.csv", "results.md"]
+WRITTEN = sorted([*(f"{name}.png" for name in PLOTS), *TABLES, "scaling_law.csv"])
+
+
+@pytest.fixture
+def study(project):
+    fabricate(load_params(), "tiny")
+    return project
+
+
+def outputs() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(FOLDER.iterdir()) if path.is_file()}
+
+
+def test_writes_every_table_and_plot_and_the_same_again(study, capsys: pytest.CaptureFixture[str]) -> None:
+    plots.main(["--study", "tiny"])
+    first = outputs()
+    assert sorted(first) == WRITTEN
+    printed = capsys.readouterr().out
+    assert first["results.md"].decode() in printed and "10000 test images of digits at 32 px" in printed
+    plots.main(["--study", "tiny"])
+    assert outputs() == first
+    with (FOLDER / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["variant"] for row in rows] == load_params().variants
+    assert next(row for row in rows if row["variant"] == "int4_static")["speedup_b1"] == ""
+    names = [[row["variant"] for row in json.loads(first[table])] for table in TABLES[:2]]
+    assert names == [["fp32", *load_params().ptq], ["fp32", *load_params().qat]]
+
+
+def test_a_removed_variant_is_in_no_output(study) -> None:
+    study.edit("ptq", ["fp16", "int8_static", "int4_static"])
+    plots.main(["--study", "tiny"])
+    assert layout.metrics("tiny", "clip_int4").is_file()
+    text = "".join(outputs()[name].decode() for name in (*TABLES, "scaling_law.csv"))
+    assert "int4_static" in text and "clip_int4" not in text and "mixed" not in text
+
+
+def test_nothing_was_timed(study) -> None:
+    for variant in load_params().variants:
+        path = layout.metrics("tiny", variant)
+        untimed = dict.fromkeys(("latency_ms_b1", "latency_ms_b16", "speedup_b1", "speedup_b16"))
+        path.write_text(json.dumps(json.loads(path.read_text()) | untimed))
+    plots.main(["--study", "tiny"])
+    assert sorted(outputs()) == WRITTEN
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        (layout.metrics("tiny", "qat_int8"), "no such file"),
+        (layout.curve("tiny", "qat_bf16"), "no such file"),
+        (layout.ENVIRONMENT, "no such file"),
+    ],
+    ids=["metrics", "curve", "environment"],
+)
+def test_a_missing_input_is_one_line(study, missing: Path, message: str) -> None:
+    missing.unlink()
+    line = study.failure(plots.main)
+    assert str(missing) in line and message in line
+    assert not (FOLDER / "results.md").exists()
+
+
+def test_a_broken_curve_is_one_line(study) -> None:
+    layout.curve("tiny", "finetune").write_text("epoch,train_loss\n1,nonsense\n")
+    assert "finetune.csv: not a training curve" in study.failure(plots.main)
+
+
+def test_an_unknown_study_is_one_line(study) -> None:
+    assert "did you mean tiny?" in study.failure(plots.main, "--study", "tinny")
+
+
+def test_needs_no_torch() -> None:
+    code = "import sys, stages.plots; sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
