@@ -8,7 +8,7 @@ from quantstudy.checkpoint import load_tensors
 from quantstudy.errors import run_stage
 from quantstudy.files import write_json
 from quantstudy.params import load_params
-from quantstudy.report.histograms import check_calibration, clip_percentiles, layer_statistics, plot_histograms
+from quantstudy.report.histograms import check_calibration, layer_statistics, plot_histograms
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -18,20 +18,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = parser.parse_args(argv).study
     params = load_params()
     params.study(name)
+    percentiles = sorted(params.outliers.percentiles, reverse=True)
 
     path = layout.calibration(name)
     calibration = load_tensors(path)
     layers = check_calibration(calibration, path)
-    statistics = {layer: layer_statistics(values) for layer, values in layers.items()}
+    statistics = {layer: layer_statistics(values, percentiles) for layer, values in layers.items()}
     write_json(layout.report(name) / "activation_stats.json", {"images": calibration["images"], "layers": statistics})
 
     folder = layout.report(name) / "outlier_quant_results"
-    plot_histograms(folder, layers, clip_percentiles(params))
+    plot_histograms(folder, layers, percentiles)
 
     longest = max(map(len, layers))
-    print(f"{'input of':<{longest}}       min       max  kurtosis  range over that of the 99.9th percentile")
+    widest = f"{percentiles[0]:g}"
+    print(f"{'input of':<{longest}}       min       max  kurtosis  range over that of the {widest}th percentile")
     for layer, row in statistics.items():
-        kurtosis, ratio = row["kurtosis"] or 0.0, row["percentiles"]["99.9"]["range_ratio"] or 0.0
+        kurtosis, ratio = row["kurtosis"] or 0.0, row["percentiles"][widest]["range_ratio"] or 0.0
         print(f"{layer:<{longest}}  {row['min']:8.3g}  {row['max']:8.3g}  {kurtosis:8.1f}  {ratio:.2f}")
     print(f"{len(layers)} histograms of {calibration['images']} calibration images are in {folder}/")
 

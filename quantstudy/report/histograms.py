@@ -17,12 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quantstudy.errors import UserError
-from quantstudy.params import Params
 from quantstudy.quantization.observers import histogram_percentile
 from quantstudy.report.style import BLUE, GREEN, ORANGE, PURPLE, VERMILLION, plot_style, save
-
-PERCENTILES = (95.0, 99.0, 99.9)
-"""Percentiles of the original study, in every statistics file."""
 
 DRAWN_BINS = 128
 _CLIP_STYLES = ((VERMILLION, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"))
@@ -36,11 +32,12 @@ def check_calibration(calibration: Any, path: Path) -> dict[str, dict[str, Any]]
     return layers
 
 
-def layer_statistics(layer: Mapping[str, Any]) -> dict[str, Any]:
+def layer_statistics(layer: Mapping[str, Any], percentiles: Sequence[float]) -> dict[str, Any]:
     """Return the numbers of one layer's input, as plain JSON values.
 
     Args:
         layer: min, max, mean and std as numbers, `edges` float32 [bins + 1], `counts` [bins].
+        percentiles: those of the params' `outliers` section.
 
     Returns:
         `min`, `max`, `mean`, `std`, `kurtosis` (of the histogram, 3 for a normal distribution, null for a constant
@@ -52,7 +49,7 @@ def layer_statistics(layer: Mapping[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {key: float(layer[key]) for key in ("min", "max", "mean", "std")}
     facts["kurtosis"] = _kurtosis(_array(edges), _array(counts))
     facts["percentiles"] = {}
-    for percentile in PERCENTILES:
+    for percentile in percentiles:
         low, high = histogram_percentile(edges, counts, percentile)
         facts["percentiles"][f"{percentile:g}"] = {
             "low": low,
@@ -61,13 +58,6 @@ def layer_statistics(layer: Mapping[str, Any]) -> dict[str, Any]:
             "range_ratio": (facts["max"] - facts["min"]) / (high - low) if high > low else None,
         }
     return facts
-
-
-def clip_percentiles(params: Params) -> list[float]:
-    """Return the percentiles that the methods which run clip at, without 100, from the widest range down."""
-    rows = (params.method(variant) for variant in params.variants[1:])
-    found = {getattr(row, "clip_percentile", None) or 100.0 for row in rows}
-    return sorted(found - {100.0}, reverse=True)
 
 
 def histogram_name(layer: str) -> str:
@@ -105,9 +95,8 @@ def _draw(axes: Axes, name: str, layer: Mapping[str, Any], percentiles: Sequence
     axes.tick_params(labelsize=8)
     low, high = float(layer["min"]), float(layer["max"])
     title = f"{low:.3g} to {high:.3g}" + ("\nclipped at" if percentiles else "")
-    axes.legend(
-        loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8, title=title, title_fontsize=8, alignment="left"
-    )
+    legend = axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8, title=title, title_fontsize=8)
+    legend.set_alignment("left")
 
 
 def _rebin(edges: NDArray[np.float64], counts: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from quantstudy.errors import UserError
@@ -58,7 +59,7 @@ def _name_points(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
         for place, row in enumerate(shown):
             color = INK if len(shown) == 1 else SERIES[row["training"]][1]
             offset, align = ((0, 9), "bottom") if place == 0 else ((0, -9), "top")
-            axes.annotate(
+            text = axes.annotate(
                 f"{row['top1']:.2f}",
                 (bits, row["top1"]),
                 offset,
@@ -68,6 +69,7 @@ def _name_points(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
                 color=color,
                 fontsize=9,
             )
+            text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
 
 
 def read_curve(path: Path) -> Curve:

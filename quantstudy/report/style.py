@@ -51,6 +51,7 @@ _RC: Any = {
     "legend.frameon": False,
     "legend.fontsize": 9,
     "path.simplify": True,
+    "figure.constrained_layout.h_pad": 0.1,
 }
 
 

@@ -103,7 +103,6 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def _cells(result: Result) -> tuple[str, ...]:
-    kernel = {1: "real", 0: "simulated"}.get(int(-1 if result["kernel_real"] is None else result["kernel_real"]))
     layers = [_number(result[key], 0) for key in ("layers_quantized", "layers_quantizable")]
     return (
         result.variant,
@@ -117,8 +116,18 @@ def _cells(result: Result) -> tuple[str, ...]:
         _number(result["latency_ms_b16"], 2),
         _speedups(result),
         "/".join(layers),
-        kernel or NOTHING,
+        _kernel(result),
     )
+
+
+def _kernel(result: Result) -> str:
+    """Return real or simulated, with the layers that run on a real kernel where only some do."""
+    if result["kernel_real"] is None:
+        return NOTHING
+    layers = result.details.get("kernel", {})
+    real, total = layers.get("real", 0), layers.get("total", 0)
+    share = f" ({real}/{total} real)" if 0 < real < total else ""
+    return ("simulated" if result.simulated else "real") + share
 
 
 def _drop(result: Result) -> str:

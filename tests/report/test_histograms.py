@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from quantstudy.errors import UserError
-from quantstudy.params import load_params
 from quantstudy.quantization.observers import histogram_percentile
-from quantstudy.report.histograms import check_calibration, clip_percentiles, histogram_name, layer_statistics
+from quantstudy.report.histograms import check_calibration, histogram_name, layer_statistics
+
+PERCENTILES = (99.9, 99.0, 95.0)
 
 
 def layer(values: torch.Tensor, bins: int = 512) -> dict[str, object]:
@@ -24,9 +25,9 @@ def layer(values: torch.Tensor, bins: int = 512) -> dict[str, object]:
 
 def test_statistics_of_a_normal_input() -> None:
     values = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
-    facts = layer_statistics(layer(values))
+    facts = layer_statistics(layer(values), PERCENTILES)
     assert facts["kurtosis"] == pytest.approx(3, abs=0.1)
-    assert list(facts["percentiles"]) == ["95", "99", "99.9"]
+    assert list(facts["percentiles"]) == ["99.9", "99", "95"]
     for name, quantile in (("95", 1.645), ("99", 2.326), ("99.9", 3.09)):
         row = facts["percentiles"][name]
         assert (row["low"], row["high"]) == pytest.approx((-quantile, quantile), abs=0.1)
@@ -36,19 +37,13 @@ def test_statistics_of_a_normal_input() -> None:
 
 def test_thresholds_are_those_of_the_clipped_methods() -> None:
     statistics = layer(torch.relu(torch.randn(10_000)))
-    row = layer_statistics(statistics)["percentiles"]["99"]
+    row = layer_statistics(statistics, PERCENTILES)["percentiles"]["99"]
     assert (row["low"], row["high"]) == histogram_percentile(statistics["edges"], statistics["counts"], 99.0)
 
 
 def test_a_constant_input_has_no_kurtosis() -> None:
-    facts = layer_statistics(layer(torch.full((100,), 2.0)))
+    facts = layer_statistics(layer(torch.full((100,), 2.0)), PERCENTILES)
     assert facts["kurtosis"] is None and facts["percentiles"]["95"]["outlier_fraction"] == 0.0
-
-
-def test_percentiles_of_the_methods_that_run(project) -> None:
-    assert clip_percentiles(load_params()) == [99.9, 99.0, 95.0]
-    project.edit("ptq", ["fp16", "int8_static", "int4_static", "clip_int8", "clip_int8_p99"])
-    assert clip_percentiles(load_params()) == [99.0]
 
 
 @pytest.mark.parametrize(

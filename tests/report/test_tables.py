@@ -64,6 +64,13 @@ def test_simulated_kernels_are_marked(results: list[Result]) -> None:
     )
 
 
+def test_a_partly_real_kernel_says_so(results: list[Result]) -> None:
+    layout.details("tiny", "mixed_simple").write_text(json.dumps({"kernel": {"real": 3, "total": 11}}))
+    assert "| simulated (3/11 real) |" in markdown(load_results(load_params(), "tiny"))
+    layout.details("tiny", "mixed_simple").unlink()
+    assert "real)" not in markdown(load_results(load_params(), "tiny"))
+
+
 def test_scaling_law_goes_from_many_bits_to_few(results: list[Result]) -> None:
     rows = scaling_law(load_params(), change("fp32", top1=99.9, top1_ci95=0.5))
     assert [(row["training"], row["bits"]) for row in rows] == [

@@ -30,6 +30,7 @@ def test_writes_statistics_and_a_histogram_a_layer(calibrated, capsys: pytest.Ca
     statistics = json.loads((folder / "activation_stats.json").read_text())
     assert statistics["images"] == 8 and list(statistics["layers"]) == ["0", "2"]
     assert statistics["layers"]["2"]["min"] == 0.0
+    assert list(statistics["layers"]["2"]["percentiles"]) == ["99.9", "99", "95"]
     found = {path.name: path.read_bytes() for path in sorted((folder / "outlier_quant_results").iterdir())}
     assert list(found) == HISTOGRAMS
     outliers.main(["--study", "tiny"])
