@@ -12,9 +12,11 @@ those layers then read uint8: no float32 image is written or read in between. `l
 What makes it fast:
 - Weights are packed once, when a layer is built.
 - `uint8.py` quantizes the input in one pass.
-- A zero point of 0 (an input behind a ReLU) lets oneDNN skip a correction term, which it otherwise computes in
-  each call; for a small image and many channels that term costs more than the convolution. Its linear operator
-  has no such cost, so a 1x1 convolution of stride 1 is computed as a linear layer over the channels.
+- oneDNN is always told a zero point of 0: the part of the sums that it contributes goes into the bias, and an
+  image that needs padding is padded with it. oneDNN's own correction term is computed anew in each call, which for
+  a small image and many channels costs more than the convolution, and is wrong for some geometries (a window
+  that lies in the padding altogether, a group of 33 output channels).
+- A 1x1 convolution of stride 1 is computed as a linear layer over the channels, which is faster and has no such cost.
 
 An x86 CPU without VNNI adds pairs of u8 * s8 products in saturating int16 (`vpmaddubsw`), so large codes would give
 wrong sums; oneDNN's advice there is 7-bit inputs. `int8_kernels_available` therefore wants a CPU with VNNI
@@ -31,7 +33,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from quantstudy.quantization.uint8 import as_pair, choose_dynamic_qparams, quantize_to_uint8
+from quantstudy.quantization.onednn_geometry import as_pair, split_padding, stride_to_thin
+from quantstudy.quantization.uint8 import choose_dynamic_qparams, pad_codes, quantize_to_uint8
 
 PostOp = Literal["none", "relu", "relu6"]
 
@@ -126,7 +129,10 @@ class _Int8Layer(nn.Module):
         return codes, scale, zero_point
 
     def _multiply(self, codes: Tensor, scale: float, zero_point: int) -> Tensor:
-        """Multiply codes [..., I] with a packed weight [O, I]."""
+        """Multiply codes [..., I] with a packed weight [O, I]; of an empty input oneDNN would lose the shape."""
+        if not codes.numel():
+            dtype = torch.float32 if self.output is None else torch.uint8
+            return torch.empty(*codes.shape[:-1], len(self._scale), dtype=dtype)
         return torch.ops.onednn.qlinear_pointwise(
             *(codes, scale, zero_point, self._packed.tensor, self._scale, self._zero_point, self._bias),
             *self._last_arguments,
@@ -163,10 +169,14 @@ class Int8Conv2d(_Int8Layer):
         _require_kernels()
         super().__init__(weight_scale, bias, activation, _Options(post_op, output))
         self.stride, self.dilation, self.groups = as_pair(stride), as_pair(dilation), groups
-        self.padding, self._pad_after = _resolve_padding(padding, weight_codes.shape[2:], self.dilation)
-        plain = groups == 1 and self.stride == [1, 1] and not any(self.padding) and weight_codes.shape[2:].numel() == 1
-        self._pointwise = plain
-        if plain:
+        self._thinning = stride_to_thin(weight_codes, self.stride, groups)
+        if self._thinning is not None:
+            self.stride = [1, 1]
+        self.padding, self._before = split_padding(padding, weight_codes.shape[2:], self.dilation)
+        self._code_sum = weight_codes.sum(dim=(1, 2, 3)).double().mul(self._scale).float()
+        steps = groups == 1 and self.stride == [1, 1] and self._thinning is None
+        self._pointwise = steps and not any(self.padding) and weight_codes.shape[2:].numel() == 1
+        if self._pointwise:
             packed = torch.ops.onednn.qlinear_prepack(weight_codes.flatten(1), None)
         else:
             geometry = (self.stride, self.padding, self.dilation, groups)
@@ -178,14 +188,27 @@ class Int8Conv2d(_Int8Layer):
         if x.ndim == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         codes, scale, zero_point = self._quantize(x.contiguous(memory_format=torch.channels_last))
-        if any(self._pad_after):
-            codes = nn.functional.pad(codes, (0, self._pad_after[1], 0, self._pad_after[0]), value=zero_point)
+        if any(self._before):
+            codes = pad_codes(codes, self._before, zero_point)
         if self._pointwise:
             return self._multiply(codes.permute(0, 2, 3, 1), scale, zero_point).permute(0, 3, 1, 2)
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        y = self._convolve(codes, scale, zero_point)
+        if self._thinning is None:
+            return y
+        return y[:, :, :: self._thinning[0], :: self._thinning[1]].contiguous(memory_format=torch.channels_last)
+
+    def _convolve(self, codes: Tensor, scale: float, zero_point: int) -> Tensor:
+        """Convolve with the zero point's part of the sums, zero_point * sum(q_w), moved into the bias."""
+        padding, bias = self.padding, self._bias
+        if zero_point:
+            if any(padding):
+                codes = pad_codes(codes, [padding[1], padding[1], padding[0], padding[0]], zero_point)
+                padding = [0, 0]
+            shift = self._code_sum * (-zero_point * scale)
+            bias = shift if bias is None else shift.add_(bias)
         return torch.ops.onednn.qconv2d_pointwise(
-            *(codes, scale, zero_point, self._packed.tensor, self._scale, self._zero_point, self._bias),
-            *(*geometry, *self._last_arguments),
+            *(codes, scale, 0, self._packed.tensor, self._scale, self._zero_point, bias),
+            *(self.stride, padding, self.dilation, self.groups, *self._last_arguments),
         )
 
 
@@ -257,15 +280,3 @@ def _has_vnni() -> bool:
 def _require_kernels() -> None:
     if not int8_kernels_available():
         raise RuntimeError("int8 kernels need an x86 CPU with AVX512-VNNI or AVX-VNNI and torch with oneDNN")
-
-
-def _resolve_padding(
-    padding: int | Sequence[int] | str, kernel: Sequence[int], dilation: Sequence[int]
-) -> tuple[list[int], list[int]]:
-    """Return the padding on both sides of (height, width), and what "same" adds below and to the right."""
-    if padding == "same":
-        total = [reach * (size - 1) for reach, size in zip(dilation, kernel, strict=True)]
-        return [extra // 2 for extra in total], [extra % 2 for extra in total]
-    if isinstance(padding, str):
-        return [0, 0], [0, 0]
-    return as_pair(padding), [0, 0]

@@ -12,8 +12,9 @@ Sums of residual blocks, average pooling and concatenation stay in float32. A la
 float32 input, so that a dynamic network gains 1 and 2 only. Against the simulation a fused code can differ by one
 where float32 rounding falls on the other side of a half: about one code in 100,000.
 
-What inductor does with the same layers is fused further and faster still where the batch is large, at the price of
-tens of seconds of compilation for each network; this costs a second.
+A static network lowered so runs as fast as the one that inductor compiles from the same layers (see
+`benchmarks/int8_runtimes.py`), after a second of preparation instead of ten to thirty of compilation a network
+and batch size, which inductor cannot cache on disk when weights are frozen.
 """
 
 from collections import Counter

@@ -7,12 +7,13 @@
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from quantstudy.quantization.onednn_geometry import as_pair
 
 _SMALLEST_SCALE = np.float32(torch.finfo(torch.float32).eps)
 
@@ -63,6 +64,7 @@ class CodeMaxPool2d(nn.Module):
         return torch.ops.quantized.max_pool2d(x, *self._geometry, self.pool.ceil_mode)
 
 
-def as_pair(value: int | Sequence[int]) -> list[int]:
-    """Return (height, width) of a geometry number, given once for both or as a pair."""
-    return [value, value] if isinstance(value, int) else list(value)
+def pad_codes(codes: Tensor, sides: list[int], zero_point: int) -> Tensor:
+    """Pad [N, C, H, W] on the left, right, top and bottom with the code of zero; channels_last."""
+    padded = nn.functional.pad(codes, sides, value=zero_point)
+    return padded.contiguous(memory_format=torch.channels_last)

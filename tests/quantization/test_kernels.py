@@ -40,6 +40,12 @@ GEOMETRIES = {
     "first-layer": ((3, 16), {"kernel": (7, 7), "padding": 3, "stride": 2}),
     "one-channel": ((1, 5), {"kernel": (3, 3), "padding": 1}),
     "wide-kernel": ((4, 6), {"kernel": (1, 5), "padding": (0, 2)}),
+    "wide-padding": ((3, 5), {"kernel": (2, 1), "padding": (1, 2)}),
+    "padding-beyond-the-kernel": ((8, 8), {"kernel": (3, 3), "padding": 5, "dilation": (1, 2)}),
+    "holes-over-a-narrow-image": ((3, 1), {"kernel": (2, 12), "padding": (1, 9), "stride": (3, 1)}),
+    "multiplier-33": ((2, 66), {"kernel": (3, 3), "padding": 1, "groups": 2}),
+    "multiplier-uneven-stride": ((8, 16), {"kernel": (1, 9), "stride": (1, 2), "groups": 8}),
+    "one-channel-uneven-stride": ((1, 5), {"kernel": (1, 1), "stride": (1, 2)}),
     "same": ((8, 8), {"kernel": (3, 3), "padding": "same"}),
     "same-even": ((8, 8), {"kernel": (4, 2), "padding": "same", "dilation": (1, 3)}),
     "valid": ((8, 8), {"kernel": (3, 3), "padding": "valid"}),
@@ -106,8 +112,8 @@ def test_any_convolution_equals_simulation(data: st.DataObject) -> None:
     groups, size = whole(st.integers(1, 4)), whole(st.integers(5, 9))
     inputs, outputs = groups * whole(st.integers(1, 5)), groups * whole(st.integers(1, 5))
     rest: dict[str, Any] = {
-        "stride": whole(st.integers(1, 3)),
-        "padding": whole(st.integers(0, 3)),
+        "stride": whole(st.tuples(st.integers(1, 3), st.integers(1, 3))),
+        "padding": whole(st.tuples(st.integers(0, 3), st.integers(0, 3))),
         "dilation": whole(st.integers(1, 2)),
         "groups": groups,
     }
@@ -176,6 +182,9 @@ def test_empty_batch_and_missing_batch(activation: Activation) -> None:
     torch.testing.assert_close(layer(image), layer(image[None])[0])
     codes, scale, bias = random_layer((10, 32))
     assert Int8Linear(codes, scale, bias, activation)(torch.randn(0, 32)).shape == (0, 10)
+    assert Int8Linear(codes, scale, bias, activation)(torch.randn(0, 5, 32)).shape == (0, 5, 10)
+    pointwise = Int8Conv2d(codes[..., None, None], scale, bias, activation)
+    assert pointwise(torch.randn(0, 32, 7, 6)).shape == (0, 10, 7, 6)
     rows = torch.randn(32, 6).t()
     torch.testing.assert_close(
         Int8Linear(codes, scale, bias, activation)(rows), Int8Linear(codes, scale, bias, activation)(rows.contiguous())

@@ -1,0 +1,191 @@
+"""A lowered network against the simulated one it came from: same numbers, same layers counted, source untouched."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantstudy.quantization.kernels import Int8Conv2d, StaticActivation, int8_kernels_available
+from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
+from quantstudy.quantization.lowering import count_kernels, lower_int8
+from quantstudy.quantization.schemes import ActivationScheme, Mode, WeightScheme
+from quantstudy.quantization.uint8 import CodeMaxPool2d
+
+pytestmark = pytest.mark.skipif(
+    not int8_kernels_available("cpu"), reason="this machine has no VNNI, so no exact int8 kernels"
+)
+
+
+class Residual(nn.Module):
+    """A block whose output is read by a sum and by a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(nn.functional.relu(self.first(x)))
+
+
+def plain_network() -> nn.Module:
+    """As VGG: ReLU and pooling between convolutions, a flattening, Dropout between linear layers."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 40, 3, padding=1), nn.Identity(), nn.ReLU(inplace=True), nn.MaxPool2d(2)),
+        *(nn.Conv2d(40, 16, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1), nn.Flatten()),
+        *(nn.Linear(256, 32), nn.ReLU(), nn.Dropout(), nn.Linear(32, 10)),
+    )
+
+
+def mobile_network() -> nn.Module:
+    """As MobileNetV2: pointwise and depthwise convolutions, ReLU6, a sum, average pooling."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU6(), Residual(), nn.Conv2d(8, 24, 1), nn.ReLU6()),
+        *(nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.ReLU6(), nn.Conv2d(24, 12, 1)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10)),
+    )
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"plain": plain_network, "mobile": mobile_network}
+
+
+def images(count: int = 4) -> Tensor:
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+
+
+def quantized(network: nn.Module, mode: Mode, bits: int = 8, weight: WeightScheme | None = None) -> nn.Module:
+    """Quantize every layer of a network, with the ranges that `images()` gives."""
+    ranges: dict[str, tuple[float, float]] = {}
+    hooks = []
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+
+            def record(_: nn.Module, inputs: tuple[Tensor], name: str = name) -> None:
+                ranges[name] = (inputs[0].min().item(), inputs[0].max().item())
+
+            hooks.append(layer.register_forward_pre_hook(record))
+    network.eval()(images())
+    for hook in hooks:
+        hook.remove()
+    scheme = LayerScheme(weight or WeightScheme(8), ActivationScheme(mode, bits))
+    for name, layer in quantize_layers(network, dict.fromkeys(ranges, scheme)).items():
+        layer.activation.scale, layer.activation.zero_point = scheme.activation.choose_qparams(*ranges[name])
+        layer.freeze()
+    return network.eval()
+
+
+def network_of(kind: str, mode: Mode, bits: int = 8, weight: WeightScheme | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    return quantized(NETWORKS[kind](), mode, bits, weight)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize(("mode", "bits"), [("static", 8), ("dynamic", 8), ("static", 4)])
+@pytest.mark.parametrize("count", [0, 1, 4])
+@torch.no_grad()
+def test_lowered_equals_simulated(kind: str, mode: Mode, bits: int, count: int) -> None:
+    model = network_of(kind, mode, bits)
+    lowered = lower_int8(model)
+    assert count_kernels(lowered) == len(quantized_layers(model)) and not quantized_layers(lowered)
+    actual = lowered(images(count))
+    assert actual.shape == (count, 10)
+    if count:
+        expected = model(images(count))
+        step = float(expected.abs().max()) / 2 ** (bits - 1)
+        assert (actual - expected).abs().max() < step
+
+
+@torch.no_grad()
+def test_static_network_passes_codes_from_layer_to_layer() -> None:
+    lowered = lower_int8(network_of("plain", "static"))
+    assert [node.target for node in lowered.graph.nodes if node.op == "call_module"] == [
+        "0",
+        "3",
+        "4",
+        "6",
+        "7",
+        "8",
+        "11",
+    ]
+    kernels = [module for module in lowered.modules() if hasattr(module, "post_op")]
+    assert [kernel.post_op for kernel in kernels] == ["relu", "relu", "relu", "none"]
+    assert [kernel.output for kernel in kernels[:-1]] == [kernel.activation for kernel in kernels[1:]]
+    assert kernels[-1].output is None
+    assert sum(isinstance(module, CodeMaxPool2d) for module in lowered.modules()) == 2
+
+
+@torch.no_grad()
+def test_a_sum_reads_float() -> None:
+    lowered = lower_int8(network_of("mobile", "static"))
+    first, inner = lowered.get_submodule("0"), lowered.get_submodule("2.first")
+    assert isinstance(first, Int8Conv2d) and first.output is None and first.post_op == "relu6"
+    assert isinstance(inner, Int8Conv2d) and isinstance(inner.output, StaticActivation) and inner.post_op == "relu"
+
+
+@torch.no_grad()
+def test_dynamic_network_fuses_only_the_relu() -> None:
+    lowered = lower_int8(network_of("plain", "dynamic"))
+    kernels = [module for module in lowered.modules() if hasattr(module, "post_op")]
+    assert [kernel.post_op for kernel in kernels] == ["relu", "relu", "relu", "none"]
+    assert all(kernel.output is None for kernel in kernels)
+
+
+@torch.no_grad()
+def test_source_stays_as_it_was() -> None:
+    model = network_of("mobile", "static")
+    names, expected = [name for name, _ in model.named_modules()], model(images())
+    lower_int8(model)
+    assert [name for name, _ in model.named_modules()] == names
+    assert torch.equal(model(images()), expected)
+
+
+@pytest.mark.parametrize("mode", ["none", "dynamic"])
+@torch.no_grad()
+def test_layers_without_a_kernel_stay_simulated(mode: Mode) -> None:
+    model = network_of("plain", mode, weight=WeightScheme(4, group_size=16))
+    lowered = lower_int8(model)
+    assert count_kernels(lowered) == 0 and len(quantized_layers(lowered)) == 4
+    torch.testing.assert_close(lowered(images()), model(images()))
+
+
+@torch.no_grad()
+def test_a_layer_called_twice_keeps_both_calls() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.relu(self.conv(x)))
+
+    torch.manual_seed(0)
+    model = quantized(Twice(), "static")
+    torch.testing.assert_close(lower_int8(model)(images()), model(images()), atol=0.02, rtol=0)
+
+
+def test_refusals_and_copies() -> None:
+    model = network_of("plain", "static")
+    with pytest.raises(RuntimeError, match="eval"):
+        lower_int8(copy.deepcopy(model).train())
+    lowered = lower_int8(model)
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(lowered)(images()), lowered(images()))
+
+
+@pytest.mark.parametrize("architecture", ["mobilenet_v3_small", "squeezenet1_1"])
+@torch.no_grad()
+def test_torchvision_classifiers_are_lowered_whole(architecture: str) -> None:
+    from quantstudy.models import build, fold_batchnorm
+
+    torch.manual_seed(0)
+    model = fold_batchnorm(build(architecture, 10).eval())
+    scheme = LayerScheme(WeightScheme(8), ActivationScheme("static", 8))
+    layers = {name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+    for layer in quantize_layers(model, dict.fromkeys(layers, scheme)).values():
+        layer.activation.scale, layer.activation.zero_point = 0.03, 128
+        layer.freeze()
+    lowered = lower_int8(model.eval())
+    called = {node.target for node in lowered.graph.nodes if node.op == "call_module"}
+    assert count_kernels(lowered) == len(layers & called) > 10
+    assert lowered(torch.randn(2, 3, 32, 32)).shape == (2, 10)
