@@ -25,7 +25,7 @@ repro: setup  ## Run what changed of the studies in params.yaml, then print the 
 	@$(MAKE) --no-print-directory results
 
 results: setup  ## Print the result tables and where the plots are
-	@python stages/plots.py --print
+	@python -m quantstudy results
 
 test: setup  ## Run the tests
 	python -m pytest

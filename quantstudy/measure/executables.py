@@ -1,7 +1,7 @@
 """The ways a model can be run here, each an executable that says which of its layers run in their stated type.
 
-- `eager`: on a CPU with VNNI, layers with integer weights per channel and integer inputs become oneDNN int8
-  kernels; every other quantized layer is simulated in floating point.
+- `eager`: on a CPU with VNNI, layers with integer weights per channel and integer inputs run on oneDNN's int8
+  kernels (`quantization.lowering`); every other quantized layer is simulated in floating point.
 - `inductor`: `torch.compile` with frozen weights. It fuses the quantize and dequantize operators around
   convolutions and linear layers with a calibrated input into oneDNN int8 kernels.
 
@@ -15,18 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from quantstudy.measure.hardware import arithmetic_is_native
-from quantstudy.quantization.kernels import (
-    Activation,
-    DynamicActivation,
-    Int8Conv2d,
-    Int8Linear,
-    StaticActivation,
-    int8_kernels_available,
-)
-from quantstudy.quantization.layers import QuantConv2d, quantized_layers
+from quantstudy.quantization.kernels import int8_kernels_available
+from quantstudy.quantization.layers import quantized_layers
+from quantstudy.quantization.lowering import lower_int8, make_kernel
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.variant import Variant
 
@@ -66,7 +60,7 @@ def build_executable(model: nn.Module, runtime: str, device: torch.device) -> Ex
     if runtime == "inductor":
         return Executable(runtime, _compiled(model, device), layers)
     if int8_kernels_available(device):
-        use_int8_kernels(model)
+        model = use_int8_kernels(model)
     return Executable(runtime, model, layers)
 
 
@@ -103,23 +97,20 @@ def _quantized_bits(layer: Any, runtime: str, device: torch.device, width: int) 
     return LayerBits(scheme.weight.bits, activation, both_int8 and on_kernel)
 
 
-def use_int8_kernels(model: nn.Module) -> None:
-    """Replace every layer that oneDNN's int8 kernels can compute, in place; widths below 8 bits are widened."""
-    for name, layer in quantized_layers(model).items():
-        if layer.emits_int8:
-            model.set_submodule(name, _kernel(layer))
+def use_int8_kernels(model: nn.Module) -> nn.Module:
+    """Return `model` on oneDNN's int8 kernels, one after another without float32 where `torch.fx` can trace it.
 
-
-def _kernel(layer: Any) -> nn.Module:
-    scheme, activation = layer.scheme.activation, layer.activation
-    grid: Activation = DynamicActivation(scheme.highest)
-    if scheme.mode == "static":
-        grid = StaticActivation(activation.scale, activation.zero_point, scheme.highest)
-    weight = (layer.weight_codes(), layer.weight_scale, layer.bias, grid)
-    if isinstance(layer, QuantConv2d):
-        geometry: Any = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-        return Int8Conv2d(*weight, **geometry, groups=layer.groups)
-    return Int8Linear(*weight)
+    A network that cannot be traced gets them layer by layer. Widths below 8 bits are widened.
+    """
+    if not isinstance(model, Variant) or not quantized_layers(model):
+        return model
+    try:
+        return Variant(lower_int8(model.network), model.dtype).eval()
+    except (fx.proxy.TraceError, TypeError):
+        for name, layer in quantized_layers(model).items():
+            if layer.emits_int8:
+                model.set_submodule(name, make_kernel(layer))
+        return model
 
 
 def _compiled(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -35,7 +35,7 @@ HEADER = (
 def ptq_results_path(study: str, architecture: str) -> Path:
     """Return where the post-training results go: the original study names its MobileNet file differently."""
     mobilenet = "mobilenet_" if architecture.startswith("mobilenet") else ""
-    return layout.report(study) / f"ptq_results_{mobilenet}torchao_final.json"
+    return layout.report(study) / "tables" / f"ptq_results_{mobilenet}torchao_final.json"
 
 
 def write_tables(params: Params, study: str, results: Sequence[Result], machine: Mapping[str, Any]) -> str:
@@ -51,7 +51,7 @@ def write_tables(params: Params, study: str, results: Sequence[Result], machine:
     untrained = [result for result in results if result.group != "qat"]
     trained = [result for result in results if result.group in ("baseline", "qat")]
     write_json(ptq_results_path(study, row.model.architecture), [record(result) for result in untrained])
-    write_json(folder / "qat_finetune_results.json", [record(result) for result in trained])
+    write_json(folder / "tables" / "qat_finetune_results.json", [record(result) for result in trained])
     write_csv(folder / "results.csv", CSV_COLUMNS, map(record, results))
     write_csv(folder / "scaling_law.csv", SCALING_COLUMNS, scaling_law(params, results))
     text = markdown(results) + "\n" + note(study, row, results, machine) + "\n"

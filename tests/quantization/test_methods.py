@@ -1,0 +1,99 @@
+"""Every method of the repository's params on a small network: layers counted, stored packed, loaded bit-identical."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from quantstudy import models
+from quantstudy.params import load_params
+from quantstudy.quantization.layers import quantized_layers
+from quantstudy.quantization.methods import POST_TRAINING, TRAINED, finish
+from quantstudy.quantization.observers import collect, quantizable_layers
+from quantstudy.quantization.variant import Variant, load_variant, save_variant
+
+PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture(scope="module")
+def network(images: torch.Tensor) -> nn.Module:
+    """A MobileNetV2 whose BatchNorm has seen images, so that activations have a natural size; folded."""
+    torch.manual_seed(0)
+    model = models.build("mobilenet_v2", 10).train()
+    with torch.no_grad():
+        for _ in range(20):
+            model(images)
+    return models.fold_batchnorm(model).to(memory_format=torch.channels_last)
+
+
+@pytest.fixture(scope="module")
+def calibration(network: nn.Module, images: torch.Tensor) -> dict[str, Any]:
+    with torch.no_grad():
+        return collect(network, [(images, torch.zeros(8))], 512)
+
+
+def make(method: str, network: nn.Module, calibration: dict[str, Any]) -> Variant:
+    settings = PARAMS.method(method)
+    if settings.kind in POST_TRAINING:
+        return POST_TRAINING[settings.kind](network, calibration, settings)
+    return finish(TRAINED[settings.kind](network, calibration, settings), settings)
+
+
+@pytest.mark.parametrize("method", [*PARAMS.ptq, *PARAMS.qat])
+def test_a_saved_variant_loads_to_bit_identical_logits(
+    method: str, network: nn.Module, calibration: dict[str, Any], images: torch.Tensor, tmp_path: Path
+) -> None:
+    variant = make(method, network, calibration).eval()
+    path = tmp_path / "variant.pth"
+    save_variant(path, variant, "mobilenet_v2", 10, method)
+    torch.load(path, weights_only=True)
+    with torch.no_grad():
+        logits = variant(images)
+        assert torch.isfinite(logits).all()
+        assert torch.equal(load_variant(path)(images), logits)
+
+
+@pytest.mark.parametrize("method", ["int8_dynamic", "int8_static", "int8_weight_only", "int4_weight_only", "qat_int4"])
+def test_a_uniform_method_quantizes_every_layer(method: str, network: nn.Module, calibration: dict[str, Any]) -> None:
+    variant = make(method, network, calibration)
+    assert len(quantized_layers(variant)) == len(quantizable_layers(network)) == 53
+    assert not quantizable_layers(variant)
+
+
+def test_mixed_methods_choose_their_layers(network: nn.Module, calibration: dict[str, Any]) -> None:
+    simple = make("mixed_simple", network, calibration)
+    assert list(quantized_layers(simple.network)) == ["classifier.1"]
+    half = quantized_layers(make("mixed_variance", network, calibration).network)
+    layers: dict[str, Any] = quantizable_layers(network)
+    assert len(half) == round(0.5 * len(layers))
+    worst_chosen = max(float(layers[name].weight.var()) for name in half)
+    best_left = min(float(layer.weight.var()) for name, layer in layers.items() if name not in half)
+    assert worst_chosen <= best_left
+
+
+def test_the_int4_file_holds_two_codes_to_a_byte(
+    network: nn.Module, calibration: dict[str, Any], tmp_path: Path
+) -> None:
+    variant = make("int4_weight_only", network, calibration)
+    path = tmp_path / "variant.pth"
+    save_variant(path, variant, "mobilenet_v2", 10, "int4_weight_only")
+    layers = quantized_layers(variant)
+    weights = sum(layer.shape.numel() for layer in layers.values())
+    assert sum(layer.packed.numel() for layer in layers.values()) == pytest.approx(weights / 2, abs=len(layers))
+    assert all(layer.weight_scale.dtype == torch.bfloat16 for layer in layers.values())
+    assert path.stat().st_size < 0.75 * weights
+
+
+def test_clipping_narrows_the_grid(network: nn.Module, calibration: dict[str, Any]) -> None:
+    whole = quantized_layers(make("clip_int8", network, calibration).network)
+    clipped = quantized_layers(make("clip_int8_p95", network, calibration).network)
+    assert all(clipped[name].activation.scale <= layer.activation.scale for name, layer in whole.items())
+    assert any(clipped[name].activation.scale < layer.activation.scale for name, layer in whole.items())

@@ -1,0 +1,57 @@
+"""Calibration statistics against direct computation."""
+
+import pytest
+import torch
+from torch import nn
+
+from quantstudy.quantization.observers import activation_range, collect, histogram_percentile
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
+
+
+@pytest.fixture
+def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(1)
+    return [(torch.randn(6, 3, 8, 8) * scale, torch.zeros(6)) for scale in (1.0, 3.0)]
+
+
+def test_every_layer_is_observed_over_all_batches(model: nn.Module, batches: list) -> None:
+    found = collect(model, batches, 256)
+    values = torch.cat([images for images, _ in batches]).flatten()
+    row = found["layers"]["0"]
+    assert found["images"] == 12 and list(found["layers"]) == ["0", "3"]
+    assert row["min"] == values.min() and row["max"] == values.max()
+    assert row["mean"] == pytest.approx(float(values.mean()), abs=1e-6)
+    assert row["std"] == pytest.approx(float(values.std(correction=0)), rel=1e-5)
+    assert row["counts"].sum() == values.numel()
+
+
+def test_percentiles_match_the_values_within_a_bin(model: nn.Module, batches: list) -> None:
+    row = collect(model, batches, 2048)["layers"]["0"]
+    values = torch.cat([images for images, _ in batches]).flatten()
+    width = float(row["edges"][1] - row["edges"][0])
+    for percentile in (95.0, 99.0):
+        low, high = activation_range(row, percentile)
+        assert high == pytest.approx(float(values.quantile(percentile / 100)), abs=2 * width)
+        assert low == pytest.approx(float(values.quantile(1 - percentile / 100)), abs=2 * width)
+
+
+def test_no_percentile_means_min_and_max(model: nn.Module, batches: list) -> None:
+    row = collect(model, batches, 64)["layers"]["3"]
+    assert activation_range(row, None) == activation_range(row, 100.0) == (row["min"], row["max"])
+
+
+def test_a_constant_input_has_a_histogram() -> None:
+    model = nn.Sequential(nn.Linear(4, 2))
+    row = collect(model, [(torch.full((3, 4), 2.0), torch.zeros(3))], 64)["layers"]["0"]
+    assert row["counts"].sum() == 12 and row["min"] == row["max"] == 2.0
+
+
+def test_percentile_edges() -> None:
+    edges, counts = torch.arange(5.0), torch.tensor([10.0, 80.0, 9.0, 1.0], dtype=torch.float64)
+    assert histogram_percentile(edges, counts, 99.0) == (0.0, 3.0)
+    assert histogram_percentile(edges, counts, 90.0) == (1.0, 2.0)
