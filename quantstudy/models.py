@@ -28,13 +28,17 @@ class LoadReport:
         return text + (f", random: {', '.join(self.random)}" if self.random else "")
 
 
-def build(architecture: str, classes: int) -> nn.Module:
-    """Return a torchvision classifier with a head of `classes` outputs and random weights."""
+def build(architecture: str, classes: int, key: str = "model.architecture") -> nn.Module:
+    """Return a torchvision classifier with a head of `classes` outputs and random weights.
+
+    Raises:
+        UserError: torchvision has no classifier of that name; `key` is the param that the error names.
+    """
     from torchvision import models
 
     choices = models.list_models(module=models)
     if architecture not in choices:
-        raise unknown("model.architecture", architecture, choices)
+        raise unknown(key, architecture, choices)
     kwargs = {"init_weights": True} if architecture in ("googlenet", "inception_v3") else {}
     return models.get_model(architecture, weights=None, num_classes=classes, **kwargs)
 

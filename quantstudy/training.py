@@ -212,7 +212,7 @@ def _write_curve(path: Path, rows: list[dict[str, float]]) -> None:
 def _save(run: Run, parts: dict[str, Any], state: State) -> float:
     started = time.perf_counter()
     content = {name: part.state_dict() for name, part in parts.items()}
-    content |= {"fingerprint": run.fingerprint, "state": vars(state)}
+    content |= {"fingerprint": run.fingerprint, "state": vars(state), "random": torch.get_rng_state()}
     save_tensors(run.resume, content)
     return time.perf_counter() - started
 
@@ -230,6 +230,7 @@ def _restore(run: Run, parts: dict[str, Any]) -> State:
         return State()
     for name, part in parts.items():
         part.load_state_dict(content[name])
+    torch.set_rng_state(content["random"])
     state = State(**content["state"])
     tqdm.write(f"{run.name}: resumes after epoch {state.epoch} of {run.settings.epochs}")
     return state

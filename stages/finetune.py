@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     batches, validation = training.training_and_validation(name, study, study.training, device)
     classes = len(load_split(layout.split(name, "train")).classes)
-    model = models.build(study.model.architecture, classes)
+    model = models.build(study.model.architecture, classes, f"studies.{name}.model.architecture")
     loaded = models.load_pretrained(model, study.model, name)
     print(loaded)
     model.to(device, memory_format=training.MEMORY_FORMAT)

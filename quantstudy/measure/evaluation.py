@@ -68,7 +68,7 @@ def evaluate(task: Task, test: Split, reference: np.ndarray | None) -> tuple[Rec
     process has computed anything, because memory is measured in a forked child.
     """
     memory = peak_memory_mb(lambda: _run_once(task), task.device)
-    executables, baselines = _executables(task)
+    executables, baselines, failed = _executables(task)
     timings = {size: _time(task, executables, baselines, size) for size in BATCH_SIZES}
     chosen = min(executables, key=lambda e: sum(t[f"{task.variant} {e.runtime}"].median_ms for t in timings.values()))
     logits = run_on_test(chosen, task, test)
@@ -76,7 +76,7 @@ def evaluate(task: Task, test: Split, reference: np.ndarray | None) -> tuple[Rec
     metrics |= _size(task) | _operations(task, chosen)
     metrics |= _latency(task, chosen, baselines, timings)
     metrics |= {"kernel_real": int(chosen.real), "peak_memory_mb": finite(memory), "seed": task.study.seed}
-    return metrics, _details(task, chosen, timings), logits
+    return metrics, _details(task, chosen, timings) | {"unavailable": failed}, logits
 
 
 def run_on_test(executable: Executable, task: Task, test: Split) -> np.ndarray:
@@ -97,15 +97,29 @@ def _run_once(task: Task) -> None:
         executable.run(task.noise(max(BATCH_SIZES)))
 
 
-def _executables(task: Task) -> tuple[list[Executable], list[Executable]]:
-    """Build the variant on every runtime worth it, and fp32 likewise if a speed-up can be reported."""
-    first = task.load()
-    compiles = "inductor" in task.measure.runtimes and worth_compiling(first, task.device)
-    runtimes = ["eager", *(["inductor"] if compiles else [])]
-    built = [build_executable(task.load(), runtime, task.device) for runtime in runtimes]
+def _executables(task: Task) -> tuple[list[Executable], list[Executable], dict[str, str]]:
+    """Build the variant on every runtime worth it, and fp32 likewise if a speed-up can be reported.
+
+    The third result names the executables that could not be built, each with its reason.
+    """
+    failed: dict[str, str] = {}
+    built = _build(task, task.variant, failed)
     if task.variant == "fp32" or not any(executable.real for executable in built):
-        return built, []
-    return built, [build_executable(task.load("fp32"), runtime, task.device) for runtime in task.measure.runtimes]
+        return built, [], failed
+    return built, _build(task, "fp32", failed), failed
+
+
+def _build(task: Task, variant: str, failed: dict[str, str]) -> list[Executable]:
+    built = [build_executable(task.load(variant), "eager", task.device)]
+    if "inductor" in task.measure.runtimes and worth_compiling(task.load(variant), task.device):
+        compiled = build_executable(task.load(variant), "inductor", task.device)
+        try:
+            for size in BATCH_SIZES:
+                compiled.run(task.noise(size))
+            built.append(compiled)
+        except Exception as error:  # a missing compiler, a broken cache: many types, one meaning
+            failed[f"{variant} inductor"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    return built
 
 
 def _time(task: Task, executables: list[Executable], baselines: list[Executable], batch_size: int) -> dict[str, Timing]:

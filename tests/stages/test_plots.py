@@ -15,7 +15,17 @@ from tests.report.fabricate import fabricate
 
 FOLDER = Path("reports/tiny")
 PLOTS = ["accuracy_vs_latency_plot", "accuracy_vs_size_plot", "scaling_law_plot", "training_curves"]
-TABLES = ["tables/ptq_results_mobilenet_torchao_final.json", "tables/qat_finetune_results.json", "results.csv", "results.md"]
+TABLES = [
+    "tables/ptq_results_mobilenet_torchao_final.json",
+    "tables/qat_finetune_results.json",
+    "results.csv",
+    "results.md",
+]
+    "tables/ptq_results_mobilenet_torchao_final.json",
+    "tables/qat_finetune_results.json",
+    "results.csv",
+    "results.md",
+]
 WRITTEN = sorted([*(f"{name}.png" for name in PLOTS), *TABLES, "scaling_law.csv"])
 
 

@@ -1,0 +1,109 @@
+"""Every stage's `main` on a few dozen images, from the download to the plots."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from quantstudy import layout
+from quantstudy.report.results import METRIC_KEYS
+from stages import calibrate, diagnose, download, evaluate, finetune, outliers, plots, ptq, qat
+from tests.conftest import Project
+
+PTQ = ["fp16", "int8_dynamic", "int8_static", "int4_weight_only", "mixed_variance", "clip_int4_p99"]
+QAT = ["qat_int4", "qat_fp16"]
+
+
+@pytest.fixture
+def trained(project: Project) -> Project:
+    """The tiny study up to its calibration."""
+    project.edit("ptq", PTQ)
+    project.edit("qat", QAT)
+    project.edit("scaling_law", {"ptq": ["fp32", "int8_static"], "qat": ["fp32", "qat_int4"]})
+    for stage in (download, finetune, calibrate):
+        stage.main(["--study", "tiny"])
+    return project
+
+
+def test_the_whole_study(trained: Project) -> None:
+    diagnose.main([])
+    outliers.main(["--study", "tiny"])
+    for method in PTQ:
+        ptq.main(["--study", "tiny", "--method", method])
+    for method in QAT:
+        qat.main(["--study", "tiny", "--method", method])
+    records = {}
+    for variant in ["fp32", *PTQ, *QAT]:
+        evaluate.main(["--study", "tiny", "--variant", variant])
+        records[variant] = json.loads(layout.metrics("tiny", variant).read_text())
+        assert set(records[variant]) == set(METRIC_KEYS)
+        assert records[variant]["images"] == 48
+        assert np.load(layout.predictions("tiny", variant)).dtype == np.int16
+        found = layout.model("tiny", variant).stat().st_size
+        assert records[variant]["size_mb"] == found / 1e6
+    plots.main(["--study", "tiny"])
+
+    assert records["fp32"]["top1_drop"] == 0 and records["fp32"]["agreement"] == 100
+    for variant in ("int8_static", "int8_dynamic", "int4_weight_only", "clip_int4_p99", "qat_int4", "fp16"):
+        assert records[variant]["layers_quantized"] == records[variant]["layers_quantizable"] == 53
+    assert records["mixed_variance"]["layers_quantized"] == 26
+    for record in records.values():
+        if not record["kernel_real"]:
+            assert record["speedup_b1"] is None and record["speedup_b16"] is None
+    assert records["int4_weight_only"]["kernel_real"] == records["clip_int4_p99"]["kernel_real"] == 0
+    assert not list(Path("models/tiny/resume").glob("*"))
+
+
+def test_a_variant_measures_the_same_twice(trained: Project) -> None:
+    ptq.main(["--study", "tiny", "--method", "int8_static"])
+    evaluate.main(["--study", "tiny", "--variant", "fp32"])
+    seen = []
+    for _ in range(2):
+        evaluate.main(["--study", "tiny", "--variant", "int8_static"])
+        record = json.loads(layout.metrics("tiny", "int8_static").read_text())
+        seen.append({key: record[key] for key in ("top1", "sqnr_db", "size_mb", "tbops", "agreement")})
+    assert seen[0] == seen[1]
+
+
+def test_stages_are_deterministic(trained: Project) -> None:
+    ptq.main(["--study", "tiny", "--method", "int4_weight_only"])
+    first = layout.model("tiny", "int4_weight_only").read_bytes()
+    ptq.main(["--study", "tiny", "--method", "int4_weight_only"])
+    assert layout.model("tiny", "int4_weight_only").read_bytes() == first
+
+
+def test_mistakes_are_one_line(project: Project) -> None:
+    assert "study: 'tinny' is unknown (did you mean tiny?)" in project.failure(finetune.main, "--study", "tinny")
+    assert "data/tiny/train.pt" in project.failure(finetune.main)
+    assert "models/tiny/fp32.pth: no such file" in project.failure(calibrate_without_model)
+    assert "method: 'int8_statc' is unknown" in project.failure(ptq.main, "--method", "int8_statc")
+    assert "method: 'qat_int8' is unknown" in project.failure(ptq.main, "--method", "qat_int8")
+    assert "method: 'fp16' is unknown" in project.failure(qat.main, "--method", "fp16")
+    assert "variant: 'int9' is unknown" in project.failure(evaluate.main, "--variant", "int9")
+    project.edit("studies.tiny.model.architecture", "mobilenet")
+    assert "studies.tiny.model.architecture: 'mobilenet' is unknown" in project.failure(finetune.main)
+
+
+def calibrate_without_model(argv: list[str]) -> None:
+    download.main(argv)
+    calibrate.main(argv)
+
+
+def test_a_corrupt_model_is_one_line(trained: Project) -> None:
+    path = layout.model("tiny", "fp32")
+    path.write_bytes(path.read_bytes()[:1000])
+    assert "models/tiny/fp32.pth: truncated, corrupt" in trained.failure(ptq.main, "--method", "int8_static")
+    assert not layout.model("tiny", "int8_static").exists()
+
+
+def test_a_full_disk_leaves_nothing_behind(trained: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    before = trained.files()
+    line = trained.failure(ptq.main, "--method", "int8_static")
+    assert line.startswith("error: the disk is full while writing models/tiny/ptq/int8_static.pth")
+    assert trained.files() == before

@@ -1,0 +1,82 @@
+"""Building, loading weights and folding BatchNorm."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantstudy import models
+from quantstudy import params as P
+from quantstudy.errors import UserError
+from quantstudy.files import sha256
+
+
+def row(path: Path, architecture: str = "mobilenet_v2", **changes: str) -> P.Model:
+    return P.Model(**({"architecture": architecture, "weights": str(path), "weights_sha256": sha256(path)} | changes))
+
+
+@pytest.fixture
+def imagenet_like(tmp_path: Path) -> Path:
+    """A MobileNetV2 state_dict with another number of classes."""
+    path = tmp_path / "weights.pth"
+    torch.save(models.build("mobilenet_v2", 20).state_dict(), path)
+    return path
+
+
+def test_a_head_of_other_classes_keeps_its_random_start(imagenet_like: Path) -> None:
+    model = models.build("mobilenet_v2", 10)
+    report = models.load_pretrained(model, row(imagenet_like), "s")
+    assert report.random == ["classifier.1.weight", "classifier.1.bias"]
+    expected = torch.load(imagenet_like, weights_only=True)["features.0.0.weight"]
+    assert torch.equal(model.state_dict()["features.0.0.weight"], expected)
+
+
+def test_a_partial_file_is_loaded_and_the_rest_reported(imagenet_like: Path) -> None:
+    state = torch.load(imagenet_like, weights_only=True)
+    torch.save({name: tensor for name, tensor in state.items() if name.startswith("features.0.")}, imagenet_like)
+    report = models.load_pretrained(models.build("mobilenet_v2", 10), row(imagenet_like), "s")
+    assert len(report.loaded) == 6 and "features.1.conv.0.0.weight" in report.random
+    assert "features.1.conv.0.0.weight" in str(report)
+
+
+def test_weights_of_another_architecture_are_refused(imagenet_like: Path) -> None:
+    with pytest.raises(UserError, match=r"studies\.s\.model\.weights: .* is not of architecture vgg11"):
+        models.load_pretrained(models.build("vgg11", 10), row(imagenet_like, "vgg11"), "s")
+
+
+def test_a_wrong_checksum_names_the_one_found(imagenet_like: Path) -> None:
+    with pytest.raises(UserError, match=sha256(imagenet_like)):
+        models.load_pretrained(models.build("mobilenet_v2", 10), row(imagenet_like, weights_sha256="0" * 64), "s")
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    gone = P.Model(architecture="mobilenet_v2", weights=str(tmp_path / "gone.pth"))
+    with pytest.raises(UserError, match=r"gone\.pth: no such file"):
+        models.load_pretrained(models.build("mobilenet_v2", 10), gone, "s")
+
+
+def test_an_unknown_architecture_suggests_a_near_one() -> None:
+    with pytest.raises(UserError, match=r"model\.architecture: 'mobilenetv2' is unknown \(did you mean mobilenet_v2\?"):
+        models.build("mobilenetv2", 10)
+
+
+@pytest.mark.parametrize("architecture", ["mobilenet_v2", "vgg11_bn", "resnet18"])
+def test_folding_keeps_the_function_and_the_names(architecture: str) -> None:
+    torch.manual_seed(0)
+    model = models.build(architecture, 10).train()
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        model(images)
+        folded = models.fold_batchnorm(model)
+        torch.testing.assert_close(folded(images), model.eval()(images), rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    assert [name for name, _ in folded.named_modules()] == [name for name, _ in model.named_modules()]
+
+
+def test_a_saved_model_loads_folded(tmp_path: Path) -> None:
+    model = models.build("mobilenet_v2", 10).eval()
+    path = tmp_path / "fp32.pth"
+    models.save_fp32(path, model, "mobilenet_v2", 10)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(models.load_fp32(path)(images), model(images), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,98 @@
+"""The real thing: a tiny `dvc repro` in a fresh copy, a second that runs nothing, a changed parameter."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, TINY
+
+Run = Callable[..., str]
+METHODS = {"ptq": ["int8_static", "int4_weight_only"], "qat": ["qat_int8"]}
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A git repository with the code, the DAG and one tiny study."""
+    root = tmp_path_factory.mktemp("copy")
+    for folder in ("quantstudy", "stages"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("dvc.yaml", ".dvcignore", ".gitignore"):
+        shutil.copy(ROOT / file, root)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params |= METHODS | {"run": ["tiny"], "studies": {"tiny": TINY}}
+    params["measure"].update(runtimes=["eager"], seconds=0.05)
+    params["scaling_law"] = {"ptq": ["fp32", "int8_static"], "qat": ["fp32", "qat_int8"]}
+    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(copy: Path) -> Run:
+    """Run a command in the copy, with this interpreter's tools; return what it printed."""
+
+    def call(*command: str) -> str:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1"}
+        done = subprocess.run(command, cwd=copy, env=environment, text=True, capture_output=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    call("git", "init", "-q")
+    call("git", "config", "user.email", "a@b")
+    call("git", "config", "user.name", "a")
+    call("dvc", "init", "-q")
+    return call
+
+
+def stages_run(output: str) -> set[str]:
+    return set(re.findall(r"Running stage '([^']+)'", output))
+
+
+@pytest.fixture(scope="module")
+def first(run: Run) -> set[str]:
+    """The stages of the first `dvc repro`, committed to git."""
+    stages = stages_run(run("dvc", "repro"))
+    run("git", "add", "-A")
+    run("git", "commit", "-qm", "first")
+    return stages
+
+
+def test_the_first_run_runs_every_cell(first: set[str]) -> None:
+    expected = {"diagnose"}
+    expected |= {
+        f"{stage}@tiny" for stage in ("download", "finetune", "calibrate", "outliers", "evaluate_fp32", "plots")
+    }
+    for kind, methods in METHODS.items():
+        expected |= {f"{stage}@tiny-{method}" for stage in (kind, f"evaluate_{kind}") for method in methods}
+    assert first == expected
+
+
+def test_a_second_run_runs_nothing(first: set[str], run: Run) -> None:
+    assert stages_run(run("dvc", "repro")) == set()
+    assert "up to date" in run("dvc", "status")
+
+
+def test_a_changed_parameter_runs_just_its_cells(first: set[str], run: Run, copy: Path) -> None:
+    params = copy / "params.yaml"
+    text = params.read_text()
+    assert text.count("group_size: 32") == 3
+    before, _, after = text.partition("int4_weight_only:\n    kind")
+    params.write_text(before + "int4_weight_only:\n    kind" + after.replace("group_size: 32", "group_size: 64", 1))
+    ran = stages_run(run("dvc", "repro"))
+    cells = {"ptq@tiny-int4_weight_only", "evaluate_ptq@tiny-int4_weight_only"}
+    assert ran == cells | {"plots@tiny"}
+    difference = run("dvc", "metrics", "diff")
+    assert re.search(r"int4_weight_only\.json\s+size_mb", difference)
+    assert not re.search(r"int8_static\.json", difference)
+
+
+def test_an_experiment_changes_a_parameter(first: set[str], run: Run) -> None:
+    output = run("dvc", "exp", "run", "-S", "methods.int4_weight_only.group_size=128")
+    assert "ptq@tiny-int4_weight_only" in stages_run(output)
