@@ -21,11 +21,6 @@ TABLES = [
     "results.csv",
     "results.md",
 ]
-    "tables/ptq_results_mobilenet_torchao_final.json",
-    "tables/qat_finetune_results.json",
-    "results.csv",
-    "results.md",
-]
 WRITTEN = sorted([*(f"{name}.png" for name in PLOTS), *TABLES, "scaling_law.csv"])
 
 
