@@ -10,7 +10,7 @@ from quantstudy.files import sha256, write_json
 from quantstudy.params import QatCast, load_params
 from quantstudy.quantization.methods import TRAINED, finish
 from quantstudy.quantization.variant import save_variant
-from quantstudy.runtime import DTYPES, set_up, training_dtype
+from quantstudy.runtime import DTYPES, describe, set_up, training_dtype
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     path = layout.model(name, method)
     save_variant(path, finish(variant.cpu(), settings), facts["architecture"], facts["classes"], method)
-    write_json(layout.training_summary(name, method), training.summary(state, batches, validation))
+    facts = training.summary(state, batches, validation) | {"arithmetic": describe(device, run.dtype)}
+    write_json(layout.training_summary(name, method), facts)
     print(f"best epoch {state.best_epoch}: validation top-1 {state.best_score[0]:.2f} %")
 
 
