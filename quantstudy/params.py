@@ -75,6 +75,8 @@ class Training(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    max_images: Annotated[int, Field(ge=1)] | None = None
+    """Train on this many images, drawn once by seed; None: on all."""
 
 
 class Qat(Training):

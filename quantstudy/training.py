@@ -242,6 +242,9 @@ def training_and_validation(
     """Return the batches to train on and the validation batches, both of the study's training split."""
     split = load_split(layout.split(name, "train"))
     kept, held_out = validation_indices(split.labels, settings.validation_fraction, study.seed)
+    if settings.max_images is not None:
+        order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(study.seed))
+        kept = kept[order[: settings.max_images]]
     training = Batches(
         split,
         study.data,

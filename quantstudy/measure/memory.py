@@ -12,11 +12,14 @@ from multiprocessing.connection import Connection
 
 import torch
 
+PATIENCE_SECONDS = 300
+
 
 def peak_memory_mb(work: Callable[[], object], device: torch.device) -> float | None:
     """Return the peak megabytes (1e6 bytes) that `work` needs; None where the system cannot tell.
 
-    On a CPU call this before the process has computed anything: threads do not survive a fork.
+    On a CPU call this early: what the process has already loaded and shares with its child is not counted. The
+    child computes on one thread, because OpenMP's threads do not survive a fork.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -30,14 +33,16 @@ def peak_memory_mb(work: Callable[[], object], device: torch.device) -> float | 
     child.start()
     sender.close()
     try:
-        return receiver.recv()
+        return receiver.recv() if receiver.poll(PATIENCE_SECONDS) else None
     except EOFError:
         return None
     finally:
+        child.kill()
         child.join()
 
 
 def _measure(work: Callable[[], object], sender: Connection) -> None:
+    torch.set_num_threads(1)
     before = _peak_bytes()
     work()
     sender.send((_peak_bytes() - before) / 1e6)
