@@ -96,7 +96,7 @@ def _state_dict(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _head_names(model: nn.Module) -> set[str]:
-    name = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    name = [n for n, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
     return {f"{name}.weight", f"{name}.bias"}
 
 

@@ -80,11 +80,12 @@ class Training(Section):
 
 
 class Qat(Training):
-    """Quantization-aware training: 2 epochs at 1e-5 unless the study says otherwise."""
+    """Quantization-aware training: 2 epochs at 1e-5 unless the study says otherwise; the method sets the precision."""
 
     epochs: Annotated[int, Field(ge=1)] = 2
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     schedule: Schedule = "constant"
+    precision: Literal["fp32"] = "fp32"
 
 
 class Calibration(Section):
@@ -274,7 +275,19 @@ def _check_lists(params: Params) -> None:
                 raise unknown(key, name, choices)
         if len(set(names)) < len(names):
             raise UserError(f"{key}: {names} lists a name twice")
+    _check_names(params)
     _check_percentiles(params)
+
+
+def _check_names(params: Params) -> None:
+    """A method's name says where its model lies, so `qat_` marks the methods that train, and them alone."""
+    for name, row in params.methods.items():
+        if name in ("fp32", "finetune"):
+            raise UserError(f"methods.{name}: this name is taken; choose another")
+        trains = row.kind.startswith("qat")
+        if name.startswith("qat_") != trains:
+            rule = "begins with qat_" if trains else "does not begin with qat_"
+            raise UserError(f"methods.{name}: kind {row.kind} wants a name that {rule}; rename it")
 
 
 def _check_percentiles(params: Params) -> None:

@@ -51,7 +51,7 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
     """Return the context of mixed precision in `dtype`; None means float32."""
     if dtype is None:
         return contextlib.nullcontext()
-    if _lacks_16_bit_matrices(device):
+    if _lacks_matrices_of(dtype, device):
         return RoundedOperands(dtype)
     return torch.autocast(device.type, dtype=dtype)
 
@@ -61,11 +61,14 @@ def describe(device: torch.device, dtype: torch.dtype | None) -> str:
     if dtype is None:
         return "float32"
     name = str(dtype).removeprefix("torch.")
-    return f"float32 on operands rounded to {name}" if _lacks_16_bit_matrices(device) else f"{name} autocast"
+    return f"float32 on operands rounded to {name}" if _lacks_matrices_of(dtype, device) else f"{name} autocast"
 
 
-def _lacks_16_bit_matrices(device: torch.device) -> bool:
-    return device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
+def _lacks_matrices_of(dtype: torch.dtype, device: torch.device) -> bool:
+    if device.type != "cpu":
+        return False
+    has = torch.cpu._is_amx_fp16_supported if dtype == torch.float16 else torch.cpu._is_amx_tile_supported
+    return not has()
 
 
 def training_dtype(precision: str, device: torch.device) -> torch.dtype | None:

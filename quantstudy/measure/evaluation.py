@@ -19,6 +19,7 @@ from quantstudy.data.batches import Batches
 from quantstudy.data.container import Split
 from quantstudy.files import finite
 from quantstudy.measure.executables import Executable, build_executable, worth_compiling
+from quantstudy.measure.hardware import describe_machine
 from quantstudy.measure.latency import Timing, time_alternately
 from quantstudy.measure.memory import peak_memory_mb
 from quantstudy.measure.operations import layer_macs, tera_bit_operations, total_macs
@@ -50,7 +51,7 @@ class Task:
     def load(self, variant: str | None = None) -> nn.Module:
         """Load the variant, or another one of the study, on the CPU."""
         path = layout.model(self.name, variant or self.variant)
-        return models.load_fp32(path) if "fp32" in (variant or self.variant) else load_variant(path)
+        return models.load_fp32(path) if (variant or self.variant) == "fp32" else load_variant(path)
 
     def noise(self, batch_size: int) -> Tensor:
         """Return images to time on, float32 [batch_size, 3, S, S], channels_last on the device."""
@@ -75,6 +76,8 @@ def evaluate(task: Task, test: Split, reference: np.ndarray | None) -> tuple[Rec
     metrics = _accuracy(logits, logits if reference is None else reference, test.labels.numpy())
     metrics |= _size(task) | _operations(task, chosen)
     metrics |= _latency(task, chosen, baselines, timings)
+    if memory is None:
+        failed["peak_memory_mb"] = "the system does not tell, or the measuring child did not finish"
     metrics |= {"kernel_real": int(chosen.real), "peak_memory_mb": finite(memory), "seed": task.study.seed}
     return metrics, _details(task, chosen, timings) | {"unavailable": failed}, logits
 
@@ -147,7 +150,7 @@ def _accuracy(logits: np.ndarray, reference: np.ndarray, labels: np.ndarray) -> 
 
 def _size(task: Task) -> Record:
     size, fp32 = task.path.stat().st_size, layout.model(task.name, "fp32").stat().st_size
-    stored = weights = quantized = 0
+    stored = weights = 0
     model = task.load()
     replaced = quantized_layers(model)
     for layer in replaced.values():
@@ -157,15 +160,12 @@ def _size(task: Task) -> Record:
     for module in rest.values():
         stored += 8 * module.weight.nbytes
         weights += module.weight.numel()
-    if replaced:
-        quantized = len(replaced)
-    elif isinstance(model, Variant) and model.dtype.itemsize < 4:
-        quantized = len(rest)
+    rest_is_16_bit = isinstance(model, Variant) and model.dtype.itemsize < 4
     return {
         "size_mb": size / 1e6,
         "compression": fp32 / size,
         "weight_bits": stored / weights,
-        "layers_quantized": quantized,
+        "layers_quantized": len(replaced) + (len(rest) if rest_is_16_bit else 0),
         "layers_quantizable": len(replaced) + len(rest),
     }
 
@@ -203,8 +203,7 @@ def _details(task: Task, chosen: Executable, timings: dict[int, dict[str, Timing
     return {
         "variant": task.variant,
         "runtime": chosen.runtime,
-        "device": str(task.device),
-        "threads": torch.get_num_threads(),
+        "machine": describe_machine(),
         "kernel": {"real": chosen.real_layers, "total": len(chosen.layers), "note": _note(chosen)},
         "timings": [
             {"executable": name, "batch_size": size, **asdict(timing)}

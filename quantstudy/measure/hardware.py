@@ -7,6 +7,7 @@ is then worth reporting and its latency only with that remark.
 import functools
 import platform
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -42,6 +43,15 @@ def cpu_flags() -> frozenset[str]:
 def cpu_model() -> str:
     """Return the CPU's name, or its architecture where the system does not tell."""
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def describe_machine() -> str:
+    """Return the processor, the threads, the GPU and the versions that a measurement is made with, as one line."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "torchvision", "torchao"))
+    return f"{cpu_model()}, {torch.get_num_threads()} threads, {gpu}; {versions}, Python {platform.python_version()}"
 
 
 def instruction_sets() -> dict[str, bool]:

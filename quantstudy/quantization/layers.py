@@ -86,6 +86,7 @@ class _QuantLayer(nn.Module):
     def _init_quantization(self, layer: Any, scheme: LayerScheme) -> None:
         self.scheme = scheme
         self.shape = layer.weight.shape
+        self.dtype = torch.float32  # of the network around it; `cast` changes it
         self.activation = ActivationQuantizer(scheme.activation)
         self.weight = nn.Parameter(layer.weight.detach())
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach())
@@ -123,10 +124,9 @@ class _QuantLayer(nn.Module):
         return unpack(self.packed, self.scheme.weight.bits, self.shape)
 
     def unpack(self) -> None:
-        """Make `dense_weight`, which eager mode multiplies with: dequantized, in the dtype of the bias."""
+        """Make `dense_weight`, which eager mode multiplies with: dequantized, in the float type of the network."""
         dense = self.scheme.weight.dequantize(self.weight_codes(), self.weight_scale.float())
-        dtype = torch.float32 if self.bias is None else self.bias.dtype
-        dense = dense.to(dtype, memory_format=torch.channels_last if dense.ndim == 4 else torch.contiguous_format)
+        dense = dense.to(self.dtype, memory_format=torch.channels_last if dense.ndim == 4 else torch.contiguous_format)
         self.register_buffer("dense_weight", dense, persistent=False)
 
     def prepare_to_trace(self) -> None:

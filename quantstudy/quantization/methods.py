@@ -51,10 +51,10 @@ def mixed_linear(model: nn.Module, calibration: Calibration, settings: P.MixedLi
 
 
 def mixed_variance(model: nn.Module, calibration: Calibration, settings: P.MixedVariance) -> Variant:
-    """The `fraction` of layers with the lowest weight variance in integers, the rest in a 16-bit float type."""
+    """The `fraction` of layers (at least one) with the lowest weight variance in integers, the rest in 16 bits."""
     layers: dict[str, Any] = quantizable_layers(model)
     by_variance = sorted(layers, key=lambda name: float(layers[name].weight.var()))
-    chosen = by_variance[: round(settings.fraction * len(layers))]
+    chosen = by_variance[: max(round(settings.fraction * len(layers)), 1)]
     return cast(_frozen(_quantized(model, settings, chosen)).network, DTYPES[settings.dtype])
 
 

@@ -36,8 +36,9 @@ def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], bins: in
         low, high = (float(bound) for bound in torch.aminmax(value.detach()))
         seen = extremes.setdefault(name, [low, high])
         extremes[name] = [min(seen[0], low), max(seen[1], high)]
-        moments = torch.stack([torch.tensor(value.numel()), value.sum().double(), value.double().square().sum()])
-        sums[name] = sums.get(name, torch.zeros(3, dtype=torch.float64)) + moments.cpu()
+        moments = torch.stack([value.sum().double(), value.double().square().sum()]).cpu()
+        found = torch.cat([torch.tensor([value.numel()], dtype=torch.float64), moments])
+        sums[name] = sums.get(name, torch.zeros(3, dtype=torch.float64)) + found
 
     counts: dict[str, Tensor] = {}
 

@@ -16,8 +16,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return unsigned
     if 8 % bits:
-        stream = np.unpackbits(unsigned.numpy()[:, None], axis=1, count=bits, bitorder="little")
-        return torch.from_numpy(np.packbits(stream, bitorder="little"))
+        stream = np.unpackbits(unsigned.cpu().numpy()[:, None], axis=1, count=bits, bitorder="little")
+        return torch.from_numpy(np.packbits(stream, bitorder="little")).to(codes.device)
     per_byte = 8 // bits
     padded = torch.nn.functional.pad(unsigned, (0, -len(unsigned) % per_byte)).view(-1, per_byte)
     packed = padded[:, 0].clone()
@@ -32,8 +32,8 @@ def unpack(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
     if bits == 8:
         unsigned = packed
     elif 8 % bits:
-        stream = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little").reshape(count, bits)
-        unsigned = torch.from_numpy(np.packbits(stream, axis=1, bitorder="little")[:, 0])
+        stream = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little").reshape(count, bits)
+        unsigned = torch.from_numpy(np.packbits(stream, axis=1, bitorder="little")[:, 0]).to(packed.device)
     else:
         mask = 2**bits - 1
         places = [(packed >> (bits * place)) & mask for place in range(8 // bits)]

@@ -53,6 +53,7 @@ def load_variant(path: Path) -> Variant:
     schemes = {name: _scheme(row) for name, row in checkpoint["layers"].items()}
     for name, layer in quantize_layers(network, schemes).items():
         layer.empty_codes()
+        layer.dtype = dtype
         row = checkpoint["layers"][name]
         layer.activation.scale, layer.activation.zero_point = row["scale"], row["zero_point"]
     network.load_state_dict(checkpoint["state_dict"], assign=True)
@@ -79,6 +80,8 @@ def _scheme(row: dict[str, Any]) -> LayerScheme:
 def cast(network: nn.Module, dtype: torch.dtype) -> Variant:
     """Return a copy of `network` with every floating-point parameter in `dtype`; packed codes and scales stay."""
     network = copy.deepcopy(network)
+    for layer in quantized_layers(network).values():
+        layer.dtype = dtype
     for module in network.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_floating_point():

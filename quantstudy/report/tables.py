@@ -54,7 +54,7 @@ def write_tables(params: Params, study: str, results: Sequence[Result], machine:
     write_json(folder / "tables" / "qat_finetune_results.json", [record(result) for result in trained])
     write_csv(folder / "results.csv", CSV_COLUMNS, map(record, results))
     write_csv(folder / "scaling_law.csv", SCALING_COLUMNS, scaling_law(params, results))
-    text = markdown(results) + "\n" + note(study, row, results, machine) + "\n"
+    text = markdown(results) + "\n" + note(study, row, results, machine.get("remarks", [])) + "\n"
     write_text(folder / "results.md", text)
     return text
 
@@ -151,23 +151,20 @@ def _number(value: float | None, decimals: int) -> str:
     return NOTHING if value is None else f"{value:.{decimals}f}"
 
 
-def note(study: str, row: Study, results: Sequence[Result], machine: Mapping[str, Any]) -> str:
+def note(study: str, row: Study, results: Sequence[Result], remarks: Sequence[str]) -> str:
     """Return the paragraphs under the table: what was measured, on what, and how to read the columns."""
     images = int(results[0].value("images"))
     origin = row.data.dataset or row.data.path or row.data.source
     weights = row.model.weights or "none (random start)"
-    versions = machine["software"]
-    gpu = machine["gpu"].get("name", "no GPU")
+    machines = dict.fromkeys(result.details.get("machine", "a machine not recorded") for result in results)
     measured = (
         f"`{study}`: {row.model.architecture} on {images} test images of {origin} at {row.data.image_size} px, "
-        f"pretrained weights: {weights}, seed {row.seed}. Measured on {machine['cpu']['model']}, "
-        f"{machine['cpu']['torch_threads']} threads, {gpu}; torch {versions['torch']}, torchvision "
-        f"{versions['torchvision']}, torchao {versions['torchao']}, Python {versions['python']}."
+        f"pretrained weights: {weights}, seed {row.seed}. Measured on {'; also on '.join(machines)}."
     )
     reading = (
         "± is half the 95 % Wilson interval. Drop is fp32's top-1 minus the variant's, in percentage points, with the "
         "exact McNemar p-value on the same images. Agreement: share of images predicted as fp32 predicts them. "
         "Speed-up is at batch 1 / batch 16 over fp32 timed alternately in the same process; none is stated for a "
-        "simulated kernel, whose latency is the simulation's."
+        "simulated kernel, whose latency is the simulation's. Layers: those stored in fewer than 32 bits."
     )
-    return "\n\n".join([measured, reading, *machine.get("remarks", [])])
+    return "\n\n".join([measured, reading, *remarks])
