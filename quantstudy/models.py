@@ -111,8 +111,16 @@ def load_fp32(path: Path) -> nn.Module:
     with torch.device("meta"):
         model = build(checkpoint["architecture"], checkpoint["classes"])
     model.load_state_dict(checkpoint["state_dict"], assign=True)
-    folded = fold_batchnorm(model.eval())
-    return folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    _fold_in_place(model.eval())
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def skeleton(architecture: str, classes: int) -> nn.Module:
+    """Return an architecture as quantization sees it, BatchNorm folded, eval mode, its tensors without storage."""
+    with torch.device("meta"):
+        model = build(architecture, classes).eval()
+    _fold_in_place(model)
+    return model
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:
@@ -122,12 +130,17 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     `Identity`. A BatchNorm that does not directly follow a convolution stays as it is.
     """
     folded = copy.deepcopy(model).eval()
-    modules = dict(folded.named_modules())
-    for conv_name, norm_name in _conv_norm_pairs(folded):
+    _fold_in_place(folded)
+    return folded
+
+
+def _fold_in_place(model: nn.Module) -> None:
+    modules = dict(model.named_modules())
+    for conv_name, norm_name in _conv_norm_pairs(model):
         conv, norm = modules[conv_name], modules[norm_name]
-        folded.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))  # type: ignore[type-var]
-        folded.set_submodule(norm_name, nn.Identity())
-    return folded.requires_grad_(False)
+        model.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))  # type: ignore[type-var]
+        model.set_submodule(norm_name, nn.Identity())
+    model.requires_grad_(False)
 
 
 def _conv_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quantstudy import layout, models
 from quantstudy import params as P
+from quantstudy.checkpoint import load_checkpoint
 from quantstudy.data.batches import Batches
 from quantstudy.data.container import Split
 from quantstudy.files import finite
@@ -52,6 +53,11 @@ class Task:
         """Load the variant, or another one of the study, on the CPU."""
         path = layout.model(self.name, variant or self.variant)
         return models.load_fp32(path) if (variant or self.variant) == "fp32" else load_variant(path)
+
+    def skeleton(self) -> nn.Module:
+        """Return the fp32 network without its weights."""
+        facts = load_checkpoint(self.path)
+        return models.skeleton(facts["architecture"], facts["classes"])
 
     def noise(self, batch_size: int) -> Tensor:
         """Return images to time on, float32 [batch_size, 3, S, S], channels_last on the device."""
@@ -171,7 +177,7 @@ def _size(task: Task) -> Record:
 
 
 def _operations(task: Task, chosen: Executable) -> Record:
-    model = task.load("fp32")
+    model = task.skeleton()
     macs = layer_macs(model, task.study.data.image_size)
     weight = {name: layer.weight for name, layer in chosen.layers.items()}
     activation = {name: layer.activation for name, layer in chosen.layers.items()}
@@ -198,7 +204,7 @@ def _latency(
 
 
 def _details(task: Task, chosen: Executable, timings: dict[int, dict[str, Timing]]) -> Record:
-    macs = layer_macs(task.load("fp32"), task.study.data.image_size)
+    macs = layer_macs(task.skeleton(), task.study.data.image_size)
     rows = [{"name": name, **asdict(bits), "macs": macs[name]} for name, bits in chosen.layers.items()]
     return {
         "variant": task.variant,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quantstudy.checkpoint import load_checkpoint, save_checkpoint
-from quantstudy.models import build, fold_batchnorm
+from quantstudy.models import skeleton
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
 
@@ -48,8 +48,7 @@ def load_variant(path: Path) -> Variant:
     """Read a file that `save_variant` wrote: same layers, same codes, so bit-identical logits."""
     checkpoint = load_checkpoint(path)
     dtype: torch.dtype = getattr(torch, checkpoint["dtype"])
-    with torch.device("meta"):
-        network = fold_batchnorm(build(checkpoint["architecture"], checkpoint["classes"]).eval())
+    network = skeleton(checkpoint["architecture"], checkpoint["classes"])
     schemes = {name: _scheme(row) for name, row in checkpoint["layers"].items()}
     for name, layer in quantize_layers(network, schemes).items():
         layer.empty_codes()

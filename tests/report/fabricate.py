@@ -19,12 +19,15 @@ DROP = {"fp16": 0.01, "bf16": 0.06, "int8": 0.2, "int4": 2.3, "mixed": 0.8, "cli
 SHARE = {"16": 0.5, "8": 0.252, "4": 0.141, "mixed": 0.19}
 
 
+DETAILS = {"kernel": {"real": 1, "total": 1, "note": ""}, "machine": "A CPU, 2 threads, no GPU; torch 2.14.1"}
+
+
 def fabricate(params: Params, study: str, images: int = 10_000, top1: float = 88.4) -> None:
     """Write metrics, details, curves and the environment of every variant of `params` below the working directory."""
     rng = random.Random(study)
     for variant in params.variants:
         _write(layout.metrics(study, variant), _metrics(params, study, variant, images, top1, rng))
-        _write(layout.details(study, variant), {"variant": variant, "kernel": {"real": 1, "total": 1, "note": ""}})
+        _write(layout.details(study, variant), DETAILS | {"variant": variant})
     _curve(layout.curve(study, "finetune"), params.study(study).training.epochs, 1.9, top1, rng, start=1)
     for method in params.qat:
         _curve(layout.curve(study, method), params.study(study).qat.epochs, 0.35, top1 + 0.4, rng, start=0)

@@ -31,7 +31,8 @@ def study(project):
 
 
 def outputs() -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(FOLDER.iterdir()) if path.is_file()}
+    files = [*FOLDER.iterdir(), *(FOLDER / "tables").iterdir()]
+    return {path.relative_to(FOLDER).as_posix(): path.read_bytes() for path in sorted(files) if path.is_file()}
 
 
 def test_writes_every_table_and_plot_and_the_same_again(study, capsys: pytest.CaptureFixture[str]) -> None:
