@@ -73,7 +73,7 @@ class State:
 def train(model: nn.Module, training: Batches, validation: Batches, run: Run) -> State:
     """Train `model` in place, leave it with the weights of its best epoch, return the run's state."""
     device = next(model.parameters()).device
-    optimizer = _optimizer(model, run.settings)
+    optimizer = _optimizer(model, run.settings, fused=run.dtype != torch.float16)
     schedule = _schedule(optimizer, run.settings, len(training))
     scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
@@ -160,16 +160,19 @@ def _one_epoch(
     }
 
 
-def _optimizer(model: nn.Module, settings: P.Training) -> torch.optim.Optimizer:
-    """Weight decay applies to matrices and kernels, not to biases and BatchNorm."""
+def _optimizer(model: nn.Module, settings: P.Training, fused: bool) -> torch.optim.Optimizer:
+    """Weight decay applies to matrices and kernels, not to biases and BatchNorm.
+
+    Beside a gradient scaler it is not fused: the fused step on a CPU does not skip gradients that overflowed.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
-    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum, fused=True)
+        return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=fused)
+    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum, fused=fused)
 
 
 def _schedule(optimizer: torch.optim.Optimizer, settings: P.Training, steps_per_epoch: int) -> Any:

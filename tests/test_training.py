@@ -93,6 +93,20 @@ def test_divergence_is_one_line(run: training.Run, batches: tuple[Batches, Batch
         training.train(network(), *batches, wild)
 
 
+def test_float16_skips_gradients_that_overflow(
+    run: training.Run, batches: tuple[Batches, Batches], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale = torch.amp.GradScaler.scale
+
+    def overflow(self: torch.amp.GradScaler, loss: torch.Tensor) -> torch.Tensor:
+        return scale(self, loss) * (torch.inf if self.get_scale() > 2**14 else 1.0)  # type: ignore[operator]
+
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", overflow)
+    model = network()
+    training.train(model, *batches, replace(run, dtype=torch.float16))
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+
+
 def test_float16_scales_its_gradients(
     run: training.Run, batches: tuple[Batches, Batches], monkeypatch: pytest.MonkeyPatch
 ) -> None:
