@@ -4,9 +4,9 @@ Rows: fp32 eager, fp32 compiled by inductor with frozen weights, int8 kernels on
 run-time ranges), the lowered network (static and run-time ranges), and int8 static compiled by inductor. The
 network has random weights with BatchNorm folded, and ranges from one random batch: timings need no training.
 
-Method: all runtimes in one process, called in turn, after two calls of each that are not counted; the table gives
-the lower quartile of the timings (other programs only ever add time), its ratio to fp32 eager, and the seconds that
-preparing the runtime took, its first call included. On a busy machine use --threads 1: there, two threads mostly
+Method: all runtimes in one process, called in turn, after two calls of each that are not counted. The table gives
+the median milliseconds, how many times faster than fp32 (median and quartiles of the rounds' ratios), and the seconds
+that preparing the runtime took, its first call included. On a busy machine use --threads 1: there, two threads mostly
 wait for each other.
 
     python benchmarks/int8_runtimes.py --architecture mobilenet_v2 --pixels 32 224 --batch 1 16
@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from quantstudy.machine.hardware import describe_machine
 from quantstudy.models import build, fold_batchnorm
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
-from quantstudy.quantization.lowering import lower_int8, make_kernel
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.schemes import ActivationScheme, Mode, WeightScheme
+from quantstudy.runtimes.lowering import lower_int8, make_kernel
 
 Runtime = Callable[[Tensor], Tensor]
 
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
+    print(describe_machine())
     with torch.no_grad():
         for pixels in args.pixels:
             model = random_model(args.architecture, pixels)
@@ -124,11 +126,19 @@ def compare(model: nn.Module, x: Tensor, seconds: float, inductor: bool) -> None
             start = time.perf_counter()
             run(x)
             times[name].append(1e3 * (time.perf_counter() - start))
-    base = np.quantile(times["fp32 eager"], 0.25)
-    print(f"{'runtime':30}{'ms':>10}{'speed-up':>10}{'prepared in s':>15}")
-    for name, row in times.items():
-        quartile = np.quantile(row, 0.25)
-        print(f"{name:30}{quartile:10.2f}{base / quartile:10.2f}{prepared[name]:15.1f}", flush=True)
+    table = {name: np.array(row) for name, row in times.items()}
+    bases = [name for name in ("fp32 eager", "fp32 inductor") if name in table]
+    heads = "".join(f"{f'over {base}':>26}" for base in bases)
+    print(f"{'runtime':30}{'ms':>10}{heads}{'prepared in s':>15}")
+    for name, row in table.items():
+        ratios = "".join(f"{spread(table[base] / row):>26}" for base in bases)
+        print(f"{name:30}{np.median(row):10.2f}{ratios}{prepared[name]:15.1f}", flush=True)
+
+
+def spread(ratios: np.ndarray) -> str:
+    """Return the median of the rounds' ratios and, in brackets, their quartiles."""
+    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 if __name__ == "__main__":

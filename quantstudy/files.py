@@ -91,6 +91,10 @@ def check_sha256(path: Path, expected: str | None, key: str) -> None:
     """Raise `UserError` when the file is missing, or its SHA-256 is not `expected`, the value of `key`."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file (named by the params beside {key}); put or link it there")
-    found = sha256(path)
+    expect_sha256(path, sha256(path), expected, key)
+
+
+def expect_sha256(path: Path, found: str, expected: str | None, key: str) -> None:
+    """Raise `UserError` when `found`, the SHA-256 of `path`, is not `expected`, the value of `key`."""
     if expected != found:
         raise UserError(f"{key}: {expected!r} is not the SHA-256 of {path}; the one found is {found}")

@@ -1,6 +1,7 @@
 """Build a torchvision classifier, load weights into it, fold its BatchNorm."""
 
 import copy
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,15 +33,20 @@ def build(architecture: str, classes: int, key: str = "model.architecture") -> n
     """Return a torchvision classifier with a head of `classes` outputs and random weights.
 
     Raises:
-        UserError: torchvision has no classifier of that name; `key` is the param that the error names.
+        UserError: torchvision has no classifier of that name, or one with attention; `key` is the param that the
+            error names.
     """
     from torchvision import models
 
     choices = models.list_models(module=models)
     if architecture not in choices:
         raise unknown(key, architecture, choices)
-    kwargs = {"init_weights": True} if architecture in ("googlenet", "inception_v3") else {}
-    return models.get_model(architecture, weights=None, num_classes=classes, **kwargs)
+    has_auxiliary_heads = architecture in ("googlenet", "inception_v3")
+    kwargs = {"init_weights": True, "aux_logits": False} if has_auxiliary_heads else {}
+    model: nn.Module = models.get_model(architecture, weights=None, num_classes=classes, **kwargs)
+    if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        raise UserError(f"{key}: {architecture!r} has MultiheadAttention, which is not quantized here; choose another")
+    return model
 
 
 def load_pretrained(model: nn.Module, row: P.Model, study: str) -> LoadReport:
@@ -108,8 +114,7 @@ def save_fp32(path: Path, model: nn.Module, architecture: str, classes: int) -> 
 def load_fp32(path: Path) -> nn.Module:
     """Read a model that `save_fp32` wrote: float32, BatchNorm folded, eval mode, channels_last, on the CPU."""
     checkpoint = load_checkpoint(path)
-    with torch.device("meta"):
-        model = build(checkpoint["architecture"], checkpoint["classes"])
+    model = copy.deepcopy(_without_storage(checkpoint["architecture"], checkpoint["classes"]))
     model.load_state_dict(checkpoint["state_dict"], assign=True)
     _fold_in_place(model.eval())
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
@@ -117,10 +122,16 @@ def load_fp32(path: Path) -> nn.Module:
 
 def skeleton(architecture: str, classes: int) -> nn.Module:
     """Return an architecture as quantization sees it, BatchNorm folded, eval mode, its tensors without storage."""
-    with torch.device("meta"):
-        model = build(architecture, classes).eval()
+    model = copy.deepcopy(_without_storage(architecture, classes)).eval()
     _fold_in_place(model)
     return model
+
+
+@functools.cache
+def _without_storage(architecture: str, classes: int) -> nn.Module:
+    """Build once a process: the random start alone takes half a second, even where there is nothing to fill."""
+    with torch.device("meta"):
+        return build(architecture, classes)
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:

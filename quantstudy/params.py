@@ -47,8 +47,8 @@ class Data(Section):
     path: str | None = None
     sha256: Sha256 | None = None
     image_size: Annotated[int, Field(ge=8, le=1024)]
-    mean: tuple[float, float, float] = Field(default=(0.485, 0.456, 0.406), strict=False)
-    std: tuple[float, float, float] = Field(default=(0.229, 0.224, 0.225), strict=False)
+    mean: tuple[float, float, float] = Field(strict=False)
+    std: tuple[float, float, float] = Field(strict=False)
     max_train: Annotated[int, Field(ge=1)] | None = None
     max_test: Annotated[int, Field(ge=1)] | None = None
 

@@ -25,9 +25,9 @@ from quantstudy import params as P
 from quantstudy.data.batches import Batches
 from quantstudy.data.container import load_split
 from quantstudy.data.sampling import validation_indices
+from quantstudy.device import autocast
 from quantstudy.errors import UserError
 from quantstudy.files import save_tensors, write_text
-from quantstudy.runtime import autocast
 
 COLUMNS = (
     "epoch",
@@ -271,6 +271,8 @@ def summary(state: State, training: Batches, validation: Batches) -> dict[str, A
     }
 
 
-def fingerprint(*parts: Any) -> str:
-    """Return a text that is equal exactly for runs with the same data, model and settings."""
-    return json.dumps([part.model_dump() if isinstance(part, P.Section) else part for part in parts])
+def fingerprint(study: P.Study, *parts: Any) -> str:
+    """Return a text that is equal exactly for runs with the same model, image size, seed and `parts`."""
+    images = study.data.model_dump(include={"image_size", "mean", "std"})
+    rows = [part.model_dump() if isinstance(part, P.Section) else part for part in (study.model, *parts)]
+    return json.dumps([images, study.seed, *rows])

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from quantstudy import layout, models
 from quantstudy.data.batches import Batches
 from quantstudy.data.container import load_split
+from quantstudy.device import set_up
 from quantstudy.errors import run_stage
 from quantstudy.files import save_tensors
 from quantstudy.params import load_params
 from quantstudy.quantization.observers import collect
-from quantstudy.runtime import set_up
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from quantstudy import layout
 from quantstudy.data.container import save_splits
 from quantstudy.data.sampling import calibration_indices
-from quantstudy.data.sources import prepare
 from quantstudy.errors import run_stage
 from quantstudy.params import load_params
+from quantstudy.sources.prepare import prepare
 
 
 def main(argv: Sequence[str] | None = None) -> None:

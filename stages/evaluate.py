@@ -8,11 +8,11 @@ import numpy as np
 
 from quantstudy import layout
 from quantstudy.data.container import load_split
+from quantstudy.device import set_up
 from quantstudy.errors import UserError, run_stage, unknown
 from quantstudy.files import atomic, write_json
 from quantstudy.measure.evaluation import Task, evaluate
 from quantstudy.params import load_params
-from quantstudy.runtime import set_up
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from quantstudy import layout, models, training
 from quantstudy.data.container import load_split
+from quantstudy.device import set_up, training_dtype
 from quantstudy.errors import run_stage
 from quantstudy.files import sha256, write_json
 from quantstudy.params import load_params
-from quantstudy.runtime import set_up, training_dtype
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings=study.training,
         curve=layout.curve(name, "finetune"),
         resume=layout.resume(name, "finetune"),
-        fingerprint=training.fingerprint(study, sha256(layout.split(name, "train"))),
+        fingerprint=training.fingerprint(study, study.training, sha256(layout.split(name, "train"))),
         dtype=training_dtype(study.training.precision, device),
     )
     state = training.train(model, batches, validation, run)

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 from quantstudy import layout, models
 from quantstudy.checkpoint import load_checkpoint, load_tensors
+from quantstudy.device import set_up
 from quantstudy.errors import run_stage, unknown
+from quantstudy.methods.registry import POST_TRAINING
 from quantstudy.params import load_params
-from quantstudy.quantization.methods import POST_TRAINING
 from quantstudy.quantization.variant import save_variant
-from quantstudy.runtime import set_up
 
 
 def main(argv: Sequence[str] | None = None) -> None:

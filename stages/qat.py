@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 from quantstudy import layout, models, training
 from quantstudy.checkpoint import load_checkpoint, load_tensors
+from quantstudy.device import DTYPES, describe, set_up, training_dtype
 from quantstudy.errors import run_stage, unknown
 from quantstudy.files import sha256, write_json
+from quantstudy.methods.registry import TRAINED, finish
 from quantstudy.params import QatCast, load_params
-from quantstudy.quantization.methods import TRAINED, finish
 from quantstudy.quantization.variant import save_variant
-from quantstudy.runtime import DTYPES, describe, set_up, training_dtype
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings=study.qat,
         curve=layout.curve(name, method),
         resume=layout.resume(name, method),
-        fingerprint=training.fingerprint(study, settings, sha256(fp32), sha256(layout.calibration(name))),
+        fingerprint=training.fingerprint(study, study.qat, settings, sha256(fp32), sha256(layout.calibration(name))),
         dtype=DTYPES[settings.dtype] if is_cast else training_dtype("fp32", device),
         score_start=True,
     )

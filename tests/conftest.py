@@ -12,13 +12,14 @@ from quantstudy.errors import run_stage
 
 ROOT = Path(__file__).parents[1]
 
+HALVES = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+"""Brings pixels to -1 … 1."""
 TINY = {
     "model": {"architecture": "mobilenet_v2"},
     "data": {
         "source": "digits",
         "image_size": 32,
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.5, 0.5, 0.5],
+        **HALVES,
         "max_train": 96,
         "max_test": 48,
     },

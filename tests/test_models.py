@@ -80,3 +80,14 @@ def test_a_saved_model_loads_folded(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(models.load_fp32(path)(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_an_architecture_with_attention_is_refused() -> None:
+    with torch.device("meta"), pytest.raises(UserError, match="'vit_b_16' has MultiheadAttention"):
+        models.build("vit_b_16", 10, "studies.s.model.architecture")
+
+
+def test_auxiliary_heads_are_left_out() -> None:
+    with torch.device("meta"):
+        logits = models.build("googlenet", 10).train()(torch.empty(2, 3, 64, 64))
+    assert logits.shape == (2, 10)

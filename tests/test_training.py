@@ -10,10 +10,10 @@ from torch import nn
 from quantstudy import params as P
 from quantstudy import training
 from quantstudy.data.batches import Batches
-from quantstudy.data.digits import digits
 from quantstudy.errors import UserError
+from quantstudy.sources.digits import digits
 
-DATA = P.Data(source="digits", image_size=8)
+DATA = P.Data(source="digits", image_size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 def network() -> nn.Module:

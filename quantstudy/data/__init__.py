@@ -1,1 +1,1 @@
-"""Images: sources, one container file per split, and batches on the device."""
+"""Images: one container file per split, and batches on the device."""

@@ -1,1 +1,1 @@
-"""What a variant costs and how good it is: accuracy, size, arithmetic, latency, memory, the machine."""
+"""What a variant costs and how good it is: accuracy, size, arithmetic, latency, memory."""

@@ -19,15 +19,15 @@ from quantstudy.checkpoint import load_checkpoint
 from quantstudy.data.batches import Batches
 from quantstudy.data.container import Split
 from quantstudy.files import finite
-from quantstudy.measure.executables import Executable, build_executable, worth_compiling
-from quantstudy.measure.hardware import describe_machine
+from quantstudy.machine.hardware import describe_machine
 from quantstudy.measure.latency import Timing, time_alternately
 from quantstudy.measure.memory import peak_memory_mb
-from quantstudy.measure.operations import layer_macs, tera_bit_operations, total_macs
+from quantstudy.measure.operations import count_macs, tera_bit_operations
 from quantstudy.measure.statistics import mcnemar_exact_p, sqnr_db, wilson_half_width
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.variant import Variant, load_variant
+from quantstudy.runtimes.executables import Executable, build_executable, worth_compiling
 
 Record = dict[str, Any]
 BATCH_SIZES = (1, 16)
@@ -74,18 +74,20 @@ def evaluate(task: Task, test: Split, reference: np.ndarray | None) -> tuple[Rec
     `reference` holds the fp32 logits on the same images; None when the variant is fp32 itself. Call it before the
     process has computed anything, because memory is measured in a forked child.
     """
+    total_macs, macs = count_macs(task.skeleton(), task.study.data.image_size)
     memory = peak_memory_mb(lambda: _run_once(task), task.device)
     executables, baselines, failed = _executables(task)
     timings = {size: _time(task, executables, baselines, size) for size in BATCH_SIZES}
     chosen = min(executables, key=lambda e: sum(t[f"{task.variant} {e.runtime}"].median_ms for t in timings.values()))
     logits = run_on_test(chosen, task, test)
     metrics = _accuracy(logits, logits if reference is None else reference, test.labels.numpy())
-    metrics |= _size(task) | _operations(task, chosen)
+    metrics |= _size(task)
+    metrics |= {"gmacs": total_macs / 1e9, "tbops": _tera_bit_operations(macs, chosen)}
     metrics |= _latency(task, chosen, baselines, timings)
     if memory is None:
         failed["peak_memory_mb"] = "the system does not tell, or the measuring child did not finish"
     metrics |= {"kernel_real": int(chosen.real), "peak_memory_mb": finite(memory), "seed": task.study.seed}
-    return metrics, _details(task, chosen, timings) | {"unavailable": failed}, logits
+    return metrics, _details(task, chosen, timings, macs) | {"unavailable": failed}, logits
 
 
 def run_on_test(executable: Executable, task: Task, test: Split) -> np.ndarray:
@@ -176,15 +178,10 @@ def _size(task: Task) -> Record:
     }
 
 
-def _operations(task: Task, chosen: Executable) -> Record:
-    model = task.skeleton()
-    macs = layer_macs(model, task.study.data.image_size)
+def _tera_bit_operations(macs: dict[str, int], chosen: Executable) -> float:
     weight = {name: layer.weight for name, layer in chosen.layers.items()}
     activation = {name: layer.activation for name, layer in chosen.layers.items()}
-    return {
-        "gmacs": total_macs(model, task.study.data.image_size) / 1e9,
-        "tbops": tera_bit_operations(macs, weight, activation),
-    }
+    return tera_bit_operations(macs, weight, activation)
 
 
 def _latency(
@@ -203,8 +200,7 @@ def _latency(
     return found
 
 
-def _details(task: Task, chosen: Executable, timings: dict[int, dict[str, Timing]]) -> Record:
-    macs = layer_macs(task.skeleton(), task.study.data.image_size)
+def _details(task: Task, chosen: Executable, timings: dict[int, dict[str, Timing]], macs: dict[str, int]) -> Record:
     rows = [{"name": name, **asdict(bits), "macs": macs[name]} for name, bits in chosen.layers.items()]
     return {
         "variant": task.variant,

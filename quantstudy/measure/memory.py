@@ -1,7 +1,7 @@
 """Peak memory of loading a model and running one batch.
 
 On CUDA it is the allocator's peak. On a CPU it is the growth of the peak resident memory of a fresh process: a
-child forked before anything was loaded, so that importing libraries is not counted.
+child forked after the libraries were imported and before a model was loaded.
 """
 
 import multiprocessing

@@ -14,41 +14,15 @@ import torch
 from torch import nn
 
 
-def layer_macs(model: nn.Module, image_size: int) -> dict[str, int]:
-    """Return the multiply-accumulates per image of every Conv2d and Linear layer, by name.
+def count_macs(model: nn.Module, image_size: int) -> tuple[int, dict[str, int]]:
+    """Return the multiply-accumulates per image of the whole model, and of every Conv2d and Linear by its name.
+
+    The total also holds what thop has a rule for outside the layers: a BatchNorm that is not folded, and pooling.
 
     Args:
         model: an fp32 model that takes float32 [N, 3, image_size, image_size]; it stays untouched.
         image_size: side of the square images, in pixels.
     """
-    return _profile(model, image_size)[1]
-
-
-def total_macs(model: nn.Module, image_size: int) -> int:
-    """Return thop's multiply-accumulates per image of the whole model; arguments as for `layer_macs`.
-
-    It also counts what thop has a rule for outside the layers: a BatchNorm that is not folded, and pooling.
-    """
-    return _profile(model, image_size)[0]
-
-
-def tera_bit_operations(
-    macs: Mapping[str, int], weight_bits: Mapping[str, float], activation_bits: Mapping[str, float]
-) -> float:
-    """Return Σ MACs · weight bits · activation bits over the layers / 1e12.
-
-    Args:
-        macs: multiply-accumulates per layer, from `layer_macs`.
-        weight_bits: bits of the layer's weights in its arithmetic, 32 for float32.
-        activation_bits: bits of the layer's input in its arithmetic, 32 for float32.
-
-    Raises:
-        KeyError: a layer of `macs` has no bits.
-    """
-    return sum(count * weight_bits[name] * activation_bits[name] for name, count in macs.items()) / 1e12
-
-
-def _profile(model: nn.Module, image_size: int) -> tuple[int, dict[str, int]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # thop compares versions through distutils
         import thop
@@ -59,6 +33,22 @@ def _profile(model: nn.Module, image_size: int) -> tuple[int, dict[str, int]]:
     by_name = _flatten(tree, "")
     layers = [name for name, module in profiled.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     return int(total), {name: by_name[name] for name in layers}
+
+
+def tera_bit_operations(
+    macs: Mapping[str, int], weight_bits: Mapping[str, float], activation_bits: Mapping[str, float]
+) -> float:
+    """Return Σ MACs · weight bits · activation bits over the layers / 1e12.
+
+    Args:
+        macs: multiply-accumulates per layer, from `count_macs`.
+        weight_bits: bits of the layer's weights in its arithmetic, 32 for float32.
+        activation_bits: bits of the layer's input in its arithmetic, 32 for float32.
+
+    Raises:
+        KeyError: a layer of `macs` has no bits.
+    """
+    return sum(count * weight_bits[name] * activation_bits[name] for name, count in macs.items()) / 1e12
 
 
 def _flatten(tree: Mapping[str, tuple[float, float, Mapping[str, object]]], prefix: str) -> dict[str, int]:

@@ -1,1 +1,1 @@
-"""The heart: schemes, packing, the quantized layer, observers, methods and the file of a quantized model."""
+"""The heart: schemes, packing, the quantized layer, observers and the file of a quantized model."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack int8 codes of any shape, each in [-2^(bits-1), 2^(bits-1) - 1], into uint8 [ceil(count * bits / 8)]."""
-    unsigned = (codes.flatten().to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+    unsigned = codes.flatten().view(torch.uint8) + 2 ** (bits - 1)  # uint8 wraps round
     if bits == 8:
         return unsigned
     if 8 % bits:
@@ -28,14 +28,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
     """Undo `pack`: return int8 codes of `shape`."""
-    count = shape.numel()
+    count, half = shape.numel(), 2 ** (bits - 1)
     if bits == 8:
         unsigned = packed
     elif 8 % bits:
         stream = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little").reshape(count, bits)
         unsigned = torch.from_numpy(np.packbits(stream, axis=1, bitorder="little")[:, 0]).to(packed.device)
     else:
-        mask = 2**bits - 1
-        places = [(packed >> (bits * place)) & mask for place in range(8 // bits)]
-        unsigned = torch.stack(places, dim=1).flatten()[:count]
-    return (unsigned.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8).view(shape)
+        unsigned = torch.empty(len(packed), 8 // bits, dtype=torch.uint8, device=packed.device)
+        for place in range(8 // bits):
+            torch.bitwise_and(packed >> (bits * place), 2**bits - 1, out=unsigned[:, place])
+        unsigned = unsigned.flatten()[:count]
+    return (unsigned - half).view(torch.int8).view(shape)  # uint8 wraps round, so its bits are those of the code

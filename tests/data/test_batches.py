@@ -7,12 +7,12 @@ from PIL import Image
 from quantstudy.data.augment import flip, resized_crop, shift
 from quantstudy.data.batches import Batches
 from quantstudy.data.container import Split
-from quantstudy.data.images import ImageList
-from quantstudy.data.images import _store_encoded as store_encoded
 from quantstudy.params import Data
+from quantstudy.sources.images import ImageList
+from quantstudy.sources.images import _store_encoded as store_encoded
+from tests.conftest import HALVES
 
 AUGMENTATIONS = ["none", "shift", "flip", "crop_flip"]
-HALVES = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 
 def data(image_size: int) -> Data:

@@ -10,6 +10,7 @@ import pytest
 from quantstudy.data.container import Split, load_split
 from quantstudy.errors import UserError
 from stages import download
+from tests.conftest import HALVES
 
 SPLITS = ["data/tiny/calibration.pt", "data/tiny/test.pt", "data/tiny/train.pt"]
 
@@ -68,7 +69,7 @@ def test_a_mistake_in_the_params_is_one_line_and_writes_nothing(project, key: st
 def test_a_failed_run_keeps_the_splits_of_the_last_one(project) -> None:
     download.main(["--study", "tiny"])
     before = {name: Path(name).read_bytes() for name in SPLITS}
-    project.edit("studies.tiny.data", {"source": "folder", "path": "none", "image_size": 32})
+    project.edit("studies.tiny.data", {"source": "folder", "path": "none", "image_size": 32, **HALVES})
     assert "none: no such file" in project.failure(download.main)
     assert before == {name: Path(name).read_bytes() for name in SPLITS}
 

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from quantstudy.measure import hardware
-from quantstudy.measure.hardware import arithmetic_is_native, cpu_flags, cpu_model, instruction_sets
+from quantstudy.machine import hardware
+from quantstudy.machine.hardware import arithmetic_is_native, cpu_flags, cpu_model, instruction_sets
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The ways a model can be run here, each an executable that says which of its layers run in their stated type.
 
 - `eager`: on a CPU with VNNI, layers with integer weights per channel and integer inputs run on oneDNN's int8
-  kernels (`quantization.lowering`); every other quantized layer is simulated in floating point.
+  kernels (`runtimes.lowering`); every other quantized layer is simulated in floating point.
 - `inductor`: `torch.compile` with frozen weights. It fuses the quantize and dequantize operators around
   convolutions and linear layers with a calibrated input into oneDNN int8 kernels.
 
@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from quantstudy.measure.hardware import arithmetic_is_native
-from quantstudy.quantization.kernels import int8_kernels_available
+from quantstudy.machine.hardware import arithmetic_is_native
 from quantstudy.quantization.layers import quantized_layers
-from quantstudy.quantization.lowering import lower_int8, make_kernel
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.variant import Variant
+from quantstudy.runtimes.kernels import int8_kernels_available
+from quantstudy.runtimes.lowering import lower_int8, make_kernel
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from quantstudy.quantization.kernels import (
+from quantstudy.quantization.layers import QuantConv2d, QuantLinear
+from quantstudy.runtimes.kernels import (
     Activation,
     DynamicActivation,
     Int8Conv2d,
@@ -31,8 +32,7 @@ from quantstudy.quantization.kernels import (
     PostOp,
     StaticActivation,
 )
-from quantstudy.quantization.layers import QuantConv2d, QuantLinear
-from quantstudy.quantization.uint8 import CodeMaxPool2d
+from quantstudy.runtimes.uint8 import CodeMaxPool2d
 
 Kernel = Int8Conv2d | Int8Linear
 _POST_OPS: dict[type[nn.Module], PostOp] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from quantstudy import models
+from quantstudy.methods.registry import POST_TRAINING, TRAINED, finish
 from quantstudy.params import load_params
 from quantstudy.quantization.layers import quantized_layers
-from quantstudy.quantization.methods import POST_TRAINING, TRAINED, finish
 from quantstudy.quantization.observers import collect, quantizable_layers
 from quantstudy.quantization.variant import Variant, load_variant, save_variant
 

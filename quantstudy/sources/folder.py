@@ -3,15 +3,16 @@
 One folder may wrap the two. Hidden files and folders are left out, and so is what lies beside the class folders.
 """
 
+import hashlib
 from pathlib import Path, PurePosixPath
 
 import torch
 
-from quantstudy.data.archive import Files, open_files
-from quantstudy.data.images import ImageList
 from quantstudy.errors import UserError
-from quantstudy.files import check_sha256
+from quantstudy.files import check_sha256, expect_sha256
 from quantstudy.params import Data
+from quantstudy.sources.archive import Files, open_files
+from quantstudy.sources.images import ImageList
 
 _SPLITS = ("train", "test")
 
@@ -19,16 +20,16 @@ _SPLITS = ("train", "test")
 def folder(data: Data, key: str) -> tuple[ImageList, ImageList]:
     """List the images of both splits, by class and then by path; `key` is where `data` lies in the params.
 
-    Raise `UserError` for an archive whose SHA-256 is not `data.sha256`, a split that is missing, a class without
-    images, and classes that differ between the splits.
+    Raise `UserError` for an archive or a tree whose SHA-256 is not `data.sha256`, a split that is missing, a class
+    without images, and classes that differ between the splits.
     """
     assert data.path is not None
     path = Path(data.path)
-    if path.is_dir() and data.sha256 is not None:
-        raise UserError(f"{key}.sha256: {path} is a folder; only an archive has a checksum, so remove the key")
     if not path.is_dir():
         check_sha256(path, data.sha256, f"{key}.sha256")
     files = open_files(path)
+    if path.is_dir():
+        expect_sha256(path, tree_sha256(files), data.sha256, f"{key}.sha256")
     root = _root(path, files)
     found = {split: _classes(path, files, root / split) for split in _SPLITS}
     if set(found["train"]) != set(found["test"]):
@@ -36,6 +37,13 @@ def folder(data: Data, key: str) -> tuple[ImageList, ImageList]:
         raise UserError(f"{path}: train/ and test/ have different classes; only one of them has {_few(odd)}")
     train, test = (_image_list(path, files, classes) for classes in found.values())
     return train, test
+
+
+def tree_sha256(files: Files) -> str:
+    """Return the SHA-256 of a tree: that of the lines `<SHA-256>  <path>`, one a visible file, sorted by path."""
+    names = [name for name in sorted(files.names) if _is_visible(name)]
+    lines = [f"{hashlib.sha256(files.read(name)).hexdigest()}  {name}\n" for name in names]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _root(path: Path, files: Files) -> PurePosixPath:

@@ -1,12 +1,12 @@
 """From a study's `data` params to its training and test splits, whatever their source."""
 
 from quantstudy.data.container import Split
-from quantstudy.data.digits import digits
-from quantstudy.data.folder import folder
-from quantstudy.data.images import store
 from quantstudy.data.sampling import balanced_indices
-from quantstudy.data.torchvision_sets import torchvision_set
 from quantstudy.params import Data
+from quantstudy.sources.digits import digits
+from quantstudy.sources.folder import folder
+from quantstudy.sources.images import store
+from quantstudy.sources.torchvision_sets import torchvision_set
 
 
 def prepare(data: Data, study: str) -> tuple[Split, Split]:

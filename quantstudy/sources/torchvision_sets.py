@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantstudy.data.images import ImageList
 from quantstudy.errors import UserError, unknown
 from quantstudy.params import Data
+from quantstudy.sources.images import ImageList
 
 if TYPE_CHECKING:
     from PIL.Image import Image

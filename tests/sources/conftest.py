@@ -4,13 +4,28 @@ import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from quantstudy.files import sha256
+from quantstudy.params import Data
+from quantstudy.sources.archive import open_files
+from quantstudy.sources.folder import tree_sha256
+from tests.conftest import HALVES
+
 MakeTree = Callable[..., Path]
 Pack = Callable[[Path, str], Path]
+
+
+def folder_data(path: Path, image_size: int, **keys: Any) -> Data:
+    """Return the params of a folder source at `path`, with its checksum unless `keys` holds another."""
+    checksum: dict[str, Any] = {}
+    if path.exists():
+        checksum = {"sha256": sha256(path) if path.is_file() else tree_sha256(open_files(path))}
+    return Data(source="folder", path=str(path), image_size=image_size, **{**HALVES, **checksum, **keys})
 
 
 def encoded(seed: int, size: tuple[int, int], suffix: str = ".png") -> bytes:

@@ -9,17 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from quantstudy.data import images
 from quantstudy.data.container import load_split, save_split
 from quantstudy.data.decoding import square
-from quantstudy.data.sources import prepare
-from quantstudy.params import Data
+from quantstudy.sources import images
+from quantstudy.sources.prepare import prepare
+from tests.sources.conftest import folder_data
 
 MakeTree = Callable[..., Path]
 
 
 def read(path: Path, image_size: int):
-    return prepare(Data(source="folder", path=str(path), image_size=image_size), "tiny")[0]
+    return prepare(folder_data(path, image_size), "tiny")[0]
 
 
 def pixels(path: Path) -> torch.Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantstudy.quantization.onednn_geometry import as_pair
+from quantstudy.runtimes.onednn_geometry import as_pair
 
 _SMALLEST_SCALE = np.float32(torch.finfo(torch.float32).eps)
 

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from quantstudy import params as P
+from quantstudy.device import DTYPES
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.observers import activation_range, quantizable_layers
 from quantstudy.quantization.schemes import ActivationScheme, Mode, WeightScheme
 from quantstudy.quantization.variant import Variant, cast
-from quantstudy.runtime import DTYPES
 
 Calibration = dict[str, Any]
 Function = Callable[[nn.Module, Calibration, Any], Variant]

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from quantstudy.measure.hardware import arithmetic_is_native, cpu_flags, cpu_model, instruction_sets
+from quantstudy.machine.hardware import arithmetic_is_native, cpu_flags, cpu_model, instruction_sets
 
 PACKAGES = ("torch", "torchvision", "torchao", "thop", "dvc")
 TOOLS = {"git": "--version", "ffmpeg": "-version"}
@@ -24,7 +24,7 @@ _HEADERS = "#include <Python.h>\n#include <omp.h>\nint threads() { return omp_ge
 
 def environment() -> dict[str, Any]:
     """Return every fact as plain JSON values; see `missing` and `null_metrics` for the two lists in it."""
-    from quantstudy.measure.probes import probe_kernels
+    from quantstudy.machine.probes import probe_kernels
 
     facts: dict[str, Any] = {
         "gpu": gpu(),
@@ -151,7 +151,7 @@ def missing(facts: dict[str, Any]) -> list[dict[str, str]]:
     lacks(
         has_gpu,
         "a CUDA GPU",
-        "GPU latencies and memory, the CUDA int4 kernels, fast training",
+        "GPU latencies and memory, fast training",
         "run on a machine with an NVIDIA GPU, its driver and a CUDA build of torch",
     )
     lacks(
@@ -175,12 +175,12 @@ def missing(facts: dict[str, Any]) -> list[dict[str, str]]:
     lacks(
         not has_gpu or kernels["int4_plain_cuda"]["available"],
         "the package mslk",
-        "torchao's int4 packing formats plain and preshuffled",
+        "torchao's int4 packing formats plain and preshuffled (probed only; no method here runs on them yet)",
         "pip install mslk, on a GPU of compute capability 9.0 or higher",
     )
     lacks(tools["git"], "git", "experiments and comparisons between them", "install the package git")
     lacks(tools["dvc"], "dvc", "running the pipeline", "pip install dvc")
-    lacks(tools["torchao"], "torchao", "compiled int8 and the packed int4 kernels", "pip install torchao")
+    lacks(tools["torchao"], "torchao", "compiled int8 kernels on the runtime inductor", "pip install torchao")
     lacks(tools["ffmpeg"], "ffmpeg", "nothing here: only video data sets would need it", "install the package ffmpeg")
     return rows
 

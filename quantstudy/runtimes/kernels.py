@@ -33,8 +33,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from quantstudy.quantization.onednn_geometry import as_pair, split_padding, stride_to_thin
-from quantstudy.quantization.uint8 import choose_dynamic_qparams, pad_codes, quantize_to_uint8
+from quantstudy.runtimes.onednn_geometry import as_pair, split_padding, stride_to_thin
+from quantstudy.runtimes.uint8 import choose_dynamic_qparams, pad_codes, quantize_to_uint8
 
 PostOp = Literal["none", "relu", "relu6"]
 

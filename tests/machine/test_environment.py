@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantstudy.measure import environment, probes
+from quantstudy.machine import environment, probes
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantstudy.quantization.kernels import Int8Conv2d, StaticActivation, int8_kernels_available
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
-from quantstudy.quantization.lowering import count_kernels, lower_int8
 from quantstudy.quantization.schemes import ActivationScheme, Mode, WeightScheme
-from quantstudy.quantization.uint8 import CodeMaxPool2d
+from quantstudy.runtimes.kernels import Int8Conv2d, StaticActivation, int8_kernels_available
+from quantstudy.runtimes.lowering import count_kernels, lower_int8
+from quantstudy.runtimes.uint8 import CodeMaxPool2d
 
 pytestmark = pytest.mark.skipif(
     not int8_kernels_available("cpu"), reason="this machine has no VNNI, so no exact int8 kernels"

@@ -2,6 +2,7 @@
 
 import io
 import os
+import subprocess
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -12,18 +13,19 @@ import torch
 from PIL import Image
 
 from quantstudy.data.container import Split
-from quantstudy.data.sources import prepare
 from quantstudy.errors import UserError
 from quantstudy.files import sha256
-from quantstudy.params import Data
+from quantstudy.sources.archive import open_files
+from quantstudy.sources.folder import tree_sha256
+from quantstudy.sources.prepare import prepare
+from tests.sources.conftest import folder_data
 
 MakeTree = Callable[..., Path]
 Pack = Callable[[Path, str], Path]
 
 
 def read(path: Path, image_size: int = 16, **keys: object) -> tuple[Split, Split]:
-    checksum = {"sha256": sha256(path)} if path.is_file() else {}
-    return prepare(Data(source="folder", path=str(path), image_size=image_size, **{**checksum, **keys}), "tiny")
+    return prepare(folder_data(path, image_size, **keys), "tiny")
 
 
 def message(path: Path, **keys: object) -> str:
@@ -132,8 +134,25 @@ def test_archive_needs_a_checksum(make_tree: MakeTree, pack: Pack) -> None:
     )
 
 
-def test_folder_takes_no_checksum(make_tree: MakeTree) -> None:
-    assert "is a folder; only an archive has a checksum" in message(make_tree(), sha256="0" * 64)
+def test_a_changed_tree_has_another_checksum(make_tree: MakeTree) -> None:
+    tree = make_tree()
+    before = tree_sha256(open_files(tree))
+    (tree / ".hidden").write_text("left out")
+    assert tree_sha256(open_files(tree)) == before
+    image = tree / "train" / "ant" / "000.png"
+    image.rename(image.with_name("100.png"))
+    found = tree_sha256(open_files(tree))
+    assert found != before
+    assert message(tree, sha256=before) == (
+        f"studies.tiny.data.sha256: {before!r} is not the SHA-256 of PATH; the one found is {found}"
+    )
+
+
+def test_a_tree_s_checksum_is_that_of_sha256sum(make_tree: MakeTree) -> None:
+    tree = make_tree()
+    script = "find . -type f | LC_ALL=C sort | sed 's|^./||' | xargs sha256sum | sha256sum"
+    printed = subprocess.run(["sh", "-c", script], cwd=tree, capture_output=True, text=True, check=True).stdout
+    assert tree_sha256(open_files(tree)) == printed.split()[0]
 
 
 def test_unknown_type_of_archive(tmp_path: Path) -> None:

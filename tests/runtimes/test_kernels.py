@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantstudy.quantization.kernels import (
+from quantstudy.runtimes.kernels import (
     Activation,
     DynamicActivation,
     Int8Conv2d,
@@ -21,7 +21,7 @@ from quantstudy.quantization.kernels import (
     StaticActivation,
     int8_kernels_available,
 )
-from quantstudy.quantization.uint8 import CodeMaxPool2d, choose_dynamic_qparams, quantize_to_uint8
+from quantstudy.runtimes.uint8 import CodeMaxPool2d, choose_dynamic_qparams, quantize_to_uint8
 
 needs_kernels = pytest.mark.skipif(
     not int8_kernels_available("cpu"), reason="this machine has no VNNI, so no exact int8 kernels"
@@ -292,7 +292,7 @@ def test_kernels_are_refused_elsewhere() -> None:
 
 
 def test_a_cpu_held_below_vnni_is_found_out() -> None:
-    code = "from quantstudy.quantization.kernels import int8_kernels_available as a; print(a('cpu'))"
+    code = "from quantstudy.runtimes.kernels import int8_kernels_available as a; print(a('cpu'))"
     environment = {"DNNL_MAX_CPU_ISA": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "False"

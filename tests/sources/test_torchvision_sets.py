@@ -19,6 +19,7 @@ from torchvision import datasets
 
 from quantstudy.data.container import load_split
 from stages import download
+from tests.conftest import HALVES
 
 KEY = "studies.tiny.data"
 
@@ -98,7 +99,7 @@ def food101(server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> dict[s
 
 
 def choose(project, dataset: str, **keys: object) -> None:
-    project.edit(KEY, {"source": "torchvision", "dataset": dataset, "image_size": 32, **keys})
+    project.edit(KEY, {"source": "torchvision", "dataset": dataset, "image_size": 32, **HALVES, **keys})
     project.edit("studies.tiny.calibration", {"batches": 2, "batch_size": 4})
 
 

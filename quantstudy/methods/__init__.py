@@ -1,0 +1,1 @@
+"""The quantization methods, each a function from the fp32 model to a variant."""
