@@ -2,12 +2,17 @@
 
 import copy
 import functools
+import importlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.overrides import TorchFunctionMode
 
 from quantstudy import params as P
 from quantstudy.checkpoint import load_checkpoint, load_tensors, save_checkpoint
@@ -36,8 +41,7 @@ def build(architecture: str, classes: int, key: str = "model.architecture") -> n
         UserError: torchvision has no classifier of that name, or one with attention; `key` is the param that the
             error names.
     """
-    from torchvision import models
-
+    models = _torchvision_models()
     choices = models.list_models(module=models)
     if architecture not in choices:
         raise unknown(key, architecture, choices)
@@ -81,8 +85,7 @@ def load_pretrained(model: nn.Module, row: P.Model, study: str) -> LoadReport:
 
 
 def _imagenet(architecture: str) -> dict[str, torch.Tensor]:
-    from torchvision import models
-
+    models = _torchvision_models()
     try:
         return dict(models.get_model_weights(architecture).DEFAULT.get_state_dict(progress=True, check_hash=True))
     except (OSError, RuntimeError) as error:
@@ -106,9 +109,15 @@ def _head_names(model: nn.Module) -> set[str]:
     return {f"{name}.weight", f"{name}.bias"}
 
 
-def save_fp32(path: Path, model: nn.Module, architecture: str, classes: int) -> None:
-    """Write the trained model: torchvision's own state_dict, BatchNorm not folded."""
-    save_checkpoint(path, model.state_dict(), architecture=architecture, classes=classes, variant="fp32")
+def save_fp32(path: Path, model: nn.Module, architecture: str, classes: int, preprocessing: P.Preprocessing) -> None:
+    """Write the trained model: torchvision's own state_dict, BatchNorm not folded, and what its input has to be."""
+    facts = {"architecture": architecture, "classes": classes, "preprocessing": preprocessing.model_dump()}
+    save_checkpoint(path, model.state_dict(), **facts, variant="fp32")
+
+
+def load_preprocessing(path: Path) -> P.Preprocessing:
+    """Return what the model of a file, fp32 or a variant, wants its input to be."""
+    return P.Preprocessing.model_validate(load_checkpoint(path)["preprocessing"])
 
 
 def load_fp32(path: Path) -> nn.Module:
@@ -129,9 +138,42 @@ def skeleton(architecture: str, classes: int) -> nn.Module:
 
 @functools.cache
 def _without_storage(architecture: str, classes: int) -> nn.Module:
-    """Build once a process: the random start alone takes half a second, even where there is nothing to fill."""
-    with torch.device("meta"):
+    with torch.device("meta"), _SkipRandomStart():
         return build(architecture, classes)
+
+
+class _SkipRandomStart(TorchFunctionMode):
+    """Leave new tensors as they are: where there is nothing to fill, filling it took half a second all the same."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        if function in (Tensor.uniform_, Tensor.normal_, Tensor.zero_, Tensor.fill_):
+            return args[0]
+        return function(*args, **kwargs)
+
+
+@functools.cache
+def _torchvision_models() -> ModuleType:
+    """Import torchvision's models without torch._dynamo, which takes 1.2 s of the 1.4 s that it takes with it.
+
+    Only its operators for detectors want a function of it, which is called when they are. A stand-in holds its place
+    during the import; a torchvision that wants more of it gets the real one.
+    """
+    if "torch._dynamo" in sys.modules:
+        return importlib.import_module("torchvision.models")
+    names = ("torch._dynamo", "torch._dynamo.utils")
+    sys.modules.update({name: ModuleType(name) for name in names})
+    sys.modules["torch._dynamo.utils"].is_compile_supported = lambda device_type: False  # type: ignore[attr-defined]
+    try:
+        return importlib.import_module("torchvision.models")
+    except ImportError:
+        pass
+    finally:
+        for name in names:
+            del sys.modules[name]
+    return importlib.import_module("torchvision.models")
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:
@@ -149,9 +191,16 @@ def _fold_in_place(model: nn.Module) -> None:
     modules = dict(model.named_modules())
     for conv_name, norm_name in _conv_norm_pairs(model):
         conv, norm = modules[conv_name], modules[norm_name]
-        model.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))  # type: ignore[type-var]
+        model.set_submodule(conv_name, _fused(conv, norm))
         model.set_submodule(norm_name, nn.Identity())
     model.requires_grad_(False)
+
+
+def _fused(conv: Any, norm: Any) -> nn.Module:
+    if not conv.weight.is_meta:
+        return fuse_conv_bn_eval(conv, norm)
+    conv.bias = nn.Parameter(torch.empty_like(norm.running_mean))
+    return conv  # type: ignore[no-any-return]
 
 
 def _conv_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:

@@ -39,16 +39,21 @@ class Model(Section):
     weights_sha256: Sha256 | None = None
 
 
-class Data(Section):
-    """Images, where they come from and the size the model sees."""
+class Preprocessing(Section):
+    """What the model sees: square images of `image_size` pixels a side, pixels / 255 less `mean`, over `std`."""
+
+    image_size: Annotated[int, Field(ge=8, le=1024)]
+    mean: tuple[float, float, float] = Field(strict=False)
+    std: tuple[float, float, float] = Field(strict=False)
+
+
+class Data(Preprocessing):
+    """Images, and where they come from."""
 
     source: Literal["digits", "torchvision", "folder"]
     dataset: str | None = None
     path: str | None = None
     sha256: Sha256 | None = None
-    image_size: Annotated[int, Field(ge=8, le=1024)]
-    mean: tuple[float, float, float] = Field(strict=False)
-    std: tuple[float, float, float] = Field(strict=False)
     max_train: Annotated[int, Field(ge=1)] | None = None
     max_test: Annotated[int, Field(ge=1)] | None = None
 
@@ -59,6 +64,11 @@ class Data(Section):
             if getattr(self, key) is None:
                 raise ValueError(f"source {self.source} needs the key {key}")
         return self
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The part that a model is trained for and its file keeps."""
+        return Preprocessing(image_size=self.image_size, mean=self.mean, std=self.std)
 
 
 class Training(Section):

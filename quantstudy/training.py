@@ -240,25 +240,25 @@ def _restore(run: Run, parts: dict[str, Any]) -> State:
 
 
 def training_and_validation(
-    name: str, study: P.Study, settings: P.Training, device: torch.device
+    name: str, preprocessing: P.Preprocessing, settings: P.Training, seed: int, device: torch.device
 ) -> tuple[Batches, Batches]:
     """Return the batches to train on and the validation batches, both of the study's training split."""
     split = load_split(layout.split(name, "train"))
-    kept, held_out = validation_indices(split.labels, settings.validation_fraction, study.seed)
+    kept, held_out = validation_indices(split.labels, settings.validation_fraction, seed)
     if settings.max_images is not None:
-        order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(study.seed))
+        order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))
         kept = kept[order[: settings.max_images]]
     training = Batches(
         split,
-        study.data,
+        preprocessing,
         settings.batch_size,
         device,
         indices=kept,
         shuffle=True,
         augmentation=settings.augmentation,
-        seed=study.seed,
+        seed=seed,
     )
-    return training, Batches(split, study.data, 2 * settings.batch_size, device, indices=held_out)
+    return training, Batches(split, preprocessing, 2 * settings.batch_size, device, indices=held_out)
 
 
 def summary(state: State, training: Batches, validation: Batches) -> dict[str, Any]:
@@ -271,8 +271,6 @@ def summary(state: State, training: Batches, validation: Batches) -> dict[str, A
     }
 
 
-def fingerprint(study: P.Study, *parts: Any) -> str:
-    """Return a text that is equal exactly for runs with the same model, image size, seed and `parts`."""
-    images = study.data.model_dump(include={"image_size", "mean", "std"})
-    rows = [part.model_dump() if isinstance(part, P.Section) else part for part in (study.model, *parts)]
-    return json.dumps([images, study.seed, *rows])
+def fingerprint(*parts: Any) -> str:
+    """Return a text that is equal exactly for runs of equal `parts`: settings, seed, checksums of the files read."""
+    return json.dumps([part.model_dump() if isinstance(part, P.Section) else part for part in parts])

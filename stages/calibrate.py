@@ -22,8 +22,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = set_up(study.seed)
 
     split = load_split(layout.split(name, "calibration"))
-    batches = Batches(split, study.data, study.calibration.batch_size, device)
-    model = models.load_fp32(layout.model(name, "fp32")).to(device)
+    fp32 = layout.model(name, "fp32")
+    batches = Batches(split, models.load_preprocessing(fp32), study.calibration.batch_size, device)
+    model = models.load_fp32(fp32).to(device)
     statistics = collect(model, batches, study.calibration.bins)
 
     save_tensors(layout.calibration(name), statistics)

@@ -19,7 +19,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     study = load_params().study(name)
     device = set_up(study.seed)
 
-    batches, validation = training.training_and_validation(name, study, study.training, device)
+    seen = study.data.preprocessing
+    batches, validation = training.training_and_validation(name, seen, study.training, study.seed, device)
     classes = len(load_split(layout.split(name, "train")).classes)
     model = models.build(study.model.architecture, classes, f"studies.{name}.model.architecture")
     loaded = models.load_pretrained(model, study.model, name)
@@ -31,11 +32,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings=study.training,
         curve=layout.curve(name, "finetune"),
         resume=layout.resume(name, "finetune"),
-        fingerprint=training.fingerprint(study, study.training, sha256(layout.split(name, "train"))),
+        fingerprint=training.fingerprint(
+            study.model, seen, study.training, study.seed, sha256(layout.split(name, "train"))
+        ),
         dtype=training_dtype(study.training.precision, device),
     )
     state = training.train(model, batches, validation, run)
-    models.save_fp32(layout.model(name, "fp32"), model, study.model.architecture, classes)
+    models.save_fp32(layout.model(name, "fp32"), model, study.model.architecture, classes, seen)
     start = {
         "weights": loaded.source,
         "weights_loaded": len(loaded.loaded),

@@ -25,14 +25,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise unknown("method", method, [m for m, row in params.methods.items() if row.kind in POST_TRAINING])
     set_up(study.seed)
 
-    facts = load_checkpoint(layout.model(name, "fp32"))
-    model = models.load_fp32(layout.model(name, "fp32"))
+    fp32 = layout.model(name, "fp32")
+    model = models.load_fp32(fp32)
     calibration = load_tensors(layout.calibration(name))
     variant = POST_TRAINING[settings.kind](model, calibration, settings)
 
     path = layout.model(name, method)
-    save_variant(path, variant, facts["architecture"], facts["classes"], method)
-    print(f"{path}: {path.stat().st_size / 1e6:.3f} MB, fp32 {layout.model(name, 'fp32').stat().st_size / 1e6:.3f} MB")
+    save_variant(path, variant, load_checkpoint(fp32), method)
+    print(f"{path}: {path.stat().st_size / 1e6:.3f} MB, fp32 {fp32.stat().st_size / 1e6:.3f} MB")
 
 
 if __name__ == "__main__":

@@ -27,26 +27,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = set_up(study.seed)
 
     fp32 = layout.model(name, "fp32")
-    facts = load_checkpoint(fp32)
     calibration = load_tensors(layout.calibration(name))
     variant = TRAINED[settings.kind](models.load_fp32(fp32), calibration, settings)
     variant.requires_grad_(True).to(device)
 
-    batches, validation = training.training_and_validation(name, study, study.qat, device)
+    seen = models.load_preprocessing(fp32)
+    batches, validation = training.training_and_validation(name, seen, study.qat, study.seed, device)
     is_cast = isinstance(settings, QatCast)
     run = training.Run(
         name=f"{name} {method}",
         settings=study.qat,
         curve=layout.curve(name, method),
         resume=layout.resume(name, method),
-        fingerprint=training.fingerprint(study, study.qat, settings, sha256(fp32), sha256(layout.calibration(name))),
+        fingerprint=training.fingerprint(
+            study.qat, settings, study.seed, sha256(fp32), sha256(layout.calibration(name))
+        ),
         dtype=DTYPES[settings.dtype] if is_cast else training_dtype("fp32", device),
         score_start=True,
     )
     state = training.train(variant, batches, validation, run)
 
     path = layout.model(name, method)
-    save_variant(path, finish(variant.cpu(), settings), facts["architecture"], facts["classes"], method)
+    save_variant(path, finish(variant.cpu(), settings), load_checkpoint(fp32), method)
     facts = training.summary(state, batches, validation) | {"arithmetic": describe(device, run.dtype)}
     write_json(layout.training_summary(name, method), facts)
     print(f"best epoch {state.best_epoch}: validation top-1 {state.best_score[0]:.2f} %")

@@ -10,6 +10,8 @@ from quantstudy import params as P
 from quantstudy.errors import UserError
 from quantstudy.files import sha256
 
+SEEN = P.Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
 
 def row(path: Path, architecture: str = "mobilenet_v2", **changes: str) -> P.Model:
     return P.Model(**({"architecture": architecture, "weights": str(path), "weights_sha256": sha256(path)} | changes))
@@ -76,7 +78,8 @@ def test_folding_keeps_the_function_and_the_names(architecture: str) -> None:
 def test_a_saved_model_loads_folded(tmp_path: Path) -> None:
     model = models.build("mobilenet_v2", 10).eval()
     path = tmp_path / "fp32.pth"
-    models.save_fp32(path, model, "mobilenet_v2", 10)
+    models.save_fp32(path, model, "mobilenet_v2", 10, SEEN)
+    assert models.load_preprocessing(path) == SEEN
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(models.load_fp32(path)(images), model(images), rtol=1e-4, atol=1e-4)

@@ -16,7 +16,7 @@ from torch import Tensor
 from quantstudy.data.augment import augment
 from quantstudy.data.container import Split
 from quantstudy.data.sampling import validation_indices
-from quantstudy.params import Augmentation, Data
+from quantstudy.params import Augmentation, Preprocessing
 
 __all__ = ["Batches", "validation_indices"]
 
@@ -38,7 +38,7 @@ class Batches:
     def __init__(
         self,
         split: Split,
-        data: Data,
+        preprocessing: Preprocessing,
         batch_size: int,
         device: torch.device | str,
         *,
@@ -48,7 +48,7 @@ class Batches:
         seed: int = 0,
     ) -> None:
         self._split = split
-        self._size = data.image_size
+        self._size = preprocessing.image_size
         self._batch_size = batch_size
         self._device = torch.device(device)
         self._indices = torch.arange(len(split)) if indices is None else indices
@@ -58,7 +58,7 @@ class Batches:
         self._epoch = 0
         self._labels = split.labels.to(self._device)
         self._resident = _resident(split, self._device)
-        mean, std = torch.tensor(data.mean), torch.tensor(data.std)
+        mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
         self._scale = (1 / (255 * std)).view(1, 3, 1, 1).to(self._device)
         self._offset = (-mean / std).view(1, 3, 1, 1).to(self._device)
         self.images = len(self._indices)

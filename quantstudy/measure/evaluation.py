@@ -5,6 +5,7 @@ sum of its medians, is the one that is reported, and accuracy is measured on tha
 the larger timed size.
 """
 
+import functools
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from quantstudy.data.container import Split
 from quantstudy.files import finite
 from quantstudy.machine.hardware import describe_machine
 from quantstudy.measure.latency import Timing, time_alternately
-from quantstudy.measure.memory import peak_memory_mb
+from quantstudy.measure.memory import with_peak_memory_mb
 from quantstudy.measure.operations import count_macs, tera_bit_operations
 from quantstudy.measure.statistics import mcnemar_exact_p, sqnr_db, wilson_half_width
 from quantstudy.quantization.layers import quantized_layers
@@ -54,6 +55,11 @@ class Task:
         path = layout.model(self.name, variant or self.variant)
         return models.load_fp32(path) if (variant or self.variant) == "fp32" else load_variant(path)
 
+    @functools.cached_property
+    def preprocessing(self) -> P.Preprocessing:
+        """What the model wants its input to be."""
+        return models.load_preprocessing(self.path)
+
     def skeleton(self) -> nn.Module:
         """Return the fp32 network without its weights."""
         facts = load_checkpoint(self.path)
@@ -61,7 +67,7 @@ class Task:
 
     def noise(self, batch_size: int) -> Tensor:
         """Return images to time on, float32 [batch_size, 3, S, S], channels_last on the device."""
-        size = self.study.data.image_size
+        size = self.preprocessing.image_size
         generator = torch.Generator().manual_seed(self.study.seed)
         images = torch.randn(batch_size, 3, size, size, generator=generator)
         return images.to(self.device, memory_format=torch.channels_last)
@@ -72,11 +78,11 @@ def evaluate(task: Task, test: Split, reference: np.ndarray | None) -> tuple[Rec
     """Return the metrics, the details and the logits (float32 [images, classes]) of a variant.
 
     `reference` holds the fp32 logits on the same images; None when the variant is fp32 itself. Call it before the
-    process has computed anything, because memory is measured in a forked child.
+    process has computed anything, so that the memory it measures is the variant's alone.
     """
-    total_macs, macs = count_macs(task.skeleton(), task.study.data.image_size)
-    memory = peak_memory_mb(lambda: _run_once(task), task.device)
-    executables, baselines, failed = _executables(task)
+    total_macs, macs = count_macs(task.skeleton(), task.preprocessing.image_size)
+    eager, memory = with_peak_memory_mb(lambda: _eager_after_a_batch(task), task.device)
+    executables, baselines, failed = _executables(task, eager)
     timings = {size: _time(task, executables, baselines, size) for size in BATCH_SIZES}
     chosen = min(executables, key=lambda e: sum(t[f"{task.variant} {e.runtime}"].median_ms for t in timings.values()))
     logits = run_on_test(chosen, task, test)
@@ -85,7 +91,7 @@ def evaluate(task: Task, test: Split, reference: np.ndarray | None) -> tuple[Rec
     metrics |= {"gmacs": total_macs / 1e9, "tbops": _tera_bit_operations(macs, chosen)}
     metrics |= _latency(task, chosen, baselines, timings)
     if memory is None:
-        failed["peak_memory_mb"] = "the system does not tell, or the measuring child did not finish"
+        failed["peak_memory_mb"] = "the system does not let a process reset its peak"
     metrics |= {"kernel_real": int(chosen.real), "peak_memory_mb": finite(memory), "seed": task.study.seed}
     return metrics, _details(task, chosen, timings, macs) | {"unavailable": failed}, logits
 
@@ -94,7 +100,7 @@ def run_on_test(executable: Executable, task: Task, test: Split) -> np.ndarray:
     """Return the logits on the test split, in its order; every batch has the size that was timed."""
     size = max(BATCH_SIZES)
     found = []
-    for images, _ in Batches(test, task.study.data, size, task.device):
+    for images, _ in Batches(test, task.preprocessing, size, task.device):
         missing = size - len(images)
         full = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)]) if missing else images
         logits = executable.run(full.contiguous(memory_format=torch.channels_last))
@@ -102,35 +108,36 @@ def run_on_test(executable: Executable, task: Task, test: Split) -> np.ndarray:
     return np.concatenate(found)
 
 
-def _run_once(task: Task) -> None:
+def _eager_after_a_batch(task: Task) -> Executable:
     executable = build_executable(task.load(), "eager", task.device)
-    with torch.no_grad():
-        executable.run(task.noise(max(BATCH_SIZES)))
+    executable.run(task.noise(max(BATCH_SIZES)))
+    return executable
 
 
-def _executables(task: Task) -> tuple[list[Executable], list[Executable], dict[str, str]]:
-    """Build the variant on every runtime worth it, and fp32 likewise if a speed-up can be reported.
+def _executables(task: Task, eager: Executable) -> tuple[list[Executable], list[Executable], dict[str, str]]:
+    """Build the variant on every other runtime worth it, and fp32 on all if a speed-up can be reported.
 
     The third result names the executables that could not be built, each with its reason.
     """
     failed: dict[str, str] = {}
-    built = _build(task, task.variant, failed)
+    built = [eager, *_compiled(task, task.variant, failed)]
     if task.variant == "fp32" or not any(executable.real for executable in built):
         return built, [], failed
-    return built, _build(task, "fp32", failed), failed
+    fp32 = build_executable(task.load("fp32"), "eager", task.device)
+    return built, [fp32, *_compiled(task, "fp32", failed)], failed
 
 
-def _build(task: Task, variant: str, failed: dict[str, str]) -> list[Executable]:
-    built = [build_executable(task.load(variant), "eager", task.device)]
-    if "inductor" in task.measure.runtimes and worth_compiling(task.load(variant), task.device):
-        compiled = build_executable(task.load(variant), "inductor", task.device)
-        try:
-            for size in BATCH_SIZES:
-                compiled.run(task.noise(size))
-            built.append(compiled)
-        except Exception as error:  # a missing compiler, a broken cache: many types, one meaning
-            failed[f"{variant} inductor"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-    return built
+def _compiled(task: Task, variant: str, failed: dict[str, str]) -> list[Executable]:
+    if "inductor" not in task.measure.runtimes or not worth_compiling(task.load(variant), task.device):
+        return []
+    compiled = build_executable(task.load(variant), "inductor", task.device)
+    try:
+        for size in BATCH_SIZES:
+            compiled.run(task.noise(size))
+    except Exception as error:  # a missing compiler, a broken cache: many types, one meaning
+        failed[f"{variant} inductor"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        return []
+    return [compiled]
 
 
 def _time(task: Task, executables: list[Executable], baselines: list[Executable], batch_size: int) -> dict[str, Timing]:

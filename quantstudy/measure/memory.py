@@ -1,52 +1,39 @@
 """Peak memory of loading a model and running one batch.
 
-On CUDA it is the allocator's peak. On a CPU it is the growth of the peak resident memory of a fresh process: a
-child forked after the libraries were imported and before a model was loaded.
+On CUDA it is the allocator's peak. On a CPU it is the growth of the peak resident memory, which Linux lets a process
+reset (`man proc_pid_clear_refs`), so that the libraries imported before are not counted.
 """
 
-import multiprocessing
-import resource
-import sys
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-PATIENCE_SECONDS = 300
+T = TypeVar("T")
+PROCESS = Path("/proc/self")
 
 
-def peak_memory_mb(work: Callable[[], object], device: torch.device) -> float | None:
-    """Return the peak megabytes (1e6 bytes) that `work` needs; None where the system cannot tell.
+def with_peak_memory_mb(work: Callable[[], T], device: torch.device) -> tuple[T, float | None]:
+    """Return what `work` returns and the peak megabytes (1e6 bytes) it took; None where the system does not tell.
 
-    On a CPU call this early: what the process has already loaded and shares with its child is not counted. The
-    child computes on one thread, because OpenMP's threads do not survive a fork.
+    Memory that was freed before the call and is used again is not counted, so call it early in a fresh process.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        work()
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    if not sys.platform.startswith("linux"):
-        return None
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("fork").Process(target=_measure, args=(work, sender))
-    child.start()
-    sender.close()
+        result = work()
+        torch.cuda.synchronize(device)
+        return result, (torch.cuda.max_memory_allocated(device) - before) / 1e6
     try:
-        return receiver.recv() if receiver.poll(PATIENCE_SECONDS) else None
-    except EOFError:
-        return None
-    finally:
-        child.kill()
-        child.join()
+        (PROCESS / "clear_refs").write_text("5")
+        before = _kilobytes("VmRSS")
+    except (OSError, KeyError):
+        return work(), None
+    result = work()
+    return result, 1024 * (_kilobytes("VmHWM") - before) / 1e6
 
 
-def _measure(work: Callable[[], object], sender: Connection) -> None:
-    torch.set_num_threads(1)
-    before = _peak_bytes()
-    work()
-    sender.send((_peak_bytes() - before) / 1e6)
-
-
-def _peak_bytes() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def _kilobytes(field: str) -> int:
+    lines = (line.partition(":") for line in (PROCESS / "status").read_text(encoding="ascii").splitlines())
+    return int({name: value for name, _, value in lines}[field].split()[0])

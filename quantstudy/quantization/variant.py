@@ -31,12 +31,11 @@ class Variant(nn.Module):
         return logits.float()
 
 
-def save_variant(path: Path, variant: Variant, architecture: str, classes: int, name: str) -> None:
-    """Write a variant whose quantized layers are all frozen."""
+def save_variant(path: Path, variant: Variant, fp32: dict[str, Any], name: str) -> None:
+    """Write a variant whose quantized layers are all frozen; `fp32` is the checkpoint of the model it came from."""
     layers = {layer: _describe(module) for layer, module in quantized_layers(variant.network).items()}
     facts = {
-        "architecture": architecture,
-        "classes": classes,
+        **{key: fp32[key] for key in ("architecture", "classes", "preprocessing")},
         "variant": name,
         "dtype": str(variant.dtype).removeprefix("torch."),
         "layers": layers,

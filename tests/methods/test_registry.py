@@ -14,6 +14,11 @@ from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import collect, quantizable_layers
 from quantstudy.quantization.variant import Variant, load_variant, save_variant
 
+FP32 = {
+    "architecture": "mobilenet_v2",
+    "classes": 10,
+    "preprocessing": {"image_size": 32, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+}
 PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
 
 
@@ -53,7 +58,7 @@ def test_a_saved_variant_loads_to_bit_identical_logits(
 ) -> None:
     variant = make(method, network, calibration).eval()
     path = tmp_path / "variant.pth"
-    save_variant(path, variant, "mobilenet_v2", 10, method)
+    save_variant(path, variant, FP32, method)
     torch.load(path, weights_only=True)
     with torch.no_grad():
         logits = variant(images)
@@ -84,7 +89,7 @@ def test_the_int4_file_holds_two_codes_to_a_byte(
 ) -> None:
     variant = make("int4_weight_only", network, calibration)
     path = tmp_path / "variant.pth"
-    save_variant(path, variant, "mobilenet_v2", 10, "int4_weight_only")
+    save_variant(path, variant, FP32, "int4_weight_only")
     layers = quantized_layers(variant)
     weights = sum(layer.shape.numel() for layer in layers.values())
     assert sum(layer.packed.numel() for layer in layers.values()) == pytest.approx(weights / 2, abs=len(layers))

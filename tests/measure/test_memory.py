@@ -1,0 +1,27 @@
+"""Peak memory: what was used at once, not what is left."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from quantstudy.measure import memory
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells")
+def test_the_peak_is_counted_and_not_what_was_there() -> None:
+    kept = np.ones(20_000_000, np.uint8)
+
+    def work() -> int:
+        return int(np.ones(100_000_000, np.uint8).sum()) + len(kept)
+
+    result, peak = memory.with_peak_memory_mb(work, CPU)
+    assert result == 120_000_000 and peak is not None and 95 < peak < 115
+
+
+def test_a_system_that_does_not_tell_gives_none(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setattr(memory, "PROCESS", tmp_path / "proc")
+    assert memory.with_peak_memory_mb(lambda: "done", CPU) == ("done", None)
