@@ -65,7 +65,7 @@ def first(run: Run) -> set[str]:
 
 
 def test_the_first_run_runs_every_cell(first: set[str]) -> None:
-    expected = {"diagnose"}
+    expected = {"code", "diagnose"}
     expected |= {
         f"{stage}@tiny" for stage in ("download", "finetune", "calibrate", "outliers", "evaluate_fp32", "plots")
     }
@@ -91,6 +91,12 @@ def test_a_changed_parameter_runs_just_its_cells(first: set[str], run: Run, copy
     difference = run("dvc", "metrics", "diff")
     assert re.search(r"int4_weight_only\.json\s+size_mb", difference)
     assert not re.search(r"int8_static\.json", difference)
+
+
+def test_a_changed_module_runs_just_the_stages_that_import_it(first: set[str], run: Run, copy: Path) -> None:
+    module = copy / "quantstudy" / "report" / "labels.py"
+    module.write_text(module.read_text() + "\n# changed\n")
+    assert stages_run(run("dvc", "repro")) == {"code", "plots@tiny"}
 
 
 def test_an_experiment_changes_a_parameter(first: set[str], run: Run) -> None:

@@ -1,0 +1,51 @@
+"""The local modules a script imports: all of them, found in its text and met when it runs."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from quantstudy.imports import transitive_imports
+from tests.conftest import ROOT
+
+SCRIPTS = sorted(path.relative_to(ROOT) for path in ROOT.glob("stages/*.py"))
+LOADED = """
+import importlib, pathlib, sys
+importlib.import_module(sys.argv[1])
+files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+print(*(file for file in files if file and pathlib.Path(file).is_relative_to(pathlib.Path.cwd())), sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_every_module_that_python_loads_is_found(script: Path) -> None:
+    command = [sys.executable, "-c", LOADED, f"stages.{script.stem}"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    loaded = {Path(file).relative_to(ROOT) for file in printed.split()}
+    loaded = {path for path in loaded if path.parts[0] in ("quantstudy", "stages")}
+    assert script in loaded and loaded <= set(transitive_imports(script, ROOT))
+
+
+@pytest.fixture
+def code(tmp_path: Path) -> Path:
+    """A copy of the code."""
+    for folder in ("stages", "quantstudy"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    return tmp_path
+
+
+def test_a_planted_late_import_is_found(code: Path) -> None:
+    before = transitive_imports(Path("stages/ptq.py"), code)
+    (code / "quantstudy" / "planted.py").write_text("")
+    helper = code / "quantstudy" / "quantization" / "packing.py"
+    helper.write_text(helper.read_text() + "\n\ndef late() -> None:\n    from quantstudy import planted\n")
+    after = transitive_imports(Path("stages/ptq.py"), code)
+    assert set(after) - set(before) == {Path("quantstudy/planted.py")}
+
+
+def test_a_relative_import_is_refused(code: Path) -> None:
+    (code / "stages" / "ptq.py").write_text("from . import qat\n")
+    with pytest.raises(ValueError, match=r"stages/ptq.py:1: a relative import"):
+        transitive_imports(Path("stages/ptq.py"), code)
