@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TOOLS := $(VENV)/.tools
+# Python compiles what is imported when it is first imported; compiling all of torch would take longer than that.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 
@@ -17,7 +20,11 @@ setup: $(READY)  ## Make the virtual environment with the pinned dependencies
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(INSTALL) .
+	touch $@
+
+$(TOOLS): $(READY)
+	$(INSTALL) '.[dev]'
 	touch $@
 
 repro: setup  ## Run what changed of the studies in params.yaml, then print the result tables
@@ -27,15 +34,15 @@ repro: setup  ## Run what changed of the studies in params.yaml, then print the 
 results: setup  ## Print the result tables and where the plots are
 	@python -m quantstudy results
 
-test: setup  ## Run the tests
+test: $(TOOLS)  ## Run the tests
 	python -m pytest
 
-check: setup  ## Lint, formatting and types
+check: $(TOOLS)  ## Lint, formatting and types
 	ruff check .
 	ruff format --check .
 	mypy
 
-format: setup  ## Format the code
+format: $(TOOLS)  ## Format the code
 	ruff check --fix .
 	ruff format .
 
