@@ -1,6 +1,7 @@
 """README keeps what it says: its tables are those of the committed reports, its links exist."""
 
 import re
+import subprocess
 
 import pytest
 import yaml
@@ -12,7 +13,11 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_tables_are_those_of_the_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the committed ones: a run of one's own writes other timings."""
     monkeypatch.chdir(ROOT)
+    changed = subprocess.run(["git", "status", "--porcelain", "reports"], capture_output=True, text=True, check=True)
+    if changed.stdout:
+        pytest.skip("the reports have changed since the last commit")
     assert len(PLACE.findall(README)) >= 1
     assert with_tables(README) == README
 
