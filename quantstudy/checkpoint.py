@@ -15,7 +15,7 @@ import torch
 from quantstudy.errors import UserError
 from quantstudy.files import save_tensors
 
-FORMAT = "quantstudy-1"
+FORMAT = "quantstudy-2"
 
 
 def save_checkpoint(path: Path, state_dict: dict[str, torch.Tensor], **facts: Any) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from quantstudy import layout
 from quantstudy.errors import run_stage
-from quantstudy.files import read_json
 from quantstudy.params import load_params
 from quantstudy.report.lines import plot_scaling_law, plot_training_curves, read_curve
 from quantstudy.report.results import load_results
@@ -25,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = load_results(params, name)
     finetune = read_curve(layout.curve(name, "finetune"))
     qat = {method: read_curve(layout.curve(name, method)) for method in params.qat}
-    table = write_tables(params, name, results, read_json(layout.ENVIRONMENT))
+    table = write_tables(params, name, results)
 
     plot_scaling_law(folder / "scaling_law_plot.png", name, scaling_law(params, results))
     plot_accuracy_vs_size(folder / "accuracy_vs_size_plot.png", name, results)

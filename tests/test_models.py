@@ -1,5 +1,7 @@
 """Building, loading weights and folding BatchNorm."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from quantstudy import models
 from quantstudy import params as P
 from quantstudy.errors import UserError
 from quantstudy.files import sha256
+from tests.conftest import ROOT
 
 SEEN = P.Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
@@ -85,12 +88,32 @@ def test_a_saved_model_loads_folded(tmp_path: Path) -> None:
         torch.testing.assert_close(models.load_fp32(path)(images), model(images), rtol=1e-4, atol=1e-4)
 
 
-def test_an_architecture_with_attention_is_refused() -> None:
-    with torch.device("meta"), pytest.raises(UserError, match="'vit_b_16' has MultiheadAttention"):
-        models.build("vit_b_16", 10, "studies.s.model.architecture")
+@pytest.mark.parametrize("architecture", ["vit_b_16", "swin_t", "swin_v2_t"])
+def test_an_architecture_with_attention_is_refused(architecture: str) -> None:
+    with torch.device("meta"), pytest.raises(UserError, match=f"key: '{architecture}' has [A-Za-z0-9]*Attention"):
+        models.build(architecture, 10, "key")
 
 
 def test_auxiliary_heads_are_left_out() -> None:
     with torch.device("meta"):
         logits = models.build("googlenet", 10).train()(torch.empty(2, 3, 64, 64))
     assert logits.shape == (2, 10)
+
+
+def test_weights_of_auxiliary_heads_are_left_out(tmp_path: Path) -> None:
+    model = models.build("googlenet", 10)
+    path = tmp_path / "weights.pth"
+    torch.save(model.state_dict() | {"aux1.conv.conv.weight": torch.zeros(1)}, path)
+    assert models.load_pretrained(model, row(path, "googlenet"), "s").random == []
+
+
+def test_building_leaves_the_compiler_alone() -> None:
+    code = """
+import sys, torch
+from quantstudy import models
+models.skeleton("mobilenet_v2", 10)
+assert "torch._dynamo" not in sys.modules
+from torchvision.ops import roi_align
+assert torch.compile(torch.nn.Identity(), backend="eager")(torch.ones(2)).sum() == 2
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

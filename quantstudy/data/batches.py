@@ -15,10 +15,7 @@ from torch import Tensor
 
 from quantstudy.data.augment import augment
 from quantstudy.data.container import Split
-from quantstudy.data.sampling import validation_indices
 from quantstudy.params import Augmentation, Preprocessing
-
-__all__ = ["Batches", "validation_indices"]
 
 _AHEAD = 2
 _MAX_WORKERS = 16

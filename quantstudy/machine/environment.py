@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from quantstudy.machine import hardware
 from quantstudy.machine.hardware import arithmetic_is_native, cpu_flags, cpu_model, instruction_sets
 
 PACKAGES = ("torch", "torchvision", "torchao", "thop", "dvc")
@@ -196,12 +197,7 @@ def null_metrics(facts: dict[str, Any]) -> dict[str, str]:
 
 def remarks(facts: dict[str, Any]) -> list[str]:
     """Return sentences that a reader of the figures measured here has to know."""
-    sentences = []
-    if not facts["gpu"]["available"]:
-        sentences.append("No GPU latency or memory was taken: every figure is the CPU's.")
-        for dtype, native in facts["native_arithmetic"]["cpu"].items():
-            if not native:
-                sentences.append(f"{dtype} is emulated on this CPU: its latency is not the type's.")
+    sentences = hardware.remarks(facts["gpu"]["available"], facts["native_arithmetic"]["cpu"])
     if not facts["compiler"]["works"]:
         sentences.append("No working C++ compiler: latencies are of eager mode.")
     return sentences

@@ -83,6 +83,16 @@ def arithmetic_is_native(dtype: str, device: str) -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
+def remarks(has_gpu: bool, native_on_cpu: Mapping[str, bool]) -> list[str]:
+    """Return sentences that a reader of latencies measured here has to know; `native_on_cpu` is by dtype."""
+    if has_gpu:
+        return []
+    emulated = [dtype for dtype, native in native_on_cpu.items() if not native]
+    return ["No GPU latency or memory was taken: every figure is the CPU's."] + [
+        f"{dtype} is emulated on this CPU: its latency is not the type's." for dtype in emulated
+    ]
+
+
 def _cpuinfo() -> Mapping[str, str]:
     """Return the first processor's block of /proc/cpuinfo; empty where there is none."""
     try:

@@ -20,7 +20,7 @@ from quantstudy.checkpoint import load_checkpoint
 from quantstudy.data.batches import Batches
 from quantstudy.data.container import Split
 from quantstudy.files import finite
-from quantstudy.machine.hardware import describe_machine
+from quantstudy.machine.hardware import arithmetic_is_native, describe_machine, remarks
 from quantstudy.measure.latency import Timing, time_alternately
 from quantstudy.measure.memory import with_peak_memory_mb
 from quantstudy.measure.operations import count_macs, tera_bit_operations
@@ -213,6 +213,9 @@ def _details(task: Task, chosen: Executable, timings: dict[int, dict[str, Timing
         "variant": task.variant,
         "runtime": chosen.runtime,
         "machine": describe_machine(),
+        "remarks": remarks(
+            task.device.type == "cuda", {dtype: arithmetic_is_native(dtype, "cpu") for dtype in ("float16", "bfloat16")}
+        ),
         "kernel": {"real": chosen.real_layers, "total": len(chosen.layers), "note": _note(chosen)},
         "timings": [
             {"executable": name, "batch_size": size, **asdict(timing)}

@@ -38,14 +38,13 @@ def ptq_results_path(study: str, architecture: str) -> Path:
     return layout.report(study) / "tables" / f"ptq_results_{mobilenet}torchao_final.json"
 
 
-def write_tables(params: Params, study: str, results: Sequence[Result], machine: Mapping[str, Any]) -> str:
+def write_tables(params: Params, study: str, results: Sequence[Result]) -> str:
     """Write every table of `study` and return the Markdown one.
 
     Args:
         params: the params that `results` were read with.
         study: a row of `studies`.
         results: one a variant, fp32 first.
-        machine: the facts of `reports/environment.json`.
     """
     row, folder = params.study(study), layout.report(study)
     untrained = [result for result in results if result.group != "qat"]
@@ -54,7 +53,7 @@ def write_tables(params: Params, study: str, results: Sequence[Result], machine:
     write_json(folder / "tables" / "qat_finetune_results.json", [record(result) for result in trained])
     write_csv(folder / "results.csv", CSV_COLUMNS, map(record, results))
     write_csv(folder / "scaling_law.csv", SCALING_COLUMNS, scaling_law(params, results))
-    text = markdown(results) + "\n" + note(study, row, results, machine.get("remarks", [])) + "\n"
+    text = markdown(results) + "\n" + note(study, row, results) + "\n"
     write_text(folder / "results.md", text)
     return text
 
@@ -151,12 +150,13 @@ def _number(value: float | None, decimals: int) -> str:
     return NOTHING if value is None else f"{value:.{decimals}f}"
 
 
-def note(study: str, row: Study, results: Sequence[Result], remarks: Sequence[str]) -> str:
+def note(study: str, row: Study, results: Sequence[Result]) -> str:
     """Return the paragraphs under the table: what was measured, on what, and how to read the columns."""
     images = int(results[0].value("images"))
     origin = row.data.dataset or row.data.path or row.data.source
     weights = row.model.weights or "none (random start)"
     machines = dict.fromkeys(result.details.get("machine", "a machine not recorded") for result in results)
+    remarks = dict.fromkeys(remark for result in results for remark in result.details.get("remarks", []))
     measured = (
         f"`{study}`: {row.model.architecture} on {images} test images of {origin} at {row.data.image_size} px, "
         f"pretrained weights: {weights}, seed {row.seed}. Measured on {'; also on '.join(machines)}."

@@ -7,23 +7,17 @@ from pathlib import Path
 from quantstudy import layout
 from quantstudy.params import Params
 
-ENVIRONMENT = {
-    "gpu": {"available": False, "reason": "no CUDA GPU was found"},
-    "cpu": {"model": "A CPU", "torch_threads": 2},
-    "software": {"torch": "2.14.1", "torchvision": "0.29.1", "torchao": "0.18.0", "python": "3.11.7"},
-    "remarks": ["No GPU latency or memory was taken: every figure is the CPU's."],
-}
-
 FP32_MB = {"vgg11": 515.2, "mobilenet_v2": 9.1}
 DROP = {"fp16": 0.01, "bf16": 0.06, "int8": 0.2, "int4": 2.3, "mixed": 0.8, "clip_int8": 0.6, "clip_int4": 38.0}
 SHARE = {"16": 0.5, "8": 0.252, "4": 0.141, "mixed": 0.19}
 
 
 DETAILS = {"kernel": {"real": 1, "total": 1, "note": ""}, "machine": "A CPU, 2 threads, no GPU; torch 2.14.1"}
+DETAILS["remarks"] = ["No GPU latency or memory was taken: every figure is the CPU's."]
 
 
 def fabricate(params: Params, study: str, images: int = 10_000, top1: float = 88.4) -> None:
-    """Write metrics, details, curves and the environment of every variant of `params` below the working directory."""
+    """Write metrics, details and curves of every variant of `params` below the working directory."""
     rng = random.Random(study)
     for variant in params.variants:
         _write(layout.metrics(study, variant), _metrics(params, study, variant, images, top1, rng))
@@ -31,7 +25,6 @@ def fabricate(params: Params, study: str, images: int = 10_000, top1: float = 88
     _curve(layout.curve(study, "finetune"), params.study(study).training.epochs, 1.9, top1, rng, start=1)
     for method in params.qat:
         _curve(layout.curve(study, method), params.study(study).qat.epochs, 0.35, top1 + 0.4, rng, start=0)
-    _write(layout.ENVIRONMENT, ENVIRONMENT)
 
 
 def _metrics(

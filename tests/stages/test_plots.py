@@ -73,9 +73,8 @@ def test_nothing_was_timed(study) -> None:
     [
         (layout.metrics("tiny", "qat_int8"), "no such file"),
         (layout.curve("tiny", "qat_bf16"), "no such file"),
-        (layout.ENVIRONMENT, "no such file"),
     ],
-    ids=["metrics", "curve", "environment"],
+    ids=["metrics", "curve"],
 )
 def test_a_missing_input_is_one_line(study, missing: Path, message: str) -> None:
     missing.unlink()
