@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from quantstudy import layout, models
 from quantstudy.checkpoint import load_checkpoint, load_tensors
 from quantstudy.device import set_up
-from quantstudy.errors import run_stage, unknown
-from quantstudy.methods.registry import POST_TRAINING
+from quantstudy.errors import run_stage
+from quantstudy.methods.registry import POST_TRAINING, settings_of
 from quantstudy.params import load_params
 from quantstudy.quantization.variant import save_variant
 
@@ -20,9 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     name, method = arguments.study, arguments.method
     params = load_params()
-    study, settings = params.study(name), params.method(method)
-    if settings.kind not in POST_TRAINING:
-        raise unknown("method", method, [m for m, row in params.methods.items() if row.kind in POST_TRAINING])
+    study, settings = params.study(name), settings_of(params, method, POST_TRAINING)
     set_up(study.seed)
 
     fp32 = layout.model(name, "fp32")

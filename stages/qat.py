@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from quantstudy import layout, models, training
 from quantstudy.checkpoint import load_checkpoint, load_tensors
 from quantstudy.device import DTYPES, describe, set_up, training_dtype
-from quantstudy.errors import run_stage, unknown
+from quantstudy.errors import run_stage
 from quantstudy.files import sha256, write_json
-from quantstudy.methods.registry import TRAINED, finish
+from quantstudy.methods.registry import TRAINED, finish, settings_of
 from quantstudy.params import QatCast, load_params
 from quantstudy.quantization.variant import save_variant
 
@@ -21,9 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     name, method = arguments.study, arguments.method
     params = load_params()
-    study, settings = params.study(name), params.method(method)
-    if settings.kind not in TRAINED:
-        raise unknown("method", method, [m for m, row in params.methods.items() if row.kind in TRAINED])
+    study, settings = params.study(name), settings_of(params, method, TRAINED)
     device = set_up(study.seed)
 
     fp32 = layout.model(name, "fp32")

@@ -7,7 +7,7 @@ its row in `params.py`, a function here and a row in `params.yaml`.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 
 from quantstudy import params as P
 from quantstudy.device import DTYPES
+from quantstudy.errors import unknown
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.observers import activation_range, quantizable_layers
 from quantstudy.quantization.schemes import ActivationScheme, Mode, WeightScheme
@@ -88,6 +89,14 @@ POST_TRAINING: dict[str, Function] = {
     "mixed_variance": mixed_variance,
 }
 TRAINED: dict[str, Function] = {"qat_static": trainable_static, "qat_cast": trainable_float}
+
+
+def settings_of(params: P.Params, method: str, functions: Mapping[str, Function]) -> Any:
+    """Return the row of a method whose kind is one of `functions`; raise `UserError` for any other name."""
+    settings = params.method(method)
+    if settings.kind not in functions:
+        raise unknown("method", method, [name for name, row in params.methods.items() if row.kind in functions])
+    return settings
 
 
 def _quantized(model: nn.Module, settings: P.Scheme, names: Any, mode: Mode = "none") -> Variant:
