@@ -21,9 +21,9 @@ def calibration(study: str) -> Path:
     return Path("models") / study / "calibration.pt"
 
 
-def reference_logits(study: str) -> Path:
-    """The fp32 model's logits on the test split, float32 [images, classes]."""
-    return Path("models") / study / "fp32_logits.npy"
+def reference(study: str) -> Path:
+    """What the variants are compared with: the fp32 model's logits on the test split and its counted arithmetic."""
+    return Path("models") / study / "reference.npz"
 
 
 def predictions(study: str, variant: str) -> Path:

@@ -206,7 +206,7 @@ def _fold_in_place(model: nn.Module) -> None:
 def _fused(conv: Any, norm: Any) -> nn.Module:
     if not conv.weight.is_meta:
         return fuse_conv_bn_eval(conv, norm)
-    conv.bias = nn.Parameter(torch.empty_like(norm.running_mean))
+    conv.bias = nn.Parameter(torch.empty(norm.num_features, device="meta"))  # empty_like would import sympy
     return conv  # type: ignore[no-any-return]
 
 

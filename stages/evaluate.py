@@ -2,16 +2,15 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from quantstudy import layout
 from quantstudy.data.container import load_split
 from quantstudy.device import set_up
-from quantstudy.errors import UserError, run_stage, unknown
+from quantstudy.errors import run_stage, unknown
 from quantstudy.files import atomic, write_json
-from quantstudy.measure.evaluation import Task, evaluate
+from quantstudy.measure.evaluation import Reference, Task, evaluate
 from quantstudy.params import load_params
 
 
@@ -29,31 +28,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = set_up(study.seed, params.measure.threads)
 
     test = load_split(layout.split(name, "test"))
-    reference = None if variant == "fp32" else _load_logits(name)
+    reference = None if variant == "fp32" else Reference.load(layout.reference(name))
     task = Task(name, study, variant, params.measure, device)
-    metrics, details, logits = evaluate(task, test, reference)
+    metrics, details, found = evaluate(task, test, reference)
 
     if variant == "fp32":
-        _save_array(layout.reference_logits(name), logits)
-    _save_array(layout.predictions(name, variant), logits.argmax(1).astype(np.int16))
+        found.save(layout.reference(name))
+    with atomic(layout.predictions(name, variant)) as temporary, temporary.open("wb") as file:
+        np.save(file, found.logits.argmax(1).astype(np.int16))
     write_json(layout.details(name, variant), details)
     write_json(layout.metrics(name, variant), metrics)
     print(
         f"{name} {variant}: top-1 {metrics['top1']:.2f} ± {metrics['top1_ci95']:.2f} %, {metrics['size_mb']:.2f} MB, "
         f"{metrics['latency_ms_b16']:.2f} ms a batch of 16 on {details['runtime']}, {details['kernel']['note']}"
     )
-
-
-def _load_logits(study: str) -> np.ndarray:
-    path = layout.reference_logits(study)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; evaluate the variant fp32 first")
-    return np.load(path)
-
-
-def _save_array(path: Path, array: np.ndarray) -> None:
-    with atomic(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 The executables of the variant and of fp32 are timed first, taking turns. The variant's fastest runtime, by the
 sum of its medians, is the one that is reported, and accuracy is measured on that same executable, in batches of
-the larger timed size.
+at least the larger timed size.
 """
 
 import functools
@@ -19,7 +19,9 @@ from quantstudy import params as P
 from quantstudy.checkpoint import load_checkpoint
 from quantstudy.data.batches import Batches
 from quantstudy.data.container import Split
-from quantstudy.files import finite
+from quantstudy.device import DTYPES
+from quantstudy.errors import UserError
+from quantstudy.files import atomic, finite
 from quantstudy.machine.hardware import arithmetic_is_native, describe_machine, remarks
 from quantstudy.measure.latency import Timing, time_alternately
 from quantstudy.measure.memory import with_peak_memory_mb
@@ -33,6 +35,33 @@ from quantstudy.runtimes.executables import Executable, build_executable, worth_
 Record = dict[str, Any]
 BATCH_SIZES = (1, 16)
 """The batch sizes that are timed."""
+EAGER_BATCH = 64
+"""The batch size of accuracy where no graph is built for a size: a large layer's weights are read less often."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a study's variants are compared with: fp32's logits [images, classes] and its arithmetic per image."""
+
+    logits: np.ndarray
+    total_macs: int
+    macs: dict[str, int]
+    """Multiply-accumulates by the name of the layer."""
+
+    def save(self, path: Path) -> None:
+        """Write it as plain arrays, atomically."""
+        layers, counts = np.array(list(self.macs)), np.array([self.total_macs, *self.macs.values()])
+        with atomic(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, logits=self.logits, layers=layers, macs=counts)
+
+    @classmethod
+    def load(cls, path: Path) -> "Reference":
+        """Read what `save` wrote; raise `UserError` when it is not there."""
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; evaluate the variant fp32 first")
+        with np.load(path) as arrays:
+            total, *counts = (int(count) for count in arrays["macs"])
+            return cls(arrays["logits"], total, dict(zip(map(str, arrays["layers"]), counts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -74,31 +103,35 @@ class Task:
 
 
 @torch.no_grad()
-def evaluate(task: Task, test: Split, reference: np.ndarray | None) -> tuple[Record, Record, np.ndarray]:
-    """Return the metrics, the details and the logits (float32 [images, classes]) of a variant.
+def evaluate(task: Task, test: Split, reference: Reference | None) -> tuple[Record, Record, Reference]:
+    """Return the metrics and the details of a variant, and its logits as a reference for others.
 
-    `reference` holds the fp32 logits on the same images; None when the variant is fp32 itself. Call it before the
-    process has computed anything, so that the memory it measures is the variant's alone.
+    `reference` is fp32's on the same images; None when the variant is fp32 itself. Call it before the process has
+    computed anything, so that the memory it measures is the variant's alone.
     """
-    total_macs, macs = count_macs(task.skeleton(), task.preprocessing.image_size)
-    eager, memory = with_peak_memory_mb(lambda: _eager_after_a_batch(task), task.device)
+    (eager, stored), memory = with_peak_memory_mb(lambda: _eager_after_a_batch(task), task.device)
+    if reference is None:
+        total_macs, macs = count_macs(task.skeleton(), task.preprocessing.image_size)
+    else:
+        total_macs, macs = reference.total_macs, reference.macs
     executables, baselines, failed = _executables(task, eager)
     timings = {size: _time(task, executables, baselines, size) for size in BATCH_SIZES}
     chosen = min(executables, key=lambda e: sum(t[f"{task.variant} {e.runtime}"].median_ms for t in timings.values()))
     logits = run_on_test(chosen, task, test)
-    metrics = _accuracy(logits, logits if reference is None else reference, test.labels.numpy())
-    metrics |= _size(task)
+    metrics = _accuracy(logits, logits if reference is None else reference.logits, test.labels.numpy())
+    metrics |= _file_size(task) | stored
     metrics |= {"gmacs": total_macs / 1e9, "tbops": _tera_bit_operations(macs, chosen)}
     metrics |= _latency(task, chosen, baselines, timings)
     if memory is None:
         failed["peak_memory_mb"] = "the system does not let a process reset its peak"
     metrics |= {"kernel_real": int(chosen.real), "peak_memory_mb": finite(memory), "seed": task.study.seed}
-    return metrics, _details(task, chosen, timings, macs) | {"unavailable": failed}, logits
+    details = _details(task, chosen, timings, macs) | {"unavailable": failed}
+    return metrics, details, Reference(logits, total_macs, macs)
 
 
 def run_on_test(executable: Executable, task: Task, test: Split) -> np.ndarray:
-    """Return the logits on the test split, in its order; every batch has the size that was timed."""
-    size = max(BATCH_SIZES)
+    """Return the logits on the test split, in its order; every batch has one size, the last one is filled up."""
+    size = EAGER_BATCH if executable.runtime == "eager" else max(BATCH_SIZES)
     found = []
     for images, _ in Batches(test, task.preprocessing, size, task.device):
         missing = size - len(images)
@@ -108,10 +141,12 @@ def run_on_test(executable: Executable, task: Task, test: Split) -> np.ndarray:
     return np.concatenate(found)
 
 
-def _eager_after_a_batch(task: Task) -> Executable:
-    executable = build_executable(task.load(), "eager", task.device)
+def _eager_after_a_batch(task: Task) -> tuple[Executable, Record]:
+    model = task.load()
+    stored = _stored(model)
+    executable = build_executable(model, "eager", task.device)
     executable.run(task.noise(max(BATCH_SIZES)))
-    return executable
+    return executable, stored
 
 
 def _executables(task: Task, eager: Executable) -> tuple[list[Executable], list[Executable], dict[str, str]]:
@@ -163,10 +198,14 @@ def _accuracy(logits: np.ndarray, reference: np.ndarray, labels: np.ndarray) -> 
     }
 
 
-def _size(task: Task) -> Record:
+def _file_size(task: Task) -> Record:
     size, fp32 = task.path.stat().st_size, layout.model(task.name, "fp32").stat().st_size
+    return {"size_mb": size / 1e6, "compression": fp32 / size}
+
+
+def _stored(model: nn.Module) -> Record:
+    """Count the layers and the bits that their weights are stored in."""
     stored = weights = 0
-    model = task.load()
     replaced = quantized_layers(model)
     for layer in replaced.values():
         stored += 8 * (layer.packed.nbytes + layer.weight_scale.nbytes)
@@ -177,8 +216,6 @@ def _size(task: Task) -> Record:
         weights += module.weight.numel()
     rest_is_16_bit = isinstance(model, Variant) and model.dtype.itemsize < 4
     return {
-        "size_mb": size / 1e6,
-        "compression": fp32 / size,
         "weight_bits": stored / weights,
         "layers_quantized": len(replaced) + (len(rest) if rest_is_16_bit else 0),
         "layers_quantizable": len(replaced) + len(rest),
@@ -214,7 +251,7 @@ def _details(task: Task, chosen: Executable, timings: dict[int, dict[str, Timing
         "runtime": chosen.runtime,
         "machine": describe_machine(),
         "remarks": remarks(
-            task.device.type == "cuda", {dtype: arithmetic_is_native(dtype, "cpu") for dtype in ("float16", "bfloat16")}
+            task.device.type == "cuda", {dtype: arithmetic_is_native(dtype, "cpu") for dtype in DTYPES}
         ),
         "kernel": {"real": chosen.real_layers, "total": len(chosen.layers), "note": _note(chosen)},
         "timings": [
