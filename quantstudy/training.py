@@ -20,10 +20,9 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from quantstudy import layout
 from quantstudy import params as P
 from quantstudy.data.batches import Batches
-from quantstudy.data.container import load_split
+from quantstudy.data.container import Split
 from quantstudy.data.sampling import validation_indices
 from quantstudy.device import autocast
 from quantstudy.errors import UserError
@@ -240,10 +239,9 @@ def _restore(run: Run, parts: dict[str, Any]) -> State:
 
 
 def training_and_validation(
-    name: str, preprocessing: P.Preprocessing, settings: P.Training, seed: int, device: torch.device
+    split: Split, preprocessing: P.Preprocessing, settings: P.Training, seed: int, device: torch.device
 ) -> tuple[Batches, Batches]:
-    """Return the batches to train on and the validation batches, both of the study's training split."""
-    split = load_split(layout.split(name, "train"))
+    """Return the batches to train on and the validation batches, both of the training split."""
     kept, held_out = validation_indices(split.labels, settings.validation_fraction, seed)
     if settings.max_images is not None:
         order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))

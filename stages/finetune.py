@@ -20,8 +20,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = set_up(study.seed)
 
     seen = study.data.preprocessing
-    batches, validation = training.training_and_validation(name, seen, study.training, study.seed, device)
-    classes = len(load_split(layout.split(name, "train")).classes)
+    split = load_split(layout.split(name, "train"))
+    batches, validation = training.training_and_validation(split, seen, study.training, study.seed, device)
+    classes = len(split.classes)
     model = models.build(study.model.architecture, classes, f"studies.{name}.model.architecture")
     loaded = models.load_pretrained(model, study.model, name)
     print(loaded)

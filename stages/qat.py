@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from quantstudy import layout, models, training
 from quantstudy.checkpoint import load_checkpoint, load_tensors
+from quantstudy.data.container import load_split
 from quantstudy.device import DTYPES, describe, set_up, training_dtype
 from quantstudy.errors import run_stage
 from quantstudy.files import sha256, write_json
@@ -30,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     variant.requires_grad_(True).to(device)
 
     seen = models.load_preprocessing(fp32)
-    batches, validation = training.training_and_validation(name, seen, study.qat, study.seed, device)
+    split = load_split(layout.split(name, "train"))
+    batches, validation = training.training_and_validation(split, seen, study.qat, study.seed, device)
     is_cast = isinstance(settings, QatCast)
     run = training.Run(
         name=f"{name} {method}",

@@ -250,9 +250,7 @@ def _details(task: Task, chosen: Executable, timings: dict[int, dict[str, Timing
         "variant": task.variant,
         "runtime": chosen.runtime,
         "machine": describe_machine(),
-        "remarks": remarks(
-            task.device.type == "cuda", {dtype: arithmetic_is_native(dtype, "cpu") for dtype in DTYPES}
-        ),
+        "remarks": remarks(task.device.type == "cuda", {dtype: arithmetic_is_native(dtype, "cpu") for dtype in DTYPES}),
         "kernel": {"real": chosen.real_layers, "total": len(chosen.layers), "note": _note(chosen)},
         "timings": [
             {"executable": name, "batch_size": size, **asdict(timing)}
