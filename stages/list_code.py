@@ -16,7 +16,7 @@ from quantstudy.imports import transitive_imports
 def main(argv: Sequence[str] | None = None) -> None:
     """Write reports/code/<stage>.txt for every other script in stages/."""
     root = Path()
-    for script in sorted(root.glob("stages/*.py")):
+    for script in sorted(root.glob("stages/[!_]*.py")):
         if script.stem != "list_code":
             modules = transitive_imports(script, root)
             write_text(layout.code(script.stem), "".join(f"{sha256(path)}  {path.as_posix()}\n" for path in modules))

@@ -10,7 +10,7 @@ import pytest
 from quantstudy.imports import transitive_imports
 from tests.conftest import ROOT
 
-SCRIPTS = sorted(path.relative_to(ROOT) for path in ROOT.glob("stages/*.py"))
+SCRIPTS = sorted(path.relative_to(ROOT) for path in ROOT.glob("stages/[!_]*.py"))
 LOADED = """
 import importlib, pathlib, sys
 importlib.import_module(sys.argv[1])
