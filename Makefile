@@ -23,12 +23,12 @@ setup: $(READY)  ## Make the virtual environment with the pinned dependencies
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) .
+	$(INSTALL) '.[onnxruntime,openvino]'
 	$(COMPILE)
 	touch $@
 
 $(TOOLS): $(READY)
-	$(INSTALL) '.[dev]'
+	$(INSTALL) '.[dev,onnxruntime,openvino]'
 	$(COMPILE)
 	touch $@
 

@@ -26,6 +26,16 @@ def reference(study: str) -> Path:
     return Path("models") / study / "reference.npz"
 
 
+def graph(study: str) -> Path:
+    """The network's ONNX graph, without weights."""
+    return Path("models") / study / "graph.onnx"
+
+
+def onnx(study: str, variant: str) -> Path:
+    """A variant as an ONNX model."""
+    return Path("models") / study / "onnx" / f"{variant}.onnx"
+
+
 def predictions(study: str, variant: str) -> Path:
     """Predicted classes, int16 [images], in the order of the test split."""
     return Path("models") / study / "predictions" / f"{variant}.npy"
@@ -54,6 +64,11 @@ def metrics(study: str, variant: str) -> Path:
 def details(study: str, variant: str) -> Path:
     """Strings, rows per layer and all timings of a variant; no DVC metric."""
     return report(study) / "details" / f"{variant}.json"
+
+
+def onnx_report(study: str, variant: str) -> Path:
+    """Size of a variant's ONNX file, and how far the runtimes agree with PyTorch on the test images."""
+    return report(study) / "onnx" / f"{variant}.json"
 
 
 def curve(study: str, name: str) -> Path:

@@ -198,10 +198,18 @@ METHOD_ROWS: tuple[type[Section], ...] = get_args(get_args(Method)[0])
 class Measure(Section):
     """How accuracy and latency are measured."""
 
-    runtimes: list[Literal["eager", "inductor"]]
+    runtimes: list[Literal["inductor", "onnxruntime", "openvino"]]
+    """What is tried beside eager mode, which always is."""
     seconds: Annotated[float, Field(gt=0)]
     """Time spent timing each batch size on each runtime, the variant and fp32 together."""
     threads: Annotated[int, Field(ge=1)] | None = None
+
+
+class Export(Section):
+    """The methods of `ptq` and `qat` whose variants are also written as ONNX files."""
+
+    ptq: list[str]
+    qat: list[str]
 
 
 class ScalingLaw(Section):
@@ -223,6 +231,7 @@ class Params(Section):
     run: list[Name]
     ptq: list[Name]
     qat: list[Name]
+    export: Export
     studies: dict[Name, Study]
     methods: dict[Name, Method]
     outliers: Outliers
@@ -275,10 +284,12 @@ def _check_lists(params: Params) -> None:
         ("run", params.run, list(params.studies)),
         ("ptq", params.ptq, [m for m, row in params.methods.items() if not row.kind.startswith("qat")]),
         ("qat", params.qat, [m for m, row in params.methods.items() if row.kind.startswith("qat")]),
+        ("export.ptq", params.export.ptq, params.ptq),
+        ("export.qat", params.export.qat, params.qat),
         ("scaling_law.ptq", params.scaling_law.ptq, params.variants),
         ("scaling_law.qat", params.scaling_law.qat, params.variants),
     ):
-        if not names:
+        if not names and not key.startswith("export"):
             raise UserError(f"{key}: [] is empty; list one or more of {', '.join(choices)}")
         for name in names:
             if name not in choices:

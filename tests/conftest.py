@@ -67,7 +67,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     """A fresh project root as the working directory."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["run"], params["studies"] = ["tiny"], {"tiny": TINY}
-    params["measure"].update(runtimes=["eager"], seconds=0.05)
+    params["measure"].update(runtimes=[], seconds=0.05)
     root = tmp_path / "project"
     root.mkdir()
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))

@@ -26,8 +26,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in ("dvc.yaml", ".dvcignore", ".gitignore"):
         shutil.copy(ROOT / file, root)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params |= METHODS | {"run": ["tiny"], "studies": {"tiny": TINY}}
-    params["measure"].update(runtimes=["eager"], seconds=0.05)
+    params |= METHODS | {"export": METHODS, "run": ["tiny"], "studies": {"tiny": TINY}}
+    params["measure"].update(runtimes=[], seconds=0.05)
     params["scaling_law"] = {"ptq": ["fp32", "int8_static"], "qat": ["fp32", "qat_int8"]}
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     return root
@@ -67,10 +67,14 @@ def first(run: Run) -> set[str]:
 def test_the_first_run_runs_every_cell(first: set[str]) -> None:
     expected = {"code", "diagnose"}
     expected |= {
-        f"{stage}@tiny" for stage in ("download", "finetune", "calibrate", "outliers", "evaluate_fp32", "plots")
+        f"{stage}@tiny"
+        for stage in (
+            *("download", "finetune", "calibrate", "outliers", "trace", "evaluate_fp32", "export_fp32", "plots"),
+        )
     }
     for kind, methods in METHODS.items():
-        expected |= {f"{stage}@tiny-{method}" for stage in (kind, f"evaluate_{kind}") for method in methods}
+        cells = (kind, f"evaluate_{kind}", f"export_{kind}")
+        expected |= {f"{stage}@tiny-{method}" for stage in cells for method in methods}
     assert first == expected
 
 
@@ -86,7 +90,7 @@ def test_a_changed_parameter_runs_just_its_cells(first: set[str], run: Run, copy
     before, _, after = text.partition("int4_weight_only:\n    kind")
     params.write_text(before + "int4_weight_only:\n    kind" + after.replace("group_size: 32", "group_size: 64", 1))
     ran = stages_run(run("dvc", "repro"))
-    cells = {"ptq@tiny-int4_weight_only", "evaluate_ptq@tiny-int4_weight_only"}
+    cells = {f"{stage}@tiny-int4_weight_only" for stage in ("ptq", "evaluate_ptq", "export_ptq")}
     assert ran == cells | {"plots@tiny"}
     difference = run("dvc", "metrics", "diff")
     assert re.search(r"int4_weight_only\.json\s+size_mb", difference)

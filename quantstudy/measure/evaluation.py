@@ -8,7 +8,7 @@ at least the larger timed size.
 import functools
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,8 +29,11 @@ from quantstudy.measure.operations import count_macs, tera_bit_operations
 from quantstudy.measure.statistics import mcnemar_exact_p, sqnr_db, wilson_half_width
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
-from quantstudy.quantization.variant import Variant, load_variant
+from quantstudy.quantization.variant import Variant, load_any
 from quantstudy.runtimes.executables import Executable, build_executable, worth_compiling
+
+if TYPE_CHECKING:
+    import onnx
 
 Record = dict[str, Any]
 BATCH_SIZES = (1, 16)
@@ -81,8 +84,7 @@ class Task:
 
     def load(self, variant: str | None = None) -> nn.Module:
         """Load the variant, or another one of the study, on the CPU."""
-        path = layout.model(self.name, variant or self.variant)
-        return models.load_fp32(path) if (variant or self.variant) == "fp32" else load_variant(path)
+        return load_any(layout.model(self.name, variant or self.variant))
 
     @functools.cached_property
     def preprocessing(self) -> P.Preprocessing:
@@ -101,6 +103,13 @@ class Task:
         images = torch.randn(batch_size, 3, size, size, generator=generator)
         return images.to(self.device, memory_format=torch.channels_last)
 
+    @functools.cached_property
+    def graph(self) -> "onnx.ModelProto":
+        """The ONNX graph that the study's variants share."""
+        from quantstudy.export.graph import load_graph
+
+        return load_graph(layout.graph(self.name))
+
 
 @torch.no_grad()
 def evaluate(task: Task, test: Split, reference: Reference | None) -> tuple[Record, Record, Reference]:
@@ -116,8 +125,9 @@ def evaluate(task: Task, test: Split, reference: Reference | None) -> tuple[Reco
         total_macs, macs = reference.total_macs, reference.macs
     executables, baselines, failed = _executables(task, eager)
     timings = {size: _time(task, executables, baselines, size) for size in BATCH_SIZES}
-    chosen = min(executables, key=lambda e: sum(t[f"{task.variant} {e.runtime}"].median_ms for t in timings.values()))
-    logits = run_on_test(chosen, task, test)
+    chosen = _fastest(task, executables, timings)
+    logits_of = {executable.runtime: run_on_test(executable, task, test) for executable in executables}
+    logits = logits_of[chosen.runtime]
     metrics = _accuracy(logits, logits if reference is None else reference.logits, test.labels.numpy())
     metrics |= _file_size(task) | stored
     metrics |= {"gmacs": total_macs / 1e9, "tbops": _tera_bit_operations(macs, chosen)}
@@ -126,6 +136,10 @@ def evaluate(task: Task, test: Split, reference: Reference | None) -> tuple[Reco
         failed["peak_memory_mb"] = "the system does not let a process reset its peak"
     metrics |= {"kernel_real": int(chosen.real), "peak_memory_mb": finite(memory), "seed": task.study.seed}
     details = _details(task, chosen, timings, macs) | {"unavailable": failed}
+    details["agreement_with_eager"] = {
+        runtime: 100 * float((found.argmax(1) == logits_of["eager"].argmax(1)).mean())
+        for runtime, found in logits_of.items()
+    }
     return metrics, details, Reference(logits, total_macs, macs)
 
 
@@ -136,7 +150,7 @@ def run_on_test(executable: Executable, task: Task, test: Split) -> np.ndarray:
     for images, _ in Batches(test, task.preprocessing, size, task.device):
         missing = size - len(images)
         full = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)]) if missing else images
-        logits = executable.run(full.contiguous(memory_format=torch.channels_last))
+        logits = executable.run(full.contiguous(memory_format=executable.memory_format))
         found.append(logits[: len(images)].float().cpu().numpy())
     return np.concatenate(found)
 
@@ -155,30 +169,56 @@ def _executables(task: Task, eager: Executable) -> tuple[list[Executable], list[
     The third result names the executables that could not be built, each with its reason.
     """
     failed: dict[str, str] = {}
-    built = [eager, *_compiled(task, task.variant, failed)]
+    built = [eager, *_others(task, task.variant, failed)]
     if task.variant == "fp32" or not any(executable.real for executable in built):
         return built, [], failed
     fp32 = build_executable(task.load("fp32"), "eager", task.device)
-    return built, [fp32, *_compiled(task, "fp32", failed)], failed
+    return built, [fp32, *_others(task, "fp32", failed)], failed
 
 
-def _compiled(task: Task, variant: str, failed: dict[str, str]) -> list[Executable]:
-    if "inductor" not in task.measure.runtimes or not worth_compiling(task.load(variant), task.device):
-        return []
-    compiled = build_executable(task.load(variant), "inductor", task.device)
-    try:
-        for size in BATCH_SIZES:
-            compiled.run(task.noise(size))
-    except Exception as error:  # a missing compiler, a broken cache: many types, one meaning
-        failed[f"{variant} inductor"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-        return []
-    return [compiled]
+def _others(task: Task, variant: str, failed: dict[str, str]) -> list[Executable]:
+    """Build a variant on the runtimes of the params where it can be had; say in `failed` where it cannot and why."""
+    found = []
+    for runtime in task.measure.runtimes:
+        try:
+            if executable := _build(task, variant, runtime):
+                for size in BATCH_SIZES:
+                    executable.run(task.noise(size).contiguous(memory_format=executable.memory_format))
+                found.append(executable)
+        except UserError as error:
+            failed[f"{variant} {runtime}"] = str(error)
+        except Exception as error:  # a missing compiler, an unknown operator: many types, one meaning
+            failed[f"{variant} {runtime}"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    return found
+
+
+def _build(task: Task, variant: str, runtime: str) -> Executable | None:
+    model = task.load(variant)
+    if runtime == "inductor":
+        return build_executable(model, runtime, task.device) if worth_compiling(model, task.device) else None
+    if task.device.type != "cpu":
+        return None
+    from quantstudy.export.onnx_model import to_onnx
+    from quantstudy.runtimes.executables import open_executable
+
+    return open_executable(model, to_onnx(model, task.graph), runtime)
+
+
+def _fastest(task: Task, executables: list[Executable], timings: dict[int, dict[str, Timing]]) -> Executable:
+    """Return the executable with the smallest sum of medians, of those whose kernels are real where there are any."""
+    real = [executable for executable in executables if executable.real] or executables
+    return min(real, key=lambda e: sum(timing[f"{task.variant} {e.runtime}"].median_ms for timing in timings.values()))
 
 
 def _time(task: Task, executables: list[Executable], baselines: list[Executable], batch_size: int) -> dict[str, Timing]:
-    calls = {f"{task.variant} {executable.runtime}": executable.run for executable in executables}
-    calls |= {f"fp32 {executable.runtime}": executable.run for executable in baselines}
-    return time_alternately(calls, task.noise(batch_size), task.measure.seconds)
+    noise = task.noise(batch_size)
+    named = {f"{task.variant} {executable.runtime}": executable for executable in executables}
+    named |= {f"fp32 {executable.runtime}": executable for executable in baselines}
+    calls = {
+        name: functools.partial(executable.run, noise.contiguous(memory_format=executable.memory_format))
+        for name, executable in named.items()
+    }
+    return time_alternately(calls, task.measure.seconds * len(calls) / 2, on_cuda=task.device.type == "cuda")
 
 
 def _accuracy(logits: np.ndarray, reference: np.ndarray, labels: np.ndarray) -> Record:

@@ -1,7 +1,8 @@
 """Latency: executables timed alternately in one process.
 
-Machines drift (clocks, neighbours), so the fp32 model and the variant take turns, call by call, and each is
-reported as the median of its own calls. On CUDA the clock is a pair of events around the call.
+Machines drift (clocks, neighbours), so the fp32 model and the variant take turns, and each is reported as the median
+of its own calls. A turn starts with a call that is not timed: the threads of another runtime may still be waiting for
+work on the same cores, and its weights fill the caches. On CUDA the clock is a pair of events around the call.
 """
 
 import statistics
@@ -10,9 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-MINIMUM_ROUNDS = 5
+MINIMUM_ROUNDS = 3
+CALLS_A_TURN = 3
 
 
 @dataclass(frozen=True)
@@ -27,30 +28,32 @@ class Timing:
 
 @torch.no_grad()
 def time_alternately(
-    calls: Mapping[str, Callable[[Tensor], Tensor]], images: Tensor, seconds: float
+    calls: Mapping[str, Callable[[], object]], seconds: float, *, on_cuda: bool = False
 ) -> dict[str, Timing]:
-    """Time each of `calls` on `images`, taking turns for about `seconds` in all, at least 5 rounds."""
+    """Time each of `calls`, taking turns of 3 for about `seconds` in all and at least 3 turns, after two to warm up."""
     for call in calls.values():
         for _ in range(2):
-            call(images)
+            call()
     elapsed: dict[str, list[float]] = {name: [] for name in calls}
-    stop = time.perf_counter() + seconds
-    while time.perf_counter() < stop or len(next(iter(elapsed.values()))) < MINIMUM_ROUNDS:
+    stop, rounds = time.perf_counter() + seconds, 0
+    while time.perf_counter() < stop or rounds < MINIMUM_ROUNDS:
+        rounds += 1
         for name, call in calls.items():
-            elapsed[name].append(_milliseconds(call, images))
+            call()
+            elapsed[name] += [_milliseconds(call, on_cuda) for _ in range(CALLS_A_TURN)]
     return {name: _summarize(values) for name, values in elapsed.items()}
 
 
-def _milliseconds(call: Callable[[Tensor], Tensor], images: Tensor) -> float:
-    if images.device.type == "cuda":
+def _milliseconds(call: Callable[[], object], on_cuda: bool) -> float:
+    if on_cuda:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        call(images)
+        call()
         end.record()
         end.synchronize()
         return start.elapsed_time(end)
     started = time.perf_counter()
-    call(images)
+    call()
     return 1000 * (time.perf_counter() - started)
 
 

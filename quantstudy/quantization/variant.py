@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quantstudy.checkpoint import load_checkpoint, save_checkpoint
-from quantstudy.models import skeleton
+from quantstudy.models import load_fp32, skeleton
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
 
@@ -57,6 +57,11 @@ def load_variant(path: Path) -> Variant:
     network.load_state_dict(checkpoint["state_dict"], assign=True)
     network.requires_grad_(False).eval()
     return Variant(network.to(memory_format=torch.channels_last), dtype).eval()  # type: ignore[call-overload]
+
+
+def load_any(path: Path) -> nn.Module:
+    """Read the file of an fp32 model or of a variant."""
+    return load_fp32(path) if load_checkpoint(path)["variant"] == "fp32" else load_variant(path)
 
 
 def _describe(layer: Any) -> dict[str, Any]:

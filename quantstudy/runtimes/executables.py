@@ -4,6 +4,8 @@
   kernels (`runtimes.lowering`); every other quantized layer is simulated in floating point.
 - `inductor`: `torch.compile` with frozen weights. It fuses the quantize and dequantize operators around
   convolutions and linear layers with a calibrated input into oneDNN int8 kernels.
+- `onnxruntime` and `openvino`: the exported ONNX model on a CPU (`runtimes.sessions`), which say themselves what they
+  compute in int8.
 
 A layer is real when its multiplications run in the types its scheme names. Codes of fewer than 8 bits run on
 int8 kernels too, with the same result as in their own type, but that is int8 arithmetic: not real.
@@ -11,8 +13,8 @@ int8 kernels too, with the same result as in their own type, but that is int8 ar
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,6 +26,9 @@ from quantstudy.quantization.variant import Variant
 from quantstudy.runtimes.kernels import int8_kernels_available
 from quantstudy.runtimes.lowering import lower_int8, make_kernel
 
+if TYPE_CHECKING:
+    import onnx
+
 
 @dataclass(frozen=True)
 class LayerBits:
@@ -33,6 +38,11 @@ class LayerBits:
     activation: int
     real: bool
 
+    @property
+    def is_float32(self) -> bool:
+        """Whether the layer is not quantized at all."""
+        return self.weight == self.activation == 32
+
 
 @dataclass(frozen=True)
 class Executable:
@@ -41,6 +51,8 @@ class Executable:
     runtime: str
     run: Callable[[Tensor], Tensor]
     layers: dict[str, LayerBits]
+    memory_format: torch.memory_format = torch.channels_last
+    """How `run` wants the images to lie in memory."""
 
     @property
     def real_layers(self) -> int:
@@ -62,6 +74,19 @@ def build_executable(model: nn.Module, runtime: str, device: torch.device) -> Ex
     if int8_kernels_available(device):
         model = use_int8_kernels(model)
     return Executable(runtime, model, layers)
+
+
+def open_executable(model: nn.Module, exported: "onnx.ModelProto", runtime: str) -> Executable:
+    """Load `exported`, the ONNX model of `model`, into ONNX Runtime or OpenVINO, with as many threads as PyTorch."""
+    from quantstudy.runtimes.sessions import open_session
+
+    session = open_session(exported, runtime, torch.get_num_threads())
+    layers = layer_bits(model, runtime, torch.device("cpu"))
+    for name, bits in layers.items():
+        if not bits.is_float32:  # what is stored in 16 bits is computed in 32
+            int8 = bits.weight == bits.activation == 8
+            layers[name] = replace(bits, real=int8 and name in session.integer_layers)
+    return Executable(runtime, session.run, layers, torch.contiguous_format)
 
 
 def worth_compiling(model: nn.Module, device: torch.device) -> bool:

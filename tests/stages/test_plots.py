@@ -52,6 +52,7 @@ def test_writes_every_table_and_plot_and_the_same_again(study, capsys: pytest.Ca
 
 
 def test_a_removed_variant_is_in_no_output(study) -> None:
+    study.edit("export.ptq", ["int8_static", "int4_static"])
     study.edit("ptq", ["fp16", "int8_static", "int4_static"])
     plots.main(["--study", "tiny"])
     assert layout.metrics("tiny", "clip_int4").is_file()

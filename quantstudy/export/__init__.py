@@ -1,0 +1,1 @@
+"""ONNX files of the fp32 model and of its quantized variants."""

@@ -1,0 +1,205 @@
+"""A model or variant as ONNX: its weights and its quantization put into the graph of its architecture.
+
+- A weight in integers is an initializer of int8 or, up to 4 bits, int4 codes, and a DequantizeLinear: per channel, or
+  block-wise for scales per group. Group scales stay bfloat16 in the file, behind a Cast.
+- A calibrated input is a QuantizeLinear and a DequantizeLinear to and from uint8; fewer than 8 bits add a Clip.
+- An input with the batch's own range is a DynamicQuantizeLinear, and the layer a ConvInteger or MatMulInteger.
+- A 16-bit weight is stored as such, behind a Cast: the arithmetic around it is float32.
+
+The grids are those of the quantized layers, so a runtime computes what the variant does, up to rounding. See the
+operators' pages at https://onnx.ai/onnx/operators/.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from quantstudy.files import atomic
+from quantstudy.quantization.layers import quantized_layers
+from quantstudy.quantization.packing import pack
+from quantstudy.quantization.variant import Variant
+
+_MULTIPLIES = ("Conv", "Gemm", "MatMul")
+_SIXTEEN_BITS = {torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16}
+
+
+def to_onnx(model: nn.Module, graph: onnx.ModelProto) -> onnx.ModelProto:
+    """Return an ONNX model that computes what `model`, an fp32 network or a frozen `Variant`, does.
+
+    `graph` is its architecture's, from `network_graph`; it stays as it is. The nodes of the layers have the layers'
+    names. The model is checked before it is returned.
+    """
+    network = model.network if isinstance(model, Variant) else model
+    return _Builder(network, graph).build()
+
+
+def save_onnx(path: Path, model: onnx.ModelProto) -> None:
+    """Write an ONNX file atomically, equal models as equal bytes."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(model.SerializeToString(deterministic=True))
+
+
+class _Builder:
+    def __init__(self, network: nn.Module, graph: onnx.ModelProto) -> None:
+        self.layers: dict[str, Any] = quantized_layers(network)
+        self.state = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+        self.source = graph
+        self.initializers: dict[str, TensorProto] = {}
+        self.nodes: list[onnx.NodeProto] = []
+        self.layer_of: dict[str, str] = {f"{name}.weight": name for name in self.layers}
+        self.quantized_inputs: dict[tuple[Any, ...], str] = {}
+
+    def build(self) -> onnx.ModelProto:
+        for initializer in self.source.graph.initializer:
+            self._fill(initializer)
+        for node in self.source.graph.node:
+            self._append(node)
+        result = onnx.ModelProto()
+        result.CopyFrom(self.source)
+        del result.graph.initializer[:], result.graph.node[:]
+        result.graph.initializer.extend(self.initializers.values())
+        result.graph.node.extend(self.nodes)
+        result.producer_name, result.producer_version = "quantstudy", ""
+        if result.ByteSize() < onnx.checker.MAXIMUM_PROTOBUF:
+            onnx.checker.check_model(result)
+        return result
+
+    def _add(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(operator, inputs, [output], name=output, **attributes))
+        return output
+
+    def _constant(self, name: str, value: Any) -> str:
+        self.initializers.setdefault(name, numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    def _fill(self, initializer: TensorProto) -> None:
+        """Give a parameter of the architecture its value; keep any other constant."""
+        name = initializer.name
+        layer = self.layers.get(name.removesuffix(".weight"))
+        if layer is not None and name.endswith(".weight"):
+            if layer.scheme.activation.mode != "dynamic":
+                self._dequantize_weight(name, layer)
+        elif name not in self.state:
+            self.initializers[name] = initializer
+        elif self.state[name].dtype in _SIXTEEN_BITS:
+            stored = f"{name}.stored"
+            self.initializers[stored] = _tensor(stored, self.state[name])
+            self._add("Cast", [stored], name, to=TensorProto.FLOAT)
+        else:
+            self.initializers[name] = _tensor(name, self.state[name])
+
+    def _dequantize_weight(self, name: str, layer: Any) -> None:
+        scheme = layer.scheme.weight
+        if scheme.group_size is None:
+            codes = self._constant_codes(f"{name}.codes", layer.weight_codes(), scheme.bits)
+            scale = self._constant(f"{name}.scale", layer.weight_scale.flatten().float().numpy())
+            self._add("DequantizeLinear", [codes, scale], name, axis=0)
+            return
+        columns = layer.shape[1:].numel()
+        block = min(scheme.group_size, columns)
+        whole = columns // block
+        parts = [self._dequantize_blocks(f"{name}.blocks", layer, slice(0, whole), block)]
+        if columns % block:
+            parts.append(self._dequantize_blocks(f"{name}.rest", layer, slice(whole, whole + 1), columns % block))
+        flat = parts[0] if len(parts) == 1 else self._add("Concat", parts, f"{name}.flat", axis=1)
+        shape = self._constant(f"{name}.shape", np.array(layer.shape, dtype=np.int64))
+        self._add("Reshape", [flat, shape], name)
+
+    def _dequantize_blocks(self, name: str, layer: Any, groups: slice, block: int) -> str:
+        """Dequantize some groups of each row: OpenVINO wants a row to be whole blocks, so a rest stands alone."""
+        start = groups.start * layer.scheme.weight.group_size
+        codes = layer.weight_codes().flatten(1)[:, start : start + (groups.stop - groups.start) * block]
+        stored = self._constant_codes(f"{name}.codes", codes, layer.scheme.weight.bits)
+        scale = f"{name}.stored_scale"
+        self.initializers[scale] = _tensor(scale, layer.weight_scale[:, groups])
+        scale = self._add("Cast", [scale], f"{name}.scale", to=TensorProto.FLOAT)
+        return self._add("DequantizeLinear", [stored, scale], name, axis=1, block_size=block)
+
+    def _constant_codes(self, name: str, codes: Tensor, bits: int) -> str:
+        """Store codes as int4, two to a byte as ONNX and this project pack them, or int8 where they are wider."""
+        if bits > 4:
+            return self._constant(name, codes.numpy())
+        data = (pack(codes, 4).numpy() ^ 0x88).tobytes()  # two's complement instead of an offset of 8
+        tensor = TensorProto(name=name, dims=list(codes.shape), data_type=TensorProto.INT4, raw_data=data)
+        self.initializers[name] = tensor
+        return name
+
+    def _append(self, node: onnx.NodeProto) -> None:
+        """Copy a node; quantize the input of one that multiplies with a quantized weight."""
+        if node.op_type == "Transpose" and node.input[0] in self.layer_of:
+            self.layer_of[node.output[0]] = self.layer_of[node.input[0]]
+        name = self.layer_of.get(node.input[1]) if node.op_type in _MULTIPLIES else None
+        if name is None or self.layers[name].scheme.activation.mode == "none":
+            dynamic = node.op_type == "Transpose" and self._is_dynamic(self.layer_of.get(node.input[0]))
+            if not dynamic:
+                self.nodes.append(_copy(node, name))
+        elif self._is_dynamic(name):
+            self._append_dynamic(node, name)
+        else:
+            copied = _copy(node, name)
+            copied.input[0] = self._quantize_input(node.input[0], self.layers[name])
+            self.nodes.append(copied)
+
+    def _is_dynamic(self, name: str | None) -> bool:
+        return name is not None and self.layers[name].scheme.activation.mode == "dynamic"
+
+    def _quantize_input(self, value: str, layer: Any) -> str:
+        grid = (layer.activation.scale, layer.activation.zero_point, layer.scheme.activation.highest)
+        if (value, *grid) not in self.quantized_inputs:
+            prefix = f"{value}.q{len(self.quantized_inputs)}"
+            scale = self._constant(f"{prefix}.scale", np.float32(grid[0]))
+            zero_point = self._constant(f"{prefix}.zero_point", np.uint8(grid[1]))
+            codes = self._add("QuantizeLinear", [value, scale, zero_point], f"{prefix}.codes")
+            if grid[2] < 255:
+                bounds = [self._constant(f"code.{bound}", np.uint8(bound)) for bound in (0, grid[2])]
+                codes = self._add("Clip", [codes, *bounds], f"{prefix}.clipped")
+            dequantized = self._add("DequantizeLinear", [codes, scale, zero_point], prefix)
+            self.quantized_inputs[(value, *grid)] = dequantized
+        return self.quantized_inputs[(value, *grid)]
+
+    def _append_dynamic(self, node: onnx.NodeProto, name: str) -> None:
+        """Multiply in integers: y = (sum of codes) * (scale of the input * scale of the weight) + bias."""
+        layer, is_conv = self.layers[name], node.op_type == "Conv"
+        value = node.input[0]
+        codes, scale, zero_point = (f"{value}.{part}" for part in ("codes", "scale", "zero_point"))
+        if (value,) not in self.quantized_inputs:
+            self.quantized_inputs[(value,)] = codes
+            self.nodes.append(helper.make_node("DynamicQuantizeLinear", [value], [codes, scale, zero_point]))
+        weight = layer.weight_codes()
+        weight = weight.contiguous() if is_conv else weight.T.contiguous()
+        spread = (-1, *[1] * (weight.ndim - 2)) if is_conv else (-1,)
+        stored = self._constant(f"{name}.weight.codes", weight.numpy())
+        scales = self._constant(f"{name}.weight.scale", layer.weight_scale.float().numpy().reshape(spread))
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute} if is_conv else {}
+        operator = "ConvInteger" if is_conv else "MatMulInteger"
+        self.nodes.append(helper.make_node(operator, [codes, stored, zero_point], [f"{name}.sums"], name, **attributes))
+        sums = self._add("Cast", [f"{name}.sums"], f"{name}.float_sums", to=TensorProto.FLOAT)
+        both = self._add("Mul", [scale, scales], f"{name}.scale")
+        if len(node.input) < 3:
+            self._add("Mul", [sums, both], node.output[0])
+            return
+        product = self._add("Mul", [sums, both], f"{name}.product")
+        self.initializers.pop(node.input[2], None)
+        bias = self._constant(f"{name}.spread_bias", layer.bias.detach().float().numpy().reshape(spread))
+        self._add("Add", [product, bias], node.output[0])
+
+
+def _copy(node: onnx.NodeProto, name: str | None) -> onnx.NodeProto:
+    copied = onnx.NodeProto()
+    copied.CopyFrom(node)
+    if name is not None:
+        copied.name = name
+    return copied
+
+
+def _tensor(name: str, tensor: Tensor) -> TensorProto:
+    tensor = tensor.contiguous()
+    if tensor.dtype == torch.bfloat16:
+        data = tensor.view(torch.int16).numpy().tobytes()
+        return TensorProto(name=name, dims=list(tensor.shape), data_type=TensorProto.BFLOAT16, raw_data=data)
+    return numpy_helper.from_array(tensor.numpy(), name)

@@ -1,0 +1,124 @@
+"""ONNX models on the runtimes that people deploy to: ONNX Runtime and OpenVINO, on a CPU.
+
+Both decide themselves which layers they compute in int8. They are asked afterwards: ONNX Runtime for the graph it
+made of the model, OpenVINO for the one it executes. Both compute the rest in float32; OpenVINO would take bfloat16
+where the CPU has it, which is then no longer the model that was asked for.
+"""
+
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor
+
+from quantstudy.errors import UserError
+from quantstudy.export.graph import INPUT
+
+PACKAGES = ("onnxruntime", "openvino")
+"""The runtimes, named like the packages that bring them and the project's optional dependencies."""
+_INTEGER_OPERATORS = (
+    "QLinearConv",
+    "ConvInteger",
+    "QGemm",
+    "QLinearMatMul",
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "DynamicQuantizeMatMul",
+)
+
+
+@dataclass(frozen=True)
+class Session:
+    """A loaded ONNX model: float32 images [N, 3, S, S], contiguous, to logits [N, classes]."""
+
+    run: Callable[[Tensor], Tensor]
+    integer_layers: frozenset[str]
+    """The names of the nodes whose multiplications run in int8."""
+
+
+def why_missing(runtime: str) -> str | None:
+    """Return why a runtime cannot be used, None when it can."""
+    if importlib.util.find_spec(runtime) is None:
+        return f"not installed: pip install '.[{runtime}]'"
+    return None
+
+
+def open_session(model: onnx.ModelProto, runtime: str, threads: int) -> Session:
+    """Load `model` into a runtime of `PACKAGES`; raise `UserError` when it is not installed."""
+    if reason := why_missing(runtime):
+        raise UserError(f"measure.runtimes: {runtime} is {reason}")
+    return (_onnxruntime if runtime == "onnxruntime" else _openvino)(model, threads)
+
+
+def _onnxruntime(model: onnx.ModelProto, threads: int) -> Session:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # leave the cores to whoever is timed next
+    integers = _multiplies_integers(model)
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        if integers:
+            options.optimized_model_filepath = str(optimized)
+        else:  # dequantize weights once, when they are loaded, instead of in each run
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        content = model.SerializeToString()
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        nodes = onnx.load(optimized).graph.node if integers else []
+    integer = frozenset(node.name.partition("_token_")[0] for node in nodes if node.op_type in _INTEGER_OPERATORS)
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
+
+    return Session(run, integer)
+
+
+def _multiplies_integers(model: onnx.ModelProto) -> bool:
+    """Whether a runtime can compute a layer of `model` in int8: some input is quantized, no weight is in 4 bits."""
+    quantizes = any(node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") for node in model.graph.node)
+    return quantizes and all(tensor.data_type != onnx.TensorProto.INT4 for tensor in model.graph.initializer)
+
+
+def _openvino(model: onnx.ModelProto, threads: int) -> Session:
+    """Compile for each batch size anew: a fixed shape is faster."""
+    import openvino
+
+    core = openvino.Core()
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    source = core.read_model(model.SerializeToString())
+    compiled: dict[int, Any] = {}
+
+    def for_batch(size: int) -> Any:
+        if size not in compiled:
+            shape = list(source.input(0).partial_shape)
+            source.reshape([size, *shape[1:]])
+            compiled[size] = core.compile_model(source, "CPU", settings).create_infer_request()
+        return compiled[size]
+
+    def run(images: Tensor) -> Tensor:
+        request = for_batch(len(images))
+        request.infer([openvino.Tensor(images.numpy(), shared_memory=True)], share_inputs=True)
+        return torch.from_numpy(request.get_output_tensor(0).data.copy())
+
+    executed = for_batch(1).get_compiled_model().get_runtime_model().get_ordered_ops()
+    facts = [{key: value.value for key, value in node.get_rt_info().items()} for node in executed]
+    integer = [
+        fact["originalLayersNames"].split(",")
+        for fact in facts
+        if fact["layerType"] in ("Convolution", "FullyConnected", "MatMul", "GroupConvolution")
+        and fact["runtimePrecision"] in ("u8", "i8")
+    ]
+    layer_of = {output: node.name for node in model.graph.node for output in node.output}  # some go by their output
+    found = {name.partition("/")[0] for names in integer for name in names}
+    return Session(run, frozenset(found | {layer_of[name] for name in found if name in layer_of}))

@@ -1,0 +1,50 @@
+"""Write a variant as an ONNX file, and check it against the PyTorch model on the test images."""
+
+import argparse
+from collections.abc import Sequence
+
+import numpy as np
+
+from quantstudy import layout
+from quantstudy.data.container import load_split
+from quantstudy.device import set_up
+from quantstudy.errors import UserError, run_stage, unknown
+from quantstudy.export.check import check
+from quantstudy.export.graph import load_graph
+from quantstudy.export.onnx_model import save_onnx, to_onnx
+from quantstudy.files import write_json
+from quantstudy.models import load_preprocessing
+from quantstudy.params import load_params
+from quantstudy.quantization.variant import load_any
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write models/<study>/onnx/<variant>.onnx and reports/<study>/onnx/<variant>.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
+    parser.add_argument("--variant", required=True, help="fp32, or a method of ptq or qat in params.yaml")
+    arguments = parser.parse_args(argv)
+    name, variant = arguments.study, arguments.variant
+    params = load_params()
+    study = params.study(name)
+    if variant not in params.variants:
+        raise unknown("variant", variant, params.variants)
+    set_up(study.seed, params.measure.threads)
+
+    source, path = layout.model(name, variant), layout.onnx(name, variant)
+    model = to_onnx(load_any(source), load_graph(layout.graph(name)))
+    expected = layout.predictions(name, variant)
+    if not expected.is_file():
+        raise UserError(f"{expected}: no such file; evaluate the variant first")
+    facts = check(model, load_split(layout.split(name, "test")), load_preprocessing(source), np.load(expected))
+    save_onnx(path, model)
+    sizes = {"size_mb": path.stat().st_size / 1e6, "pth_size_mb": source.stat().st_size / 1e6}
+    write_json(layout.onnx_report(name, variant), sizes | facts)
+    agreement = ", ".join(f"{runtime} {found:.2f} %" for runtime, found in facts["agreement"].items())
+    print(f"{path}: {sizes['size_mb']:.3f} MB; agreement with PyTorch: {agreement or 'not checked'}")
+    for line in facts["remarks"]:
+        print(f"  {line}")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,146 @@
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantstudy import models
+from quantstudy import params as P
+from quantstudy.export.graph import load_graph, network_graph, save_graph
+from quantstudy.export.onnx_model import save_onnx, to_onnx
+from quantstudy.methods.registry import POST_TRAINING
+from quantstudy.quantization.layers import quantized_layers
+from quantstudy.quantization.observers import collect
+from quantstudy.quantization.variant import Variant, save_variant
+from quantstudy.runtimes.sessions import open_session, why_missing
+
+SIZE, CLASSES = 32, 10
+METHODS = {
+    "int8-static": P.Static(kind="static", weight_bits=8, activation_bits=8),
+    "int4-static": P.Static(kind="static", weight_bits=4, activation_bits=8),
+    "4-bit-activations": P.Static(kind="static", weight_bits=4, activation_bits=4),
+    "int8-dynamic": P.Dynamic(kind="dynamic", weight_bits=8, activation_bits=8),
+    "int8-weight-only": P.WeightOnly(kind="weight_only", weight_bits=8),
+    "int4-weight-only": P.WeightOnly(kind="weight_only", weight_bits=4, group_size=32),
+    "3-bit-weights": P.WeightOnly(kind="weight_only", weight_bits=3, group_size=32),
+    "mixed": P.MixedLinear(kind="mixed_linear", weight_bits=4, group_size=32, dtype="float16"),
+    "bf16": P.Cast(kind="cast", dtype="bfloat16"),
+}
+RUNTIMES = [
+    pytest.param(runtime, marks=pytest.mark.skipif(why_missing(runtime) is not None, reason=f"no {runtime}"))
+    for runtime in ("onnxruntime", "openvino")
+]
+
+
+@functools.cache
+def graph(architecture: str) -> onnx.ModelProto:
+    return network_graph(architecture, CLASSES, SIZE)
+
+
+@functools.cache
+def network(architecture: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = models.build(architecture, CLASSES)
+    model(torch.randn(16, 3, SIZE, SIZE))  # gives the BatchNorms statistics
+    return models.fold_batchnorm(model)
+
+
+def images(count: int = 8) -> Tensor:
+    return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+
+
+@functools.cache
+def variant(architecture: str, method: str) -> Variant:
+    settings = METHODS[method]
+    statistics = collect(network(architecture), [(images(), torch.zeros(8))], bins=64)
+    return POST_TRAINING[settings.kind](network(architecture), statistics, settings)
+
+
+def snr_db(wanted: Tensor, found: Tensor) -> float:
+    return float(20 * torch.log10(wanted.norm() / (wanted - found).norm().clamp_min(1e-12)))
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_a_runtime_computes_what_the_variant_does(method: str, runtime: str) -> None:
+    model = variant("mobilenet_v2", method)
+    found = open_session(to_onnx(model, graph("mobilenet_v2")), runtime, 1).run(images())
+    weight_only = not any(layer.scheme.activation.mode != "none" for layer in quantized_layers(model).values())
+    assert snr_db(model(images()), found) > (35 if weight_only else 15)  # codes at a half fall either way
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("architecture", ["mobilenet_v2", "squeezenet1_1", "convnext_tiny"])
+@torch.no_grad()
+def test_a_runtime_computes_what_the_fp32_model_does_at_any_batch_size(architecture: str, runtime: str) -> None:
+    session = open_session(to_onnx(network(architecture), graph(architecture)), runtime, 1)
+    for count in (1, 3):
+        torch.testing.assert_close(
+            session.run(images(count)), network(architecture)(images(count)), rtol=1e-3, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@torch.no_grad()
+def test_linear_layers_that_are_stored_transposed_are_quantized_too(runtime: str) -> None:
+    model = variant("convnext_tiny", "int4-weight-only")
+    found = open_session(to_onnx(model, graph("convnext_tiny")), runtime, 1).run(images(2))
+    assert snr_db(model(images(2)), found) > 35
+
+
+@pytest.mark.parametrize("method", ["int8-static", "int8-dynamic"])
+@pytest.mark.skipif(why_missing("onnxruntime") is not None, reason="no onnxruntime")
+def test_onnx_runtime_says_which_layers_it_computes_in_int8(method: str) -> None:
+    model = variant("squeezenet1_1", method)
+    session = open_session(to_onnx(model, graph("squeezenet1_1")), "onnxruntime", 1)
+    layers = set(quantized_layers(model.network))
+    assert session.integer_layers & layers
+    assert not open_session(to_onnx(network("squeezenet1_1"), graph("squeezenet1_1")), "onnxruntime", 1).integer_layers
+
+
+@pytest.mark.skipif(why_missing("openvino") is not None, reason="no openvino")
+def test_openvino_computes_every_layer_of_a_static_model_in_int8() -> None:
+    model = variant("mobilenet_v2", "int8-static")
+    session = open_session(to_onnx(model, graph("mobilenet_v2")), "openvino", 1)
+    assert session.integer_layers >= set(quantized_layers(model.network))
+
+
+@pytest.mark.parametrize("method", ["int8-static", "int4-static", "int4-weight-only"])
+def test_a_file_is_as_small_as_the_variants_own(method: str, tmp_path: Path) -> None:
+    model, own, path = variant("mobilenet_v2", method), tmp_path / "x.pth", tmp_path / "x.onnx"
+    save_variant(own, model, {"architecture": "mobilenet_v2", "classes": CLASSES, "preprocessing": {}}, "x")
+    save_onnx(path, to_onnx(model, graph("mobilenet_v2")))
+    assert path.stat().st_size < 1.03 * own.stat().st_size
+
+
+def test_the_nodes_of_layers_have_their_names() -> None:
+    model = variant("mobilenet_v2", "int8-static")
+    names = {node.name for node in to_onnx(model, graph("mobilenet_v2")).graph.node}
+    assert names >= set(quantized_layers(model.network))
+
+
+def test_a_graph_is_small_saved_and_loaded_unchanged(tmp_path: Path) -> None:
+    path = tmp_path / "graph.onnx"
+    save_graph(path, graph("mobilenet_v2"))
+    assert path.stat().st_size < 30_000
+    assert load_graph(path) == graph("mobilenet_v2")
+
+
+def test_the_graph_itself_is_not_changed() -> None:
+    before = graph("mobilenet_v2").SerializeToString(deterministic=True)
+    to_onnx(variant("mobilenet_v2", "int8-static"), graph("mobilenet_v2"))
+    assert graph("mobilenet_v2").SerializeToString(deterministic=True) == before
+
+
+def test_int4_codes_are_those_of_the_layer() -> None:
+    model = variant("squeezenet1_1", "int4-static")
+    exported = to_onnx(model, graph("squeezenet1_1"))
+    stored: dict[str, Any] = {tensor.name: tensor for tensor in exported.graph.initializer}
+    for name, layer in quantized_layers(model.network).items():
+        codes = onnx.numpy_helper.to_array(stored[f"{name}.weight.codes"]).astype(np.int8)
+        np.testing.assert_array_equal(codes, layer.weight_codes().numpy())
