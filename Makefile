@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := .venv-peers
+STUDY ?= mobilenetv2_digits
 READY := $(VENV)/.ready
 TOOLS := $(VENV)/.tools
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e
@@ -13,7 +15,7 @@ export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro results test check format dag clean
+.PHONY: help setup repro results test check format dag peers clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -54,5 +56,13 @@ format: $(TOOLS)  ## Format the code
 dag: setup  ## Show the stages and what they depend on
 	dvc dag
 
+peers: $(PEERS)/.ready  ## Compare with NNCF, ONNX Runtime and torchao: make peers STUDY=...
+	$(PEERS)/bin/python -m benchmarks.peers --study $(STUDY)
+
+$(PEERS)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[onnxruntime,openvino,peers]'
+	touch $@
+
 clean:  ## Delete the virtual environment and caches; models, data and reports stay
-	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

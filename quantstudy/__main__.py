@@ -1,7 +1,8 @@
 """`python -m quantstudy results` prints the tables of the studies in `run`; `readme` puts tables into README.md.
 
 README marks a place with `<!-- results: <study> -->` and `<!-- end -->`; what stands between is replaced by the
-study's `results.md`, so that no table there is typed by hand.
+study's `results.md`, so that no table there is typed by hand. `<!-- peers: <study> -->` is the place of the comparison
+with other tools.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from quantstudy.files import write_text
 from quantstudy.params import load_params
 
 README = Path("README.md")
-PLACE = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- (results|peers): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
@@ -31,21 +32,21 @@ def main() -> None:
 def print_results(study: str) -> None:
     """Print a study's table and the paths of its plots."""
     folder = layout.report(study)
-    print(f"\n## {study}\n\n{table(study)}")
+    print(f"\n## {study}\n\n{table('results', study)}")
     print("plots:", *sorted(str(path) for path in folder.glob("*.png")), sep="\n  ")
     print(f"  {folder / 'outlier_quant_results'}/ (one histogram a layer)")
 
 
 def with_tables(readme: str) -> str:
     """Return README's text with every marked table as the reports have it."""
-    return PLACE.sub(lambda found: f"{found[1]}{table(found[2])}{found[3]}", readme)
+    return PLACE.sub(lambda found: f"{found[1]}{table(found[2], found[3])}{found[4]}", readme)
 
 
-def table(study: str) -> str:
-    """Return a study's result table, Markdown."""
-    path = layout.report(study) / "results.md"
+def table(kind: str, study: str) -> str:
+    """Return a study's result table, or that of the comparison with other tools, Markdown."""
+    path = layout.report(study) / "results.md" if kind == "results" else layout.peers(study, "md")
     if not path.is_file():
-        raise UserError(f"{path}: no such file; run `dvc repro` first")
+        raise UserError(f"{path}: no such file; run `{'dvc repro' if kind == 'results' else 'make peers'}` first")
     return path.read_text(encoding="utf-8")
 
 

@@ -71,6 +71,11 @@ def onnx_report(study: str, variant: str) -> Path:
     return report(study) / "onnx" / f"{variant}.json"
 
 
+def peers(study: str, suffix: str) -> Path:
+    """The comparison with other tools: json, md or png."""
+    return Path("reports") / "peers" / f"{study}.{suffix}"
+
+
 def curve(study: str, name: str) -> Path:
     """A training curve, one row an epoch; `name` is finetune or a QAT method."""
     return report(study) / "curves" / f"{name}.csv"

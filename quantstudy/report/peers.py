@@ -1,0 +1,56 @@
+"""The table and the plot of `benchmarks/peers.py`: this project's models beside those of other tools."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from quantstudy.report.style import BLUE, GREY, ORANGE, plot_style, save
+
+RECORD_KEYS = (
+    *("tool", "method", "runtime", "top1", "images", "size_mb", "quantize_s"),
+    *("latency_ms_b1", "latency_ms_b16"),
+)
+OWN = "quantstudy"
+_HEADER = ("tool", "method", "runtime", "top-1 %", "size MB", "quantized in s", "ms, batch 1", "ms, batch 16")
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows, dictionaries with `RECORD_KEYS`, as a Markdown table, the fastest at batch 16 first."""
+    lines = ["| " + " | ".join(_HEADER) + " |", "|" + "---|" * 3 + "---:|" * (len(_HEADER) - 3)]
+    for row in _sorted(rows):
+        numbers = (f"{row['top1']:.1f}", f"{row['size_mb']:.2f}", f"{row['quantize_s']:.1f}")
+        latency = (f"{row['latency_ms_b1']:.2f}", f"{row['latency_ms_b16']:.1f}")
+        lines.append("| " + " | ".join((row["tool"], row["method"], row["runtime"], *numbers, *latency)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot_peers(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Draw the latency of every row at batch 1 and 16 as bars, its accuracy beside them."""
+    rows = _sorted(rows)[::-1]
+    names = [f"{row['tool']} {row['method']}, {row['runtime']}" for row in rows]
+    with plot_style():
+        figure = Figure(figsize=(12, 1.6 + 0.34 * len(rows)), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        for axes, batch in ((left, 1), (right, 16)):
+            times = [row[f"latency_ms_b{batch}"] for row in rows]
+            colours = [GREY if row["method"] == "fp32" else BLUE if row["tool"] == OWN else ORANGE for row in rows]
+            axes.barh(names, times, color=colours)
+            for place, (row, value) in enumerate(zip(rows, times, strict=True)):
+                axes.annotate(
+                    f"{value:.3g} ms, {row['top1']:.1f} %",
+                    (value, place),
+                    (4, 0),
+                    textcoords="offset points",
+                    va="center",
+                )
+            axes.set_xlim(0, 1.35 * max(times))
+            axes.set_xlabel(f"latency of a batch of {batch}, ms, and top-1")
+            axes.grid(axis="y", visible=False)
+        figure.suptitle(f"{title}: this project blue, other tools orange, fp32 grey", x=0.01, ha="left", weight="bold")
+        save(figure, path)
+
+
+def _sorted(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: float(row["latency_ms_b16"]))
