@@ -205,6 +205,13 @@ class Measure(Section):
     threads: Annotated[int, Field(ge=1)] | None = None
 
 
+class Runtime(Section):
+    """What the stages run on."""
+
+    processes: Annotated[int, Field(ge=1)] = 1
+    """Processes of a training stage: one a GPU, or that share a CPU's cores."""
+
+
 class Export(Section):
     """The methods of `ptq` and `qat` whose variants are also written as ONNX files."""
 
@@ -236,6 +243,7 @@ class Params(Section):
     methods: dict[Name, Method]
     outliers: Outliers
     measure: Measure
+    runtime: Runtime
     scaling_law: ScalingLaw
 
     @property

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from quantstudy import parallel
 from quantstudy import params as P
 from quantstudy.data.batches import Batches
 from quantstudy.data.container import Split
@@ -72,6 +73,7 @@ class State:
 def train(model: nn.Module, training: Batches, validation: Batches, run: Run) -> State:
     """Train `model` in place, leave it with the weights of its best epoch, return the run's state."""
     device = next(model.parameters()).device
+    averaging = parallel.averaging(model)
     optimizer = _optimizer(model, run.settings, fused=run.dtype != torch.float16)
     schedule = _schedule(optimizer, run.settings, len(training))
     scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
@@ -84,18 +86,22 @@ def train(model: nn.Module, training: Batches, validation: Batches, run: Run) ->
         _keep(state, model, {"epoch": 0, "validation_loss": loss, "validation_top1": top1})
     for epoch in range(state.epoch + 1, run.settings.epochs + 1):
         training.set_epoch(epoch)
-        row = _one_epoch(model, training, optimizer, schedule, scaler, run, epoch)
+        row = _one_epoch(averaging, training, optimizer, schedule, scaler, run, epoch)
+        parallel.share_buffers(model)
         row["validation_loss"], row["validation_top1"] = evaluate(model, validation, run.dtype)
         state.epoch = epoch
         _keep(state, model, row)
+        elapsed = time.perf_counter() - saved_at
+        if parallel.rank():
+            continue
         _write_curve(run.curve, state.rows)
         tqdm.write(_line(run, row))
-        elapsed = time.perf_counter() - saved_at
         if epoch < run.settings.epochs and save_seconds <= SAVE_SHARE * elapsed:
             save_seconds = _save(run, parts, state)
             saved_at = time.perf_counter()
     model.load_state_dict(state.best)
-    run.resume.unlink(missing_ok=True)
+    if not parallel.rank():
+        run.resume.unlink(missing_ok=True)
     return state
 
 
@@ -128,7 +134,8 @@ def _one_epoch(
     correct = torch.zeros((), device=device)
     seen, started, waited = 0, time.perf_counter(), batches.seconds_waiting
     title = f"{run.name} {epoch}/{run.settings.epochs}"
-    with tqdm(total=batches.images, desc=title, unit="img", leave=False, mininterval=1.0) as bar:
+    own = batches.images // parallel.world()
+    with tqdm(total=own, desc=title, unit="img", leave=False, mininterval=1.0, disable=parallel.rank() > 0) as bar:
         for images, labels in batches:
             with autocast(device, run.dtype):
                 logits = model(images).float()
@@ -142,19 +149,21 @@ def _one_epoch(
             correct += (logits.detach().argmax(1) == labels).sum()
             seen += len(labels)
             bar.update(len(labels))
-            if bar.n == bar.last_print_n:
+            if not bar.disable and bar.n == bar.last_print_n:
                 bar.set_postfix_str(f"loss {total_loss.item() / seen:.3f} top1 {100 * correct.item() / seen:.1f}%")
     seconds = time.perf_counter() - started
-    mean_loss = total_loss.item() / seen
+    totals = parallel.sum_over_processes(torch.stack([total_loss, correct, torch.full_like(correct, seen)]))
+    loss_sum, correct_sum, seen_sum = totals.tolist()
+    mean_loss = loss_sum / seen_sum
     if not math.isfinite(mean_loss):
         rate = run.settings.learning_rate
         raise UserError(f"{run.name}: the loss is {mean_loss} in epoch {epoch}; lower learning_rate, which is {rate}")
     return {
         "epoch": epoch,
         "train_loss": mean_loss,
-        "train_top1": 100 * correct.item() / seen,
+        "train_top1": 100 * correct_sum / seen_sum,
         "learning_rate": schedule.get_last_lr()[0],
-        "images_per_second": seen / seconds,
+        "images_per_second": seen_sum / seconds,
         "waiting_percent": 100 * (batches.seconds_waiting - waited) / seconds,
     }
 
@@ -255,6 +264,7 @@ def training_and_validation(
         shuffle=True,
         augmentation=settings.augmentation,
         seed=seed,
+        share=(parallel.rank(), parallel.world()),
     )
     return training, Batches(split, preprocessing, 2 * settings.batch_size, device, indices=held_out)
 

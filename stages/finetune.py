@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from quantstudy import layout, models, training
+from quantstudy import layout, models, parallel, training
 from quantstudy.data.container import load_split
 from quantstudy.device import set_up, training_dtype
 from quantstudy.errors import run_stage
@@ -16,8 +16,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
     name = parser.parse_args(argv).study
-    study = load_params().study(name)
-    device = set_up(study.seed)
+    params = load_params()
+    study = params.study(name)
+    if parallel.launched("finetune", ["--study", name], params.runtime.processes):
+        return
+    device = parallel.join(set_up(study.seed))
 
     seen = study.data.preprocessing
     split = load_split(layout.split(name, "train"))
@@ -39,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype=training_dtype(study.training.precision, device),
     )
     state = training.train(model, batches, validation, run)
+    if parallel.rank():
+        return
     models.save_fp32(layout.model(name, "fp32"), model, study.model.architecture, classes, seen)
     start = {
         "weights": loaded.source,

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from quantstudy import layout, models, training
+from quantstudy import layout, models, parallel, training
 from quantstudy.checkpoint import load_checkpoint, load_tensors
 from quantstudy.data.container import load_split
 from quantstudy.device import DTYPES, describe, set_up, training_dtype
@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, method = arguments.study, arguments.method
     params = load_params()
     study, settings = params.study(name), settings_of(params, method, TRAINED)
-    device = set_up(study.seed)
+    if parallel.launched("qat", ["--study", name, "--method", method], params.runtime.processes):
+        return
+    device = parallel.join(set_up(study.seed))
 
     fp32 = layout.model(name, "fp32")
     calibration = load_tensors(layout.calibration(name))
@@ -46,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         score_start=True,
     )
     state = training.train(variant, batches, validation, run)
+    if parallel.rank():
+        return
 
     path = layout.model(name, method)
     save_variant(path, finish(variant.cpu(), settings), load_checkpoint(fp32), method)

@@ -28,6 +28,8 @@ class Batches:
     images: the number of images; `len()` is the number of batches.
     seconds_waiting: time that consumers have spent waiting for a batch, in all iterations so far.
 
+    `share` (part, parts) makes this one of several that share out each batch of a shuffled epoch among them.
+
     Without shuffling, all batches but the last have `batch_size` images. With it, the batches are as equal as
     possible, so that none is too small for batch normalization.
     """
@@ -43,6 +45,7 @@ class Batches:
         shuffle: bool = False,
         augmentation: Augmentation = "none",
         seed: int = 0,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self._split = split
         self._size = preprocessing.image_size
@@ -52,6 +55,7 @@ class Batches:
         self._shuffle = shuffle
         self._augmentation: Augmentation = augmentation
         self._seed = seed
+        self._part, self._parts = share
         self._epoch = 0
         self._labels = split.labels.to(self._device)
         self._resident = _resident(split, self._device)
@@ -87,6 +91,9 @@ class Batches:
         if self._shuffle:
             order = self._indices[torch.randperm(self.images, generator=generator)]
             chunks: Sequence[Tensor] = order.tensor_split(len(self))
+            if self._parts > 1:
+                chunks = [chunk.tensor_split(self._parts)[self._part] for chunk in chunks]
+                generator.manual_seed(generator.initial_seed() + 1 + self._part)
         else:
             chunks = torch.split(self._indices, self._batch_size)
         for chunk, pixels in zip(chunks, self._pixels(chunks), strict=True):

@@ -1,7 +1,8 @@
 """The ways a model can be run here, each an executable that says which of its layers run in their stated type.
 
 - `eager`: on a CPU with VNNI, layers with integer weights per channel and integer inputs run on oneDNN's int8
-  kernels (`runtimes.lowering`); every other quantized layer is simulated in floating point.
+  kernels (`runtimes.lowering`), linear layers with integer weights alone on kernels that read these
+  (`runtimes.weight_only`); every other quantized layer is simulated in floating point.
 - `inductor`: `torch.compile` with frozen weights. It fuses the quantize and dequantize operators around
   convolutions and linear layers with a calibrated input into oneDNN int8 kernels.
 - `onnxruntime` and `openvino`: the exported ONNX model on a CPU (`runtimes.sessions`), which say themselves what they
@@ -25,6 +26,7 @@ from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.variant import Variant
 from quantstudy.runtimes.kernels import int8_kernels_available
 from quantstudy.runtimes.lowering import lower_int8, make_kernel
+from quantstudy.runtimes.weight_only import has_kernel, use_weight_only_kernels
 
 if TYPE_CHECKING:
     import onnx
@@ -71,6 +73,8 @@ def build_executable(model: nn.Module, runtime: str, device: torch.device) -> Ex
     layers = layer_bits(model, runtime, device)
     if runtime == "inductor":
         return Executable(runtime, _compiled(model, device), layers)
+    if isinstance(model, Variant):
+        use_weight_only_kernels(model.network, device)
     if int8_kernels_available(device):
         model = use_int8_kernels(model)
     return Executable(runtime, model, layers)
@@ -115,6 +119,8 @@ def layer_bits(model: nn.Module, runtime: str, device: torch.device) -> dict[str
 
 def _quantized_bits(layer: Any, runtime: str, device: torch.device, width: int) -> LayerBits:
     scheme = layer.scheme
+    if runtime == "eager" and has_kernel(layer, device):
+        return LayerBits(scheme.weight.bits, 16, True)
     activation = width if scheme.activation.mode == "none" else scheme.activation.bits
     both_int8 = scheme.weight.bits == 8 and activation == 8
     modes = ("static",) if runtime == "inductor" else ("static", "dynamic")
