@@ -118,10 +118,24 @@ class Study(Section):
 
 
 class Scheme(Section):
-    """Numbers that every integer method has: symmetric weights, per channel or per group."""
+    """Numbers that every integer method has: symmetric weights, per channel or per group.
+
+    What a post-training method does beyond rounding to nearest comes in this order: `weight_range`, `rounding`,
+    `bias_correction`. A method that trains chooses its ranges and rounds to nearest in each step.
+    """
 
     weight_bits: Bits
     group_size: int | None = None
+    weight_range: Literal["minmax", "mse"] = "minmax"
+    """Scales that clip nothing, or those of the least squared error of the weights."""
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    bias_correction: bool = False
+    """Whether the mean error of each output channel on the calibration images goes into the bias."""
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether the method looks at the calibration images again."""
+        return self.rounding != "nearest" or self.bias_correction
 
     @field_validator("group_size")
     @classmethod
@@ -179,6 +193,12 @@ class QatStatic(Static):
     """The static scheme, fine-tuned."""
 
     kind: Literal["qat_static"]  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _is_plain(self) -> "QatStatic":
+        if self.needs_images or self.weight_range != "minmax":
+            raise ValueError("a method that trains takes no weight_range, rounding or bias_correction; remove them")
+        return self
 
 
 class QatCast(Section):

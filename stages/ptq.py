@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from quantstudy import layout, models
 from quantstudy.checkpoint import load_checkpoint, load_tensors
+from quantstudy.data.batches import Batches
+from quantstudy.data.container import load_split
 from quantstudy.device import set_up
 from quantstudy.errors import run_stage
 from quantstudy.methods.registry import POST_TRAINING, settings_of
@@ -26,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     fp32 = layout.model(name, "fp32")
     model = models.load_fp32(fp32)
     calibration = load_tensors(layout.calibration(name))
+    if getattr(settings, "needs_images", False):
+        split, seen = load_split(layout.split(name, "calibration")), models.load_preprocessing(fp32)
+        calibration["images"] = [images for images, _ in Batches(split, seen, study.calibration.batch_size, "cpu")]
     variant = POST_TRAINING[settings.kind](model, calibration, settings)
 
     path = layout.model(name, method)

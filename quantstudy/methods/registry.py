@@ -1,9 +1,10 @@
 """The methods: a `kind` in `params.yaml` picks a registered function.
 
-A function takes the fp32 model (BatchNorm folded, eval mode), the calibration statistics and the method's row
-of the params, and returns a `Variant`. The functions named in `POST_TRAINING` return it finished; those in
-`TRAINED` return it ready to be trained, and `finish` turns it into what is stored. A new method is a class of
-its row in `params.py`, a function here and a row in `params.yaml`.
+A function takes the fp32 model (BatchNorm folded, eval mode), the calibration statistics (with the calibration
+`images`, in batches, where the settings need them) and the method's row of the params, and returns a `Variant`. The
+functions named in `POST_TRAINING` return it finished; those in `TRAINED` return it ready to be trained, and `finish`
+turns it into what is stored. A new method is a class of its row in `params.py`, a function here and a row in
+`params.yaml`.
 """
 
 import copy
@@ -16,6 +17,8 @@ from torch import nn
 from quantstudy import params as P
 from quantstudy.device import DTYPES
 from quantstudy.errors import unknown
+from quantstudy.methods.gptq import gptq_codes
+from quantstudy.methods.moments import input_moments
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.observers import activation_range, quantizable_layers
 from quantstudy.quantization.schemes import ActivationScheme, Mode, WeightScheme
@@ -32,23 +35,25 @@ def cast_to(model: nn.Module, calibration: Calibration, settings: P.Cast | P.Qat
 
 def weight_only(model: nn.Module, calibration: Calibration, settings: P.WeightOnly) -> Variant:
     """Integer weights in every layer; activations stay float32."""
-    return _frozen(_quantized(model, settings, quantizable_layers(model)))
+    return _finished(model, _quantized(model, settings, quantizable_layers(model)), calibration, settings)
 
 
 def dynamic(model: nn.Module, calibration: Calibration, settings: P.Dynamic) -> Variant:
     """Integer weights and activations; the activation range is the batch's own, found at run time."""
-    return _frozen(_quantized(model, settings, quantizable_layers(model), "dynamic"))
+    variant = _quantized(model, settings, quantizable_layers(model), "dynamic")
+    return _finished(model, variant, calibration, settings)
 
 
 def static(model: nn.Module, calibration: Calibration, settings: P.Static) -> Variant:
     """Integer weights and activations; the activation range comes from calibration."""
-    return _frozen(trainable_static(model, calibration, settings))
+    return _finished(model, trainable_static(model, calibration, settings), calibration, settings)
 
 
 def mixed_linear(model: nn.Module, calibration: Calibration, settings: P.MixedLinear) -> Variant:
     """Linear layers in integers, everything else in a 16-bit float type (the notebook's simple rule)."""
     chosen = [name for name, layer in quantizable_layers(model).items() if isinstance(layer, nn.Linear)]
-    return cast(_frozen(_quantized(model, settings, chosen)).network, DTYPES[settings.dtype])
+    variant = _finished(model, _quantized(model, settings, chosen), calibration, settings)
+    return cast(variant.network, DTYPES[settings.dtype])
 
 
 def mixed_variance(model: nn.Module, calibration: Calibration, settings: P.MixedVariance) -> Variant:
@@ -56,7 +61,8 @@ def mixed_variance(model: nn.Module, calibration: Calibration, settings: P.Mixed
     layers: dict[str, Any] = quantizable_layers(model)
     by_variance = sorted(layers, key=lambda name: float(layers[name].weight.var()))
     chosen = by_variance[: max(round(settings.fraction * len(layers)), 1)]
-    return cast(_frozen(_quantized(model, settings, chosen)).network, DTYPES[settings.dtype])
+    variant = _finished(model, _quantized(model, settings, chosen), calibration, settings)
+    return cast(variant.network, DTYPES[settings.dtype])
 
 
 def trainable_static(model: nn.Module, calibration: Calibration, settings: P.Static) -> Variant:
@@ -101,10 +107,39 @@ def settings_of(params: P.Params, method: str, functions: Mapping[str, Function]
 
 def _quantized(model: nn.Module, settings: P.Scheme, names: Any, mode: Mode = "none") -> Variant:
     bits = getattr(settings, "activation_bits", 32)
-    scheme = LayerScheme(WeightScheme(settings.weight_bits, settings.group_size), ActivationScheme(mode, bits))
+    weight = WeightScheme(settings.weight_bits, settings.group_size, settings.weight_range)
+    scheme = LayerScheme(weight, ActivationScheme(mode, bits))
     network = copy.deepcopy(model)
     quantize_layers(network, dict.fromkeys(names, scheme))
     return Variant(network)
+
+
+@torch.no_grad()
+def _finished(model: nn.Module, variant: Variant, calibration: Calibration, settings: P.Scheme) -> Variant:
+    """Freeze a variant as its settings say, `model` being what it was made from.
+
+    Bias correction is Nagel et al. 2019 (*Data-Free Quantization Through Weight Equalization and Bias Correction*,
+    section 4.2), with the mean input measured on calibration images: the mean error of a channel, (W_q - W) E[x], is
+    taken from its bias. Inputs are the fp32 model's, padding included.
+    """
+    if not settings.needs_images:
+        return _frozen(variant)
+    moments = input_moments(model, calibration["images"])
+    layers: dict[str, Any] = quantized_layers(variant.network)
+    for name, layer in layers.items():
+        scheme, weight = layer.scheme.weight, layer.weight.detach()
+        scale = scheme.choose_scale(weight)
+        if settings.rounding == "gptq":
+            codes = gptq_codes(weight, scale, scheme, moments[name])
+        else:
+            codes = scheme.quantize(weight, scale)
+        layer.set_codes(codes, scale)
+        if settings.bias_correction:
+            error = (scheme.dequantize(codes, scale) - weight).flatten(1)
+            mean = moments[name].mean  # [groups, K]
+            shift = (error.unflatten(0, (len(mean), -1)) * mean[:, None]).sum(2).flatten()
+            layer.bias = nn.Parameter((0 if layer.bias is None else layer.bias) - shift, requires_grad=False)
+    return variant
 
 
 @torch.no_grad()

@@ -45,7 +45,8 @@ def plot_peers(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
                     textcoords="offset points",
                     va="center",
                 )
-            axes.set_xlim(0, 1.35 * max(times))
+            axes.set_xlim(0, 1.6 * max(times))
+            axes.set_ylim(-0.7, len(rows) - 0.3)
             axes.set_xlabel(f"latency of a batch of {batch}, ms, and top-1")
             axes.grid(axis="y", visible=False)
         figure.suptitle(f"{title}: this project blue, other tools orange, fp32 grey", x=0.01, ha="left", weight="bold")

@@ -9,7 +9,7 @@ from torch import nn
 
 from quantstudy import models
 from quantstudy.methods.registry import POST_TRAINING, TRAINED, finish
-from quantstudy.params import load_params
+from quantstudy.params import Static, WeightOnly, load_params
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import collect, quantizable_layers
 from quantstudy.quantization.variant import Variant, load_variant, save_variant
@@ -102,3 +102,35 @@ def test_clipping_narrows_the_grid(network: nn.Module, calibration: dict[str, An
     clipped = quantized_layers(make("clip_int8_p95", network, calibration).network)
     assert all(clipped[name].activation.scale <= layer.activation.scale for name, layer in whole.items())
     assert any(clipped[name].activation.scale < layer.activation.scale for name, layer in whole.items())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        WeightOnly(kind="weight_only", weight_bits=4, weight_range="mse", bias_correction=True),
+        WeightOnly(kind="weight_only", weight_bits=4, group_size=32, rounding="gptq", bias_correction=True),
+        Static(kind="static", weight_bits=4, rounding="gptq"),
+    ],
+    ids=["mse-bias", "gptq-bias", "static-gptq"],
+)
+def test_what_goes_beyond_rounding_to_nearest_brings_the_logits_closer(
+    settings: WeightOnly | Static, network: nn.Module, images: torch.Tensor
+) -> None:
+    calibration = collect(network, [(images, torch.zeros(8))], bins=64) | {"images": [images]}
+    plain = settings.model_copy(update={"weight_range": "minmax", "rounding": "nearest", "bias_correction": False})
+    errors = []
+    for row in (settings, plain):
+        variant = POST_TRAINING[row.kind](network, calibration, row)
+        with torch.no_grad():
+            errors.append(float((variant(images) - network(images)).norm()))
+    assert errors[0] < errors[1]
+
+
+@torch.no_grad()
+def test_bias_correction_zeroes_the_mean_error_of_each_channel(network: nn.Module, images: torch.Tensor) -> None:
+    first = next(iter(quantizable_layers(network)))
+    settings = WeightOnly(kind="weight_only", weight_bits=3, bias_correction=True)
+    variant = POST_TRAINING["weight_only"](network, {"images": [images]}, settings)
+    wanted, found = network.get_submodule(first)(images), variant.network.get_submodule(first)(images)
+    error = (found - wanted).mean(dim=(0, 2, 3))
+    torch.testing.assert_close(error, torch.zeros_like(error), atol=1e-5, rtol=0)

@@ -1,0 +1,84 @@
+"""The moments of each layer's input on calibration images, which GPTQ and bias correction work on.
+
+A convolution is a linear layer over patches: for each of its groups, X [columns, K] holds a patch of K = (in_channels /
+groups) * kH * kW values a column, as `nn.Unfold` lays them out, padding included. A linear layer has one group.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quantstudy.quantization.observers import quantizable_layers
+
+BLOCK = 4096
+"""Columns beyond which second moments are kept for blocks of K alone: 25,088 of them (VGG-11) would take 2.5 GB."""
+_COLUMNS = 8192
+
+
+@dataclass
+class Moments:
+    """Of a layer's input: `mean` [groups, K]; `second`, E[x xᵀ], [groups, k, k] for each block of at most BLOCK."""
+
+    mean: Tensor
+    second: list[Tensor]
+
+
+@torch.no_grad()
+def input_moments(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Moments]:
+    """Return the moments of every Conv2d's and Linear's input over `batches` of images [N, 3, S, S].
+
+    Of each batch a layer sees at most 8,192 patches, evenly spread.
+    """
+    found: dict[str, Moments] = {}
+    counts: dict[str, int] = {}
+
+    def watch(name: str, layer: Any, value: Tensor) -> None:
+        x = patches(layer, value)
+        x = x[:, :: -(-x.shape[1] // _COLUMNS)]
+        second = [block.mT @ block for block in x.split(BLOCK, dim=2)]
+        if name in found:
+            found[name].mean += x.sum(1)
+            for total, part in zip(found[name].second, second, strict=True):
+                total += part
+        else:
+            found[name] = Moments(x.sum(1), second)
+        counts[name] = counts.get(name, 0) + x.shape[1]
+
+    layers = quantizable_layers(model)
+    handles = [
+        layer.register_forward_pre_hook(lambda module, inputs, name=name: watch(name, module, inputs[0]))  # type: ignore[misc]
+        for name, layer in layers.items()
+    ]
+    try:
+        for images in batches:
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, moments in found.items():
+        moments.mean /= counts[name]
+        for block in moments.second:
+            block /= counts[name]
+    return found
+
+
+def patches(layer: Any, x: Tensor) -> Tensor:
+    """Return a layer's input as float32 [groups, patches, K]."""
+    if isinstance(layer, nn.Linear):
+        return x.reshape(1, -1, x.shape[-1]).float()
+    padding = layer.padding if isinstance(layer.padding, tuple) else _same_padding(layer)
+    columns = F.unfold(x.float(), layer.kernel_size, layer.dilation, padding, layer.stride)  # [N, C * kH * kW, L]
+    columns = columns.unflatten(1, (layer.groups, -1))  # [N, groups, K, L]
+    return columns.permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def _same_padding(layer: Any) -> tuple[int, int]:
+    if layer.padding == "valid":
+        return (0, 0)
+    sizes = zip(layer.kernel_size, layer.dilation, strict=True)
+    height, width = (dilation * (size - 1) // 2 for size, dilation in sizes)
+    return (height, width)

@@ -1,0 +1,89 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantstudy.methods.gptq import gptq_codes
+from quantstudy.methods.moments import Moments, input_moments, patches
+from quantstudy.quantization.schemes import WeightScheme
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(40, 12), (64, 40)),
+    "convolution": (lambda: nn.Conv2d(6, 12, 3, stride=2, padding=1), (16, 6, 9, 9)),
+    "grouped": (lambda: nn.Conv2d(8, 12, 3, groups=4, dilation=2, padding=2), (16, 8, 9, 9)),
+    "depthwise": (lambda: nn.Conv2d(8, 8, 3, groups=8, padding="same"), (16, 8, 9, 9)),
+}
+
+
+def correlated(shape: tuple[int, ...]) -> Tensor:
+    """Images or rows whose channels are strongly correlated, which is what GPTQ makes use of."""
+    x = torch.randn(shape) + 2 * torch.randn(shape[0], *[1] * (len(shape) - 1))
+    return x.relu()
+
+
+@pytest.fixture(params=LAYERS)
+def case(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    make, shape = LAYERS[request.param]
+    return make(), correlated(shape)
+
+
+def output(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    """What the layer computes with another weight."""
+    before = layer.weight.data
+    layer.weight.data = weight
+    with torch.no_grad():
+        y = layer(x)
+    layer.weight.data = before
+    return y
+
+
+@torch.no_grad()
+def test_patches_times_the_weight_is_the_layer(case: tuple[nn.Module, Tensor]) -> None:
+    layer, x = case
+    found = patches(layer, x)
+    rows = layer.weight.flatten(1).unflatten(0, (len(found), -1))
+    y = (found @ rows.mT).permute(0, 2, 1).flatten(0, 1)  # [out, patches]
+    wanted = layer(x)
+    wanted = wanted.transpose(0, 1).flatten(1) if wanted.ndim == 4 else wanted.T
+    torch.testing.assert_close(y + layer.bias[:, None], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", [WeightScheme(4), WeightScheme(3), WeightScheme(4, 32)], ids=["w4", "w3", "w4-g32"])
+def test_the_output_error_is_below_that_of_rounding_to_nearest(
+    case: tuple[nn.Module, Tensor], scheme: WeightScheme
+) -> None:
+    layer, x = case
+    weight = layer.weight.detach()
+    scale = scheme.choose_scale(weight)
+    moments = input_moments(nn.Sequential(layer), [x])["0"]
+    wanted = output(layer, weight, x)
+    errors = [
+        (output(layer, scheme.dequantize(codes, scale), x) - wanted).square().sum()
+        for codes in (gptq_codes(weight, scale, scheme, moments), scheme.quantize(weight, scale))
+    ]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_without_correlation_it_is_rounding_to_nearest(case: tuple[nn.Module, Tensor]) -> None:
+    layer, x = case
+    scheme, weight = WeightScheme(4), layer.weight.detach()
+    groups, _, columns = patches(layer, x).shape
+    moments = Moments(torch.zeros(groups, columns), [torch.eye(columns).expand(groups, -1, -1)])
+    scale = scheme.choose_scale(weight)
+    assert torch.equal(gptq_codes(weight, scale, scheme, moments), scheme.quantize(weight, scale))
+
+
+def test_a_constant_input_is_no_error(case: tuple[nn.Module, Tensor]) -> None:
+    layer, x = case
+    moments = input_moments(nn.Sequential(layer), [torch.zeros_like(x)])["0"]
+    scheme, weight = WeightScheme(4), layer.weight.detach()
+    codes = gptq_codes(weight, scheme.choose_scale(weight), scheme, moments)
+    assert codes.abs().max() <= 8
+
+
+def test_the_moments_of_batches_are_those_of_all_images(case: tuple[nn.Module, Tensor]) -> None:
+    layer, x = case
+    model = nn.Sequential(layer)
+    whole, parts = input_moments(model, [x])["0"], input_moments(model, x.chunk(4))["0"]
+    torch.testing.assert_close(parts.mean, whole.mean)
+    torch.testing.assert_close(parts.second, whole.second)
