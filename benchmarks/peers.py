@@ -49,6 +49,7 @@ from quantstudy.runtimes.sessions import OpenVino, open_session
 
 RUNS = 3
 BATCH_SIZES = (1, 16)
+METHODS = ["int8_static", "int8_dynamic", "int8_weight_only", "int4_weight_only"]
 CPU = torch.device("cpu")
 
 
@@ -77,6 +78,7 @@ class Subject:
     calibration: list[Tensor]
     test: Split
     folder: Path
+    methods: list[str]
 
     @property
     def threads(self) -> int:
@@ -97,24 +99,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--study", required=True, help="a row of studies whose fp32 model, data and graph are there")
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing, for each run and batch size")
     parser.add_argument("--without", nargs="*", default=[], choices=list(TOOLS), help="tools to leave out")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="of this project")
     arguments = parser.parse_args(argv)
     params = load_params()
     set_up(params.study(arguments.study).seed, params.measure.threads)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        subject = _subject(arguments.study, params, Path(folder))
+        subject = _subject(arguments.study, params, Path(folder), arguments.methods)
         candidates, failed = _candidates(subject, [tool for tool in TOOLS if tool not in arguments.without])
         _measure_accuracy(candidates, subject)
         _measure_latency(candidates, subject, arguments.seconds)
         _write(subject, candidates, failed)
 
 
-def _subject(name: str, params: Params, folder: Path) -> Subject:
+def _subject(name: str, params: Params, folder: Path, methods: list[str]) -> Subject:
     path = layout.model(name, "fp32")
     seen = models.load_preprocessing(path)
     split = load_split(layout.split(name, "calibration"))
     images = [images for images, _ in Batches(split, seen, 16, CPU)]
-    return Subject(name, params, models.load_fp32(path), images, load_split(layout.split(name, "test")), folder)
+    return Subject(
+        name, params, models.load_fp32(path), images, load_split(layout.split(name, "test")), folder, methods
+    )
 
 
 def _candidates(subject: Subject, tools: list[str]) -> tuple[list[Candidate], dict[str, str]]:
@@ -132,12 +137,12 @@ def _candidates(subject: Subject, tools: list[str]) -> tuple[list[Candidate], di
 
 
 def quantstudy(subject: Subject) -> Iterator[Candidate]:
-    """This project: fp32 as the yardstick, then int8_static, int8_dynamic and weight-only methods."""
+    """This project: fp32 as the yardstick, then its methods."""
     size = layout.model(subject.name, "fp32").stat().st_size / 1e6
     proto = onnx.load(subject.onnx_path)
     for runtime in ("onnxruntime", "openvino"):
         yield Candidate("quantstudy", "fp32", runtime, open_session(proto, runtime, subject.threads).run, size, 0.0)
-    for method in ("int8_static", "int8_dynamic", "int8_weight_only", "int4_weight_only"):
+    for method in subject.methods:
         settings = subject.params.method(method)
         started = time.perf_counter()
         needs_ranges = settings.kind == "static"
@@ -282,7 +287,7 @@ def _measure_latency(candidates: list[Candidate], subject: Subject, seconds: flo
             for number, candidate in enumerate(candidates)
         }
         for _ in range(RUNS):
-            timings = time_alternately(calls, seconds)
+            timings = time_alternately(calls, seconds, minimum_rounds=1)
             for number, timing in timings.items():
                 candidates[int(number)].latency.setdefault(batch, []).append(timing.median_ms)
 

@@ -28,15 +28,19 @@ class Timing:
 
 @torch.no_grad()
 def time_alternately(
-    calls: Mapping[str, Callable[[], object]], seconds: float, *, on_cuda: bool = False
+    calls: Mapping[str, Callable[[], object]],
+    seconds: float,
+    *,
+    on_cuda: bool = False,
+    minimum_rounds: int = MINIMUM_ROUNDS,
 ) -> dict[str, Timing]:
-    """Time each of `calls`, taking turns of 3 for about `seconds` in all and at least 3 turns, after two to warm up."""
+    """Time each of `calls`, after two to warm up, taking turns of 3 for about `seconds` in all or `minimum_rounds`."""
     for call in calls.values():
         for _ in range(2):
             call()
     elapsed: dict[str, list[float]] = {name: [] for name in calls}
     stop, rounds = time.perf_counter() + seconds, 0
-    while time.perf_counter() < stop or rounds < MINIMUM_ROUNDS:
+    while time.perf_counter() < stop or rounds < minimum_rounds:
         rounds += 1
         for name, call in calls.items():
             call()
