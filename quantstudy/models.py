@@ -146,8 +146,11 @@ def skeleton(architecture: str, classes: int) -> nn.Module:
 
 @functools.cache
 def _without_storage(architecture: str, classes: int) -> nn.Module:
-    with torch.device("meta"), _SkipRandomStart():
-        return build(architecture, classes)
+    try:
+        with torch.device("meta"), _SkipRandomStart():
+            return build(architecture, classes)
+    except NotImplementedError:  # RegNet computes its widths with tensors
+        return build(architecture, classes).to("meta")
 
 
 class _SkipRandomStart(TorchFunctionMode):

@@ -117,3 +117,9 @@ from torchvision.ops import roi_align
 assert torch.compile(torch.nn.Identity(), backend="eager")(torch.ones(2)).sum() == 2
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_network_that_computes_with_tensors_as_it_is_built_has_a_skeleton_too() -> None:
+    skeleton = models.skeleton("regnet_y_400mf", 10)
+    assert all(tensor.is_meta for tensor in skeleton.state_dict().values())
+    assert skeleton.fc.out_features == 10

@@ -42,7 +42,7 @@ def network(images: torch.Tensor) -> nn.Module:
 @pytest.fixture(scope="module")
 def calibration(network: nn.Module, images: torch.Tensor) -> dict[str, Any]:
     with torch.no_grad():
-        return collect(network, [(images, torch.zeros(8))], 512)
+        return collect(network, [(images, torch.zeros(8))], 512) | {"images": [images]}
 
 
 def make(method: str, network: nn.Module, calibration: dict[str, Any]) -> Variant:
