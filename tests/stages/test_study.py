@@ -9,7 +9,8 @@ import torch
 
 from quantstudy import layout
 from quantstudy.report.results import METRIC_KEYS
-from stages import calibrate, diagnose, download, evaluate, finetune, outliers, plots, ptq, qat
+from quantstudy.runtimes.sessions import why_missing
+from stages import calibrate, diagnose, download, evaluate, export, finetune, outliers, plots, ptq, qat, trace
 from tests.conftest import Project
 
 PTQ = ["fp16", "int8_dynamic", "int8_static", "int4_weight_only", "mixed_variance", "clip_int4_p99"]
@@ -21,6 +22,7 @@ def trained(project: Project) -> Project:
     """The tiny study up to its calibration."""
     project.edit("ptq", PTQ)
     project.edit("qat", QAT)
+    project.edit("export", {"ptq": ["int8_static"], "qat": ["qat_int4"]})
     project.edit("scaling_law", {"ptq": ["fp32", "int8_static"], "qat": ["fp32", "qat_int4"]})
     for stage in (download, finetune, calibrate):
         stage.main(["--study", "tiny"])
@@ -67,6 +69,32 @@ def test_a_variant_measures_the_same_twice(trained: Project) -> None:
     assert seen[0] == seen[1]
 
 
+@pytest.mark.skipif(why_missing("onnxruntime") is not None, reason="no onnxruntime")
+def test_a_variant_is_timed_on_every_runtime_and_exported(trained: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(runtime: str) -> str | None:
+        return "not installed: pip install '.[openvino]'" if runtime == "openvino" else None
+
+    monkeypatch.setattr("quantstudy.runtimes.sessions.why_missing", missing)
+    monkeypatch.setattr("quantstudy.export.check.why_missing", missing)
+    trained.edit("measure.runtimes", ["onnxruntime", "openvino"])
+    ptq.main(["--study", "tiny", "--method", "int8_static"])
+    trace.main(["--study", "tiny"])
+    for variant in ("fp32", "int8_static"):
+        evaluate.main(["--study", "tiny", "--variant", variant])
+        export.main(["--study", "tiny", "--variant", variant])
+    details = json.loads(layout.details("tiny", "int8_static").read_text())
+    timed = {timing["executable"] for timing in details["timings"]}
+    assert timed == {
+        f"{variant} {runtime}" for variant in ("int8_static", "fp32") for runtime in ("eager", "onnxruntime")
+    }
+    assert details["agreement_with_eager"].keys() == {"eager", "onnxruntime"}
+    assert "pip install '.[openvino]'" in details["unavailable"]["int8_static openvino"]
+    facts = json.loads(layout.onnx_report("tiny", "int8_static").read_text())
+    assert facts["images"] == 48 and facts["agreement"]["onnxruntime"] > 80
+    assert facts["size_mb"] < 1.03 * facts["pth_size_mb"]
+    assert "openvino" in facts["unavailable"]
+
+
 def test_stages_are_deterministic(trained: Project) -> None:
     ptq.main(["--study", "tiny", "--method", "int4_weight_only"])
     first = layout.model("tiny", "int4_weight_only").read_bytes()
@@ -82,6 +110,8 @@ def test_mistakes_are_one_line(project: Project) -> None:
     assert "method: 'qat_int8' is unknown" in project.failure(ptq.main, "--method", "qat_int8")
     assert "method: 'fp16' is unknown" in project.failure(qat.main, "--method", "fp16")
     assert "variant: 'int9' is unknown" in project.failure(evaluate.main, "--variant", "int9")
+    assert "variant: 'int9' is unknown" in project.failure(export.main, "--variant", "int9")
+    assert "models/tiny/fp32.pth: no such file" in project.failure(export.main, "--variant", "fp32")
     project.edit("studies.tiny.model.architecture", "mobilenet")
     assert "studies.tiny.model.architecture: 'mobilenet' is unknown" in project.failure(finetune.main)
 
