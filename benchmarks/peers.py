@@ -49,7 +49,7 @@ from quantstudy.runtimes.sessions import OpenVino, open_session
 
 RUNS = 3
 BATCH_SIZES = (1, 16)
-METHODS = ["int8_static", "int8_dynamic", "int8_weight_only", "int4_weight_only"]
+METHODS = ["int8_static", "int8_corrected", "int8_dynamic", "int8_weight_only", "int4_weight_only", "int4_gptq"]
 CPU = torch.device("cpu")
 
 
@@ -147,8 +147,9 @@ def quantstudy(subject: Subject) -> Iterator[Candidate]:
         started = time.perf_counter()
         needs_ranges = settings.kind == "static"
         batches = [(images, torch.empty(0)) for images in subject.calibration] if needs_ranges else []
-        statistics_ = collect(subject.fp32, batches, 2048) if needs_ranges else {}
-        variant = POST_TRAINING[settings.kind](subject.fp32, statistics_, settings)
+        calibration = collect(subject.fp32, batches, 2048) if needs_ranges else {}
+        calibration["images"] = subject.calibration
+        variant = POST_TRAINING[settings.kind](subject.fp32, calibration, settings)
         taken = time.perf_counter() - started
         path = subject.folder / f"{method}.pth"
         facts = {"architecture": "", "classes": 0, "preprocessing": {}}

@@ -2,7 +2,9 @@
 
 - A weight in integers is an initializer of int8 or, up to 4 bits, int4 codes, and a DequantizeLinear: per channel, or
   block-wise for scales per group. Group scales stay bfloat16 in the file, behind a Cast.
-- A calibrated input is a QuantizeLinear and a DequantizeLinear to and from uint8; fewer than 8 bits add a Clip.
+- A calibrated input is a QuantizeLinear and a DequantizeLinear to and from uint8; fewer than 8 bits add a Clip. They
+  stand before max pooling and reshaping rather than after it: the values are the same, since rounding keeps the order,
+  and the layer before can write codes and the pooling read them.
 - An input with the batch's own range is a DynamicQuantizeLinear, and the layer a ConvInteger or MatMulInteger.
 - A 16-bit weight is stored as such, behind a Cast: the arithmetic around it is float32.
 
@@ -10,6 +12,7 @@ The grids are those of the quantized layers, so a runtime computes what the vari
 operators' pages at https://onnx.ai/onnx/operators/.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from quantstudy.quantization.packing import pack
 from quantstudy.quantization.variant import Variant
 
 _MULTIPLIES = ("Conv", "Gemm", "MatMul")
+_ORDER_KEEPING = ("MaxPool", "Reshape", "Flatten")
 _SIXTEEN_BITS = {torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16}
 
 
@@ -53,10 +57,13 @@ class _Builder:
         self.nodes: list[onnx.NodeProto] = []
         self.layer_of: dict[str, str] = {f"{name}.weight": name for name in self.layers}
         self.quantized_inputs: dict[tuple[Any, ...], str] = {}
+        self.early: dict[str, str] = {}
+        """By the output of the first order-keeping node before a layer: the layer, whose input is quantized there."""
 
     def build(self) -> onnx.ModelProto:
         for initializer in self.source.graph.initializer:
             self._fill(initializer)
+        self._find_early()
         for node in self.source.graph.node:
             self._append(node)
         result = onnx.ModelProto()
@@ -129,17 +136,42 @@ class _Builder:
         self.initializers[name] = tensor
         return name
 
+    def _find_early(self) -> None:
+        """Find the layers whose input comes through order-keeping nodes that nothing else reads."""
+        nodes = self.source.graph.node
+        producer = {output: node for node in nodes for output in node.output}
+        readers = Counter(value for node in nodes for value in node.input)
+        for node in nodes:
+            if node.op_type == "Transpose" and node.input[0] in self.layer_of:
+                self.layer_of[node.output[0]] = self.layer_of[node.input[0]]
+            name = self._layer(node)
+            if name is None or self.layers[name].scheme.activation.mode != "static":
+                continue
+            value, first = node.input[0], None
+            while value in producer and _keeps_order(producer[value]) and readers[value] == 1:
+                first, value = value, producer[value].input[0]
+            if first is not None:
+                self.early[first] = name
+
+    def _layer(self, node: onnx.NodeProto) -> str | None:
+        return self.layer_of.get(node.input[1]) if node.op_type in _MULTIPLIES else None
+
     def _append(self, node: onnx.NodeProto) -> None:
         """Copy a node; quantize the input of one that multiplies with a quantized weight."""
-        if node.op_type == "Transpose" and node.input[0] in self.layer_of:
-            self.layer_of[node.output[0]] = self.layer_of[node.input[0]]
-        name = self.layer_of.get(node.input[1]) if node.op_type in _MULTIPLIES else None
+        name = self._layer(node)
+        if node.output[0] in self.early:
+            copied = _copy(node, None)
+            copied.input[0] = self._quantize_input(node.input[0], self.layers[self.early[node.output[0]]])
+            self.nodes.append(copied)
+            return
         if name is None or self.layers[name].scheme.activation.mode == "none":
             dynamic = node.op_type == "Transpose" and self._is_dynamic(self.layer_of.get(node.input[0]))
             if not dynamic:
                 self.nodes.append(_copy(node, name))
         elif self._is_dynamic(name):
             self._append_dynamic(node, name)
+        elif name in self.early.values():
+            self.nodes.append(_copy(node, name))
         else:
             copied = _copy(node, name)
             copied.input[0] = self._quantize_input(node.input[0], self.layers[name])
@@ -187,6 +219,13 @@ class _Builder:
         self.initializers.pop(node.input[2], None)
         bias = self._constant(f"{name}.spread_bias", layer.bias.detach().float().numpy().reshape(spread))
         self._add("Add", [product, bias], node.output[0])
+
+
+def _keeps_order(node: onnx.NodeProto) -> bool:
+    """Whether a node moves values or picks the largest, so that it may work on codes; a 1 x 1 average does nothing."""
+    if node.op_type == "AveragePool":
+        return all(list(a.ints) == [1, 1] for a in node.attribute if a.name == "kernel_shape")
+    return node.op_type in _ORDER_KEEPING
 
 
 def _copy(node: onnx.NodeProto, name: str | None) -> onnx.NodeProto:

@@ -124,7 +124,7 @@ def _finished(model: nn.Module, variant: Variant, calibration: Calibration, sett
     """
     if not settings.needs_images:
         return _frozen(variant)
-    moments = input_moments(model, calibration["images"])
+    moments = input_moments(model, calibration["images"], second=settings.rounding == "gptq")
     layers: dict[str, Any] = quantized_layers(variant.network)
     for name, layer in layers.items():
         scheme, weight = layer.scheme.weight, layer.weight.detach()
