@@ -2,11 +2,17 @@
 
 import re
 import subprocess
+from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from quantstudy import layout, models
 from quantstudy.__main__ import PLACE
+from quantstudy.export.graph import network_graph
+from quantstudy.export.onnx_model import save_onnx, to_onnx
+from quantstudy.runtimes.sessions import why_missing
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -22,9 +28,24 @@ def committed(path: str) -> str:
 
 def test_the_tables_are_those_of_the_committed_reports() -> None:
     found = PLACE.findall(README)
-    assert len(found) >= 1
-    for start, study, _ in found:
-        assert f"{start}{committed(f'reports/{study}/results.md')}<!-- end -->" in README
+    assert {kind for _, kind, _, _ in found} == {"results", "peers"}
+    for start, kind, study, _ in found:
+        path = f"reports/{study}/results.md" if kind == "results" else f"reports/peers/{study}.md"
+        assert f"{start}{committed(path)}<!-- end -->" in README
+
+
+@pytest.mark.skipif(why_missing("onnxruntime") is not None, reason="no onnxruntime")
+def test_the_onnx_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    block = re.search(r"```python\nimport numpy as np, onnxruntime\n(.*?)```", README, re.DOTALL)
+    assert block
+    monkeypatch.chdir(tmp_path)
+    network = models.skeleton("mobilenet_v2", 10).to_empty(device="cpu")
+    for tensor in network.state_dict().values():
+        tensor.zero_()
+    exported = to_onnx(network, network_graph("mobilenet_v2", 10, 32))
+    save_onnx(layout.onnx("mobilenetv2_digits", "int8_static"), exported)
+    exec("import numpy as np, onnxruntime\n" + block[1], {})
+    assert capsys.readouterr().out == "[0 0]\n"
 
 
 def test_links_to_files_exist() -> None:
