@@ -86,7 +86,6 @@ def test_a_second_run_runs_nothing(first: set[str], run: Run) -> None:
 def test_a_changed_parameter_runs_just_its_cells(first: set[str], run: Run, copy: Path) -> None:
     params = copy / "params.yaml"
     text = params.read_text()
-    assert text.count("group_size: 32") == 3
     before, _, after = text.partition("int4_weight_only:\n    kind")
     params.write_text(before + "int4_weight_only:\n    kind" + after.replace("group_size: 32", "group_size: 64", 1))
     ran = stages_run(run("dvc", "repro"))
