@@ -26,6 +26,8 @@ def launched(stage: str, arguments: Sequence[str], processes: int) -> bool:
     """
     if processes == 1 or distributed.is_torchelastic_launched():
         return False
+    if torch.cuda.is_available() and processes > torch.cuda.device_count():
+        raise UserError(f"runtime.processes: {processes} is more than the {torch.cuda.device_count()} GPUs here")
     cores = max((os.cpu_count() or 1) // processes, 1)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {"OMP_NUM_THREADS": str(cores)} | os.environ

@@ -255,6 +255,8 @@ def training_and_validation(
     if settings.max_images is not None:
         order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))
         kept = kept[order[: settings.max_images]]
+    if parallel.world() > 1 and min(settings.batch_size, len(kept)) < 2 * parallel.world():
+        raise UserError(f"batch_size: {settings.batch_size} is less than two images for each of the processes")
     training = Batches(
         split,
         preprocessing,

@@ -76,7 +76,10 @@ def _serve(connection: socket.socket) -> tuple[str, float]:
     """Run the stage that a connection asks for; return its name and the seconds it took."""
     header, files, *_ = socket.recv_fds(connection, _HEADER, _STANDARD_FILES)
     with connection.makefile("rb") as stream:
-        request = json.loads(stream.read(int.from_bytes(header)))
+        try:
+            request = json.loads(stream.read(int.from_bytes(header)))
+        except ValueError:  # who asked is gone already
+            return "nothing", 0.0
     started = time.perf_counter()
     child = os.fork()
     if not child:
@@ -102,13 +105,17 @@ def _run(request: dict[str, object], files: list[int]) -> None:
         os.environ.clear()
         os.environ.update(request["environment"])  # type: ignore[call-overload]
         os.chdir(str(request["folder"]))
+        sys.path[0] = str(request["folder"])
+        sys.modules.pop("quantstudy", None)  # it is imported from that folder, whichever it is
         status = run_here(request["arguments"])  # type: ignore[arg-type]
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
 
 
 def run_here(arguments: Sequence[str]) -> int:

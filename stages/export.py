@@ -3,12 +3,10 @@
 import argparse
 from collections.abc import Sequence
 
-import numpy as np
-
 from quantstudy import layout
 from quantstudy.data.container import load_split
 from quantstudy.device import set_up
-from quantstudy.errors import UserError, run_stage, unknown
+from quantstudy.errors import run_stage, unknown
 from quantstudy.export.check import check
 from quantstudy.export.graph import load_graph
 from quantstudy.export.onnx_model import save_onnx, to_onnx
@@ -32,12 +30,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_up(study.seed, params.measure.threads)
 
     source, path = layout.model(name, variant), layout.onnx(name, variant)
-    model = to_onnx(load_any(source), load_graph(layout.graph(name)))
-    expected = layout.predictions(name, variant)
-    if not expected.is_file():
-        raise UserError(f"{expected}: no such file; evaluate the variant first")
-    facts = check(model, load_split(layout.split(name, "test")), load_preprocessing(source), np.load(expected))
-    save_onnx(path, model)
+    model = load_any(source)
+    exported = to_onnx(model, load_graph(layout.graph(name)))
+    facts = check(model, exported, load_split(layout.split(name, "test")), load_preprocessing(source))
+    save_onnx(path, exported)
     sizes = {"size_mb": path.stat().st_size / 1e6, "pth_size_mb": source.stat().st_size / 1e6}
     write_json(layout.onnx_report(name, variant), sizes | facts)
     agreement = ", ".join(f"{runtime} {found:.2f} %" for runtime, found in facts["agreement"].items())

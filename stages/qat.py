@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         curve=layout.curve(name, method),
         resume=layout.resume(name, method),
         fingerprint=training.fingerprint(
-            study.qat, settings, study.seed, sha256(fp32), sha256(layout.calibration(name))
+            *(study.qat, settings, study.seed, seen),
+            *(sha256(path) for path in (fp32, layout.calibration(name), layout.split(name, "train"))),
         ),
         dtype=DTYPES[settings.dtype] if is_cast else training_dtype("fp32", device),
         score_start=True,

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantstudy.data.batches import Batches
 from quantstudy.data.container import Split
 from quantstudy.params import Preprocessing
+from quantstudy.runtimes.executables import build_executable
 from quantstudy.runtimes.sessions import PACKAGES, open_session, why_missing
 
 WANTED_AGREEMENT = 99.5
@@ -18,22 +19,25 @@ WANTED_AGREEMENT = 99.5
 _BATCH = 32
 
 
-def check(model: onnx.ModelProto, test: Split, preprocessing: Preprocessing, expected: np.ndarray) -> dict[str, Any]:
-    """Return the agreement with `expected`, classes [images], in percent by runtime, and remarks on what is not full.
+def check(model: nn.Module, exported: onnx.ModelProto, test: Split, preprocessing: Preprocessing) -> dict[str, Any]:
+    """Return the agreement of `exported` with `model` in eager mode, percent by runtime, and remarks on what is less.
 
+    Both see the same batches, since a range found at run time depends on them. `model` is used up.
     A runtime that is not installed, or cannot run the model, is named in `unavailable` with the reason.
     """
     agreement: dict[str, float] = {}
     unavailable: dict[str, str] = {}
     remarks: list[str] = []
+    eager = build_executable(model, "eager", torch.device("cpu"))
+    expected = _logits(eager.run, test, preprocessing, eager.memory_format).argmax(1)
     for runtime in PACKAGES:
         if reason := why_missing(runtime):
             unavailable[runtime] = reason
             continue
         try:
-            logits = _logits(open_session(model, runtime, torch.get_num_threads()).run, test, preprocessing)
+            logits = _logits(open_session(exported, runtime, torch.get_num_threads()).run, test, preprocessing)
         except Exception as error:  # whatever a runtime raises at an operator it lacks
-            unavailable[runtime] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
+            unavailable[runtime] = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[-1][:200]}"
             continue
         agreement[runtime] = 100 * float((logits.argmax(1) == expected).mean())
         if agreement[runtime] < WANTED_AGREEMENT:
@@ -42,9 +46,15 @@ def check(model: onnx.ModelProto, test: Split, preprocessing: Preprocessing, exp
     return {"images": len(expected), "agreement": agreement, "unavailable": unavailable, "remarks": remarks}
 
 
-def _logits(run: Callable[[Tensor], Tensor], test: Split, preprocessing: Preprocessing) -> np.ndarray:
+@torch.no_grad()
+def _logits(
+    run: Callable[[Tensor], Tensor],
+    test: Split,
+    preprocessing: Preprocessing,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> np.ndarray:
     batches = Batches(test, preprocessing, _BATCH, "cpu")
-    return np.concatenate([run(images.contiguous()).numpy() for images, _ in batches])
+    return np.concatenate([run(images.contiguous(memory_format=memory_format)).numpy() for images, _ in batches])
 
 
 def _why(logits: np.ndarray, expected: np.ndarray) -> str:

@@ -167,15 +167,22 @@ class _Builder:
         if name is None or self.layers[name].scheme.activation.mode == "none":
             dynamic = node.op_type == "Transpose" and self._is_dynamic(self.layer_of.get(node.input[0]))
             if not dynamic:
-                self.nodes.append(_copy(node, name))
+                self.nodes.append(self._copied(node, name))
         elif self._is_dynamic(name):
             self._append_dynamic(node, name)
         elif name in self.early.values():
-            self.nodes.append(_copy(node, name))
+            self.nodes.append(self._copied(node, name))
         else:
-            copied = _copy(node, name)
+            copied = self._copied(node, name)
             copied.input[0] = self._quantize_input(node.input[0], self.layers[name])
             self.nodes.append(copied)
+
+    def _copied(self, node: onnx.NodeProto, name: str | None) -> onnx.NodeProto:
+        """Copy a node, give it its layer's name, and a bias that only the quantized layer has."""
+        copied = _copy(node, name)
+        if name is not None and node.op_type == "Conv" and len(node.input) < 3 and self.layers[name].bias is not None:
+            copied.input.append(self._constant(f"{name}.bias", self.layers[name].bias.detach().float().numpy()))
+        return copied
 
     def _is_dynamic(self, name: str | None) -> bool:
         return name is not None and self.layers[name].scheme.activation.mode == "dynamic"
@@ -212,11 +219,12 @@ class _Builder:
         self.nodes.append(helper.make_node(operator, [codes, stored, zero_point], [f"{name}.sums"], name, **attributes))
         sums = self._add("Cast", [f"{name}.sums"], f"{name}.float_sums", to=TensorProto.FLOAT)
         both = self._add("Mul", [scale, scales], f"{name}.scale")
-        if len(node.input) < 3:
+        if layer.bias is None or node.op_type == "MatMul":  # after a MatMul the bias is an Add of its own
             self._add("Mul", [sums, both], node.output[0])
             return
         product = self._add("Mul", [sums, both], f"{name}.product")
-        self.initializers.pop(node.input[2], None)
+        for unused in list(node.input)[2:]:
+            self.initializers.pop(unused, None)
         bias = self._constant(f"{name}.spread_bias", layer.bias.detach().float().numpy().reshape(spread))
         self._add("Add", [product, bias], node.output[0])
 

@@ -188,7 +188,9 @@ def _others(task: Task, variant: str, failed: dict[str, str]) -> list[Executable
         except UserError as error:
             failed[f"{variant} {runtime}"] = str(error)
         except Exception as error:  # a missing compiler, an unknown operator: many types, one meaning
-            failed[f"{variant} {runtime}"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            failed[f"{variant} {runtime}"] = (
+                f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
+            )
     return found
 
 

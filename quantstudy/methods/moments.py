@@ -38,8 +38,7 @@ def input_moments(model: nn.Module, batches: Iterable[Tensor], *, second: bool =
     counts: dict[str, int] = {}
 
     def watch(name: str, layer: Any, value: Tensor) -> None:
-        x = patches(layer, value)
-        x = x[:, :: -(-x.shape[1] // _COLUMNS)]
+        x = _some_patches(layer, value)
         products = [block.mT @ block for block in x.split(BLOCK, dim=2)] if second else []
         if name in found:
             found[name].mean += x.sum(1)
@@ -65,6 +64,15 @@ def input_moments(model: nn.Module, batches: Iterable[Tensor], *, second: bool =
         for block in moments.second:
             block /= counts[name]
     return found
+
+
+def _some_patches(layer: Any, value: Tensor) -> Tensor:
+    """Return at most about `_COLUMNS` patches, image by image: those of a whole batch can take gigabytes."""
+    if isinstance(layer, nn.Linear):
+        return patches(layer, value)[:, :: -(-(value.numel() // value.shape[-1]) // _COLUMNS)]
+    first = patches(layer, value[:1])
+    step = -(-first.shape[1] * len(value) // _COLUMNS)
+    return torch.cat([patches(layer, image[None])[:, ::step] for image in value], dim=1)
 
 
 def patches(layer: Any, x: Tensor) -> Tensor:

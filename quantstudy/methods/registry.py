@@ -19,7 +19,7 @@ from quantstudy.device import DTYPES
 from quantstudy.errors import unknown
 from quantstudy.methods.gptq import gptq_codes
 from quantstudy.methods.moments import input_moments
-from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
+from quantstudy.quantization.layers import LayerScheme, QuantConv2d, quantize_layers, quantized_layers
 from quantstudy.quantization.observers import activation_range, quantizable_layers
 from quantstudy.quantization.schemes import ActivationScheme, Mode, WeightScheme
 from quantstudy.quantization.variant import Variant, cast
@@ -134,7 +134,8 @@ def _finished(model: nn.Module, variant: Variant, calibration: Calibration, sett
         else:
             codes = scheme.quantize(weight, scale)
         layer.set_codes(codes, scale)
-        if settings.bias_correction:
+        # A linear layer without a bias keeps none: in an ONNX graph there is no place for it.
+        if settings.bias_correction and (layer.bias is not None or isinstance(layer, QuantConv2d)):
             error = (scheme.dequantize(codes, scale) - weight).flatten(1)
             mean = moments[name].mean  # [groups, K]
             shift = (error.unflatten(0, (len(mean), -1)) * mean[:, None]).sum(2).flatten()

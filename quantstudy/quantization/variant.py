@@ -51,6 +51,8 @@ def load_variant(path: Path) -> Variant:
     schemes = {name: _scheme(row) for name, row in checkpoint["layers"].items()}
     for name, layer in quantize_layers(network, schemes).items():
         layer.empty_codes()
+        if layer.bias is None and f"{name}.bias" in checkpoint["state_dict"]:  # bias correction gave it one
+            layer.bias = nn.Parameter(torch.empty(layer.shape[0], device="meta"))
         layer.dtype = dtype
         row = checkpoint["layers"][name]
         layer.activation.scale, layer.activation.zero_point = row["scale"], row["zero_point"]

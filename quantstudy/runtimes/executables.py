@@ -154,7 +154,7 @@ def _compiled(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tens
         config.freezing = True
         if layers:
             _register_int8_patterns()
-    return torch.compile(model, mode=None if device.type == "cpu" else "reduce-overhead")
+    return torch.compile(model, dynamic=False, mode=None if device.type == "cpu" else "reduce-overhead")
 
 
 def _register_int8_patterns() -> None:
