@@ -34,6 +34,7 @@ from quantstudy import layout, models
 from quantstudy.data.batches import Batches
 from quantstudy.data.container import Split, load_split
 from quantstudy.device import set_up
+from quantstudy.errors import one_line
 from quantstudy.export.graph import INPUT, load_graph
 from quantstudy.export.onnx_model import save_onnx, to_onnx
 from quantstudy.files import write_json, write_text
@@ -109,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         candidates, failed = _candidates(subject, [tool for tool in TOOLS if tool not in arguments.without])
         _measure_accuracy(candidates, subject)
         _measure_latency(candidates, subject, arguments.seconds)
-        _write(subject, candidates, failed)
+        _write(subject, candidates, {**failed, **dict.fromkeys(arguments.without, "left out of this run")})
 
 
 def _subject(name: str, params: Params, folder: Path, methods: list[str]) -> Subject:
@@ -131,7 +132,7 @@ def _candidates(subject: Subject, tools: list[str]) -> tuple[list[Candidate], di
                 print(f"{candidate.tool} {candidate.method} on {candidate.runtime}: {candidate.quantize_s:.1f} s")
                 found.append(candidate)
         except Exception as error:  # another tool's failure is a result, not the end
-            failed[tool] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            failed[tool] = one_line(error)
             print(f"{tool} failed: {failed[tool]}")
     return found, failed
 
@@ -297,7 +298,7 @@ def _write(subject: Subject, candidates: list[Candidate], failed: dict[str, str]
     rows = [_record(candidate, len(subject.test)) for candidate in candidates]
     write_json(layout.peers(subject.name, "json"), rows)
     lines = [_ratio(candidates, batch) for batch in BATCH_SIZES]
-    lines += [f"{tool} failed: {reason}." for tool, reason in failed.items()]
+    lines += [f"{tool}: {reason}." for tool, reason in failed.items()]
     lines.append(
         f"{len(subject.test)} test images, {sum(map(len, subject.calibration))} for calibration. {_versions()}."
     )

@@ -23,6 +23,11 @@ def unknown(key: str, value: object, choices: Iterable[str]) -> UserError:
     return UserError(f"{key}: {value!r} is unknown{hint}; choose one of {', '.join(names) or '(none)'}")
 
 
+def one_line(error: Exception, line: int = 0) -> str:
+    """Return the type and one line, the first, of an exception that is reported, not raised; some have no text."""
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[line][:200]}"
+
+
 def run_stage(main: Callable[[], None]) -> None:
     """Run a stage's `main`; print a `UserError` or a full disk as one line and exit with status 1."""
     try:

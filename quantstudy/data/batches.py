@@ -7,9 +7,10 @@ by threads that stay two batches ahead, so that the device does not wait.
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,3 +128,25 @@ def _resident(split: Split, device: torch.device) -> Tensor | None:
         return split.images
     free, _ = torch.cuda.mem_get_info(device)
     return split.images.to(device) if split.images.nbytes <= _GPU_SHARE * free else split.images
+
+
+@torch.no_grad()
+def run_on_split(
+    run: Callable[[Tensor], Tensor],
+    split: Split,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    device: torch.device,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> np.ndarray:
+    """Return what `run` makes of a split's images, in its order, as float32 [images, ...].
+
+    Every batch has `batch_size` images: the last one is filled up with its last image.
+    """
+    found = []
+    for images, _ in Batches(split, preprocessing, batch_size, device):
+        missing = batch_size - len(images)
+        full = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)]) if missing else images
+        logits = run(full.contiguous(memory_format=memory_format))
+        found.append(logits[: len(images)].float().cpu().numpy())
+    return np.concatenate(found)

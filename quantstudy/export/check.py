@@ -1,15 +1,15 @@
 """Compare an ONNX model's predictions with the PyTorch model's, on every runtime that is installed."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from quantstudy.data.batches import Batches
+from quantstudy.data.batches import run_on_split
 from quantstudy.data.container import Split
+from quantstudy.errors import one_line
 from quantstudy.params import Preprocessing
 from quantstudy.runtimes.executables import build_executable
 from quantstudy.runtimes.sessions import PACKAGES, open_session, why_missing
@@ -28,33 +28,24 @@ def check(model: nn.Module, exported: onnx.ModelProto, test: Split, preprocessin
     agreement: dict[str, float] = {}
     unavailable: dict[str, str] = {}
     remarks: list[str] = []
-    eager = build_executable(model, "eager", torch.device("cpu"))
-    expected = _logits(eager.run, test, preprocessing, eager.memory_format).argmax(1)
+    cpu = torch.device("cpu")
+    eager = build_executable(model, "eager", cpu)
+    expected = run_on_split(eager.run, test, preprocessing, _BATCH, cpu, eager.memory_format).argmax(1)
     for runtime in PACKAGES:
         if reason := why_missing(runtime):
             unavailable[runtime] = reason
             continue
         try:
-            logits = _logits(open_session(exported, runtime, torch.get_num_threads()).run, test, preprocessing)
+            run = open_session(exported, runtime, torch.get_num_threads()).run
+            logits = run_on_split(run, test, preprocessing, _BATCH, cpu)
         except Exception as error:  # whatever a runtime raises at an operator it lacks
-            unavailable[runtime] = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[-1][:200]}"
+            unavailable[runtime] = one_line(error, -1)  # OpenVINO's first line is a place in its source
             continue
         agreement[runtime] = 100 * float((logits.argmax(1) == expected).mean())
         if agreement[runtime] < WANTED_AGREEMENT:
             remarks.append(f"{runtime}: {_why(logits, expected)}")
     remarks += [f"{runtime} {reason}" for runtime, reason in unavailable.items()]
     return {"images": len(expected), "agreement": agreement, "unavailable": unavailable, "remarks": remarks}
-
-
-@torch.no_grad()
-def _logits(
-    run: Callable[[Tensor], Tensor],
-    test: Split,
-    preprocessing: Preprocessing,
-    memory_format: torch.memory_format = torch.contiguous_format,
-) -> np.ndarray:
-    batches = Batches(test, preprocessing, _BATCH, "cpu")
-    return np.concatenate([run(images.contiguous(memory_format=memory_format)).numpy() for images, _ in batches])
 
 
 def _why(logits: np.ndarray, expected: np.ndarray) -> str:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from quantstudy import layout, models
 from quantstudy import params as P
 from quantstudy.checkpoint import load_checkpoint
-from quantstudy.data.batches import Batches
+from quantstudy.data.batches import run_on_split
 from quantstudy.data.container import Split
 from quantstudy.device import DTYPES
-from quantstudy.errors import UserError
+from quantstudy.errors import UserError, one_line
 from quantstudy.files import atomic, finite
 from quantstudy.machine.hardware import arithmetic_is_native, describe_machine, remarks
 from quantstudy.measure.latency import Timing, time_alternately
@@ -146,13 +146,7 @@ def evaluate(task: Task, test: Split, reference: Reference | None) -> tuple[Reco
 def run_on_test(executable: Executable, task: Task, test: Split) -> np.ndarray:
     """Return the logits on the test split, in its order; every batch has one size, the last one is filled up."""
     size = EAGER_BATCH if executable.runtime == "eager" else max(BATCH_SIZES)
-    found = []
-    for images, _ in Batches(test, task.preprocessing, size, task.device):
-        missing = size - len(images)
-        full = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)]) if missing else images
-        logits = executable.run(full.contiguous(memory_format=executable.memory_format))
-        found.append(logits[: len(images)].float().cpu().numpy())
-    return np.concatenate(found)
+    return run_on_split(executable.run, test, task.preprocessing, size, task.device, executable.memory_format)
 
 
 def _eager_after_a_batch(task: Task) -> tuple[Executable, Record]:
@@ -188,9 +182,7 @@ def _others(task: Task, variant: str, failed: dict[str, str]) -> list[Executable
         except UserError as error:
             failed[f"{variant} {runtime}"] = str(error)
         except Exception as error:  # a missing compiler, an unknown operator: many types, one meaning
-            failed[f"{variant} {runtime}"] = (
-                f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
-            )
+            failed[f"{variant} {runtime}"] = one_line(error)
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantstudy.quantization.observers import quantizable_layers
+from quantstudy.quantization.observers import quantizable_layers, run_watched
 
 BLOCK = 4096
 """Columns beyond which second moments are kept for blocks of K alone: 25,088 of them (VGG-11) would take 2.5 GB."""
@@ -37,8 +37,10 @@ def input_moments(model: nn.Module, batches: Iterable[Tensor], *, second: bool =
     found: dict[str, Moments] = {}
     counts: dict[str, int] = {}
 
-    def watch(name: str, layer: Any, value: Tensor) -> None:
-        x = _some_patches(layer, value)
+    layers = quantizable_layers(model)
+
+    def watch(name: str, value: Tensor) -> None:
+        x = _some_patches(layers[name], value)
         products = [block.mT @ block for block in x.split(BLOCK, dim=2)] if second else []
         if name in found:
             found[name].mean += x.sum(1)
@@ -48,17 +50,7 @@ def input_moments(model: nn.Module, batches: Iterable[Tensor], *, second: bool =
             found[name] = Moments(x.sum(1), products)
         counts[name] = counts.get(name, 0) + x.shape[1]
 
-    layers = quantizable_layers(model)
-    handles = [
-        layer.register_forward_pre_hook(lambda module, inputs, name=name: watch(name, module, inputs[0]))  # type: ignore[misc]
-        for name, layer in layers.items()
-    ]
-    try:
-        for images in batches:
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_watched(model, layers, batches, watch)
     for name, moments in found.items():
         moments.mean /= counts[name]
         for block in moments.second:

@@ -128,15 +128,14 @@ def _finished(model: nn.Module, variant: Variant, calibration: Calibration, sett
     layers: dict[str, Any] = quantized_layers(variant.network)
     for name, layer in layers.items():
         scheme, weight = layer.scheme.weight, layer.weight.detach()
-        scale = scheme.choose_scale(weight)
         if settings.rounding == "gptq":
-            codes = gptq_codes(weight, scale, scheme, moments[name])
+            scale = scheme.choose_scale(weight)
+            layer.set_codes(gptq_codes(weight, scale, scheme, moments[name]), scale)
         else:
-            codes = scheme.quantize(weight, scale)
-        layer.set_codes(codes, scale)
+            layer.freeze()
         # A linear layer without a bias keeps none: in an ONNX graph there is no place for it.
         if settings.bias_correction and (layer.bias is not None or isinstance(layer, QuantConv2d)):
-            error = (scheme.dequantize(codes, scale) - weight).flatten(1)
+            error = (scheme.dequantize(layer.weight_codes(), layer.weight_scale.float()) - weight).flatten(1)
             mean = moments[name].mean  # [groups, K]
             shift = (error.unflatten(0, (len(mean), -1)) * mean[:, None]).sum(2).flatten()
             layer.bias = nn.Parameter((0 if layer.bias is None else layer.bias) - shift, requires_grad=False)

@@ -48,16 +48,17 @@ def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], bins: in
         counts[name] = counts.get(name, torch.zeros(bins, dtype=torch.float64)) + found
 
     for watch in (watch_range, watch_histogram):
-        _run_watched(model, layers, images, watch)
+        run_watched(model, layers, images, watch)
     return {
         "images": sum(len(batch) for batch in images),
         "layers": {name: _statistics(extremes[name], sums[name], counts[name]) for name in layers if name in counts},
     }
 
 
-def _run_watched(
-    model: nn.Module, layers: dict[str, nn.Module], images: list[Tensor], watch: Callable[[str, Tensor], None]
+def run_watched(
+    model: nn.Module, layers: dict[str, nn.Module], images: Iterable[Tensor], watch: Callable[[str, Tensor], None]
 ) -> None:
+    """Run `model` on batches of images, calling `watch` with the name and the input of each of `layers` on its way."""
     handles = [
         layer.register_forward_pre_hook(lambda _, inputs, name=name: watch(name, inputs[0]))  # type: ignore[misc]
         for name, layer in layers.items()

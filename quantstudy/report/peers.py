@@ -39,7 +39,7 @@ def plot_peers(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
             axes.barh(names, times, color=colours)
             for place, (row, value) in enumerate(zip(rows, times, strict=True)):
                 axes.annotate(
-                    f"{value:.3g} ms, {row['top1']:.1f} %",
+                    f"{_milliseconds(value)}, {row['top1']:.1f} %",
                     (value, place),
                     (4, 0),
                     textcoords="offset points",
@@ -55,3 +55,7 @@ def plot_peers(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
 
 def _sorted(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: float(row["latency_ms_b16"]))
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
