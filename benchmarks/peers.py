@@ -40,7 +40,7 @@ from quantstudy.export.onnx_model import save_onnx, to_onnx
 from quantstudy.files import write_json, write_text
 from quantstudy.machine.hardware import describe_machine
 from quantstudy.measure.latency import time_alternately
-from quantstudy.methods.registry import POST_TRAINING
+from quantstudy.methods.registry import quantize
 from quantstudy.params import Params, load_params
 from quantstudy.quantization.observers import collect
 from quantstudy.quantization.variant import save_variant
@@ -150,7 +150,7 @@ def quantstudy(subject: Subject) -> Iterator[Candidate]:
         batches = [(images, torch.empty(0)) for images in subject.calibration] if needs_ranges else []
         calibration = collect(subject.fp32, batches, 2048) if needs_ranges else {}
         calibration["images"] = subject.calibration
-        variant = POST_TRAINING[settings.kind](subject.fp32, calibration, settings)
+        variant = quantize(subject.fp32, calibration, settings)
         taken = time.perf_counter() - started
         path = subject.folder / f"{method}.pth"
         facts = {"architecture": "", "classes": 0, "preprocessing": {}}

@@ -128,12 +128,14 @@ def load_preprocessing(path: Path) -> P.Preprocessing:
     return P.Preprocessing.model_validate(load_checkpoint(path)["preprocessing"])
 
 
-def load_fp32(path: Path) -> nn.Module:
-    """Read a model that `save_fp32` wrote: float32, BatchNorm folded, eval mode, channels_last, on the CPU."""
+def load_fp32(path: Path, *, fold: bool = True) -> nn.Module:
+    """Read a model that `save_fp32` wrote: float32, BatchNorm folded or not, eval mode, channels_last, on the CPU."""
     checkpoint = load_checkpoint(path)
     model = copy.deepcopy(_without_storage(checkpoint["architecture"], checkpoint["classes"]))
     model.load_state_dict(checkpoint["state_dict"], assign=True)
-    _fold_in_place(model.eval())
+    model.eval()
+    if fold:
+        _fold_in_place(model)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
@@ -200,7 +202,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
 
 def _fold_in_place(model: nn.Module) -> None:
     modules = dict(model.named_modules())
-    for conv_name, norm_name in _conv_norm_pairs(model):
+    for conv_name, norm_name in conv_norm_pairs(model):
         conv, norm = modules[conv_name], modules[norm_name]
         model.set_submodule(conv_name, _fused(conv, norm))
         model.set_submodule(norm_name, nn.Identity())
@@ -214,7 +216,8 @@ def _fused(conv: Any, norm: Any) -> nn.Module:
     return conv  # type: ignore[no-any-return]
 
 
-def _conv_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
+def conv_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
+    """Return the names of each convolution and the BatchNorm2d that alone reads it."""
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         return []
     graph = fx.Tracer().trace(model)

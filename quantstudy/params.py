@@ -120,22 +120,28 @@ class Study(Section):
 class Scheme(Section):
     """Numbers that every integer method has: symmetric weights, per channel or per group.
 
-    What a post-training method does beyond rounding to nearest comes in this order: `weight_range`, `rounding`,
-    `bias_correction`. A method that trains chooses its ranges and rounds to nearest in each step.
+    What a post-training method does beyond rounding to nearest comes in the order of these keys; see
+    `methods.post_training`. A method that trains chooses its ranges and rounds to nearest in each step.
     """
 
     weight_bits: Bits
     group_size: int | None = None
+    edge_bits: Bits | None = None
+    """The least bits of the first and the last layer, weights and activations; None: like every layer's."""
+    equalize: bool = False
+    """Whether weight ranges of neighbouring layers are made equal first, and high biases absorbed."""
     weight_range: Literal["minmax", "mse"] = "minmax"
     """Scales that clip nothing, or those of the least squared error of the weights."""
-    rounding: Literal["nearest", "gptq"] = "nearest"
+    rounding: Literal["nearest", "gptq", "adaround", "brecq"] = "nearest"
+    seconds: Annotated[float, Field(gt=0)] = 480.0
+    """The time that adaround and brecq may take."""
     bias_correction: bool = False
     """Whether the mean error of each output channel on the calibration images goes into the bias."""
 
     @property
     def needs_images(self) -> bool:
         """Whether the method looks at the calibration images again."""
-        return self.rounding != "nearest" or self.bias_correction
+        return self.equalize or self.rounding != "nearest" or self.bias_correction
 
     @field_validator("group_size")
     @classmethod
@@ -171,6 +177,7 @@ class Static(Scheme):
 
     kind: Literal["static"]
     activation_bits: Bits = 8
+    activation_range: Literal["minmax", "moving_average", "mse", "entropy"] = "minmax"
     clip_percentile: Annotated[float, Field(gt=50, le=100)] | None = None
 
 
@@ -197,7 +204,33 @@ class QatStatic(Static):
     @model_validator(mode="after")
     def _is_plain(self) -> "QatStatic":
         if self.needs_images or self.weight_range != "minmax":
-            raise ValueError("a method that trains takes no weight_range, rounding or bias_correction; remove them")
+            keys = "equalize, weight_range, rounding or bias_correction"
+            raise ValueError(f"a method that trains takes no {keys}; remove them")
+        return self
+
+
+class QatLsq(Static):
+    """The static scheme, fine-tuned with learned scales; BatchNorm is folded after training."""
+
+    kind: Literal["qat_lsq"]  # type: ignore[assignment]
+    weight_range: Literal["minmax", "mse"] = "mse"
+    activation_range: Literal["minmax", "moving_average", "mse", "entropy"] = "mse"
+    """Where the learned scales start, as `weight_range` is."""
+    distillation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The share of the fp32 model's predictions in what is learned, beside the labels."""
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """None: the study's, as `epochs`."""
+
+    def of_study(self, row: Qat) -> Qat:
+        """Return a study's row with the method's own numbers in it."""
+        own = {"epochs": self.epochs, "learning_rate": self.learning_rate}
+        return row.model_copy(update={key: value for key, value in own.items() if value is not None})
+
+    @model_validator(mode="after")
+    def _is_trained(self) -> "QatLsq":
+        if self.needs_images:
+            raise ValueError("a method that trains takes no equalize, rounding or bias_correction; remove them")
         return self
 
 
@@ -209,7 +242,7 @@ class QatCast(Section):
 
 
 Method = Annotated[
-    Cast | WeightOnly | Dynamic | Static | MixedLinear | MixedVariance | QatStatic | QatCast,
+    Cast | WeightOnly | Dynamic | Static | MixedLinear | MixedVariance | QatStatic | QatLsq | QatCast,
     Field(discriminator="kind"),
 ]
 METHOD_ROWS: tuple[type[Section], ...] = get_args(get_args(Method)[0])

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -57,6 +57,9 @@ class Run:
     """Autocast type, None for float32; float16 brings a gradient scaler."""
     score_start: bool = False
     """Whether the untrained model competes as epoch 0, so that training can never lose on validation."""
+    teacher: nn.Module | None = None
+    distillation: float = 0.0
+    """The share of the teacher's probabilities in the targets (Hinton et al. 2015, at temperature 1)."""
 
 
 @dataclass
@@ -139,7 +142,7 @@ def _one_epoch(
         for images, labels in batches:
             with autocast(device, run.dtype):
                 logits = model(images).float()
-                loss = F.cross_entropy(logits, labels, label_smoothing=run.settings.label_smoothing)
+                loss = _loss(logits, images, labels, run)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -166,6 +169,15 @@ def _one_epoch(
         "images_per_second": seen_sum / seconds,
         "waiting_percent": 100 * (batches.seconds_waiting - waited) / seconds,
     }
+
+
+def _loss(logits: Tensor, images: Tensor, labels: Tensor, run: Run) -> Tensor:
+    loss = F.cross_entropy(logits, labels, label_smoothing=run.settings.label_smoothing)
+    if run.teacher is None:
+        return loss
+    with torch.no_grad():
+        taught = run.teacher(images).float().softmax(1)
+    return (1 - run.distillation) * loss + run.distillation * F.cross_entropy(logits, taught)
 
 
 def _optimizer(model: nn.Module, settings: P.Training, fused: bool) -> torch.optim.Optimizer:

@@ -42,6 +42,7 @@ class ActivationQuantizer(nn.Module):
     def __init__(self, scheme: ActivationScheme, scale: float = 1.0, zero_point: int = 0) -> None:
         super().__init__()
         self.scheme, self.scale, self.zero_point = scheme, scale, zero_point
+        self.learned: nn.Module | None = None  # while it trains, a module that has the scale
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` rounded to the quantizer's grid, in the dtype and memory format of `x`."""
@@ -49,6 +50,8 @@ class ActivationQuantizer(nn.Module):
             return x
         if self.scheme.mode == "dynamic":
             return self._dynamic(x)
+        if self.learned is not None:
+            return self.learned(x)  # type: ignore[no-any-return]
         if not torch.compiler.is_compiling():
             return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, 0, self.scheme.highest)
         grid = (self.scale, self.zero_point, 0, self.scheme.highest, torch.uint8)
@@ -77,6 +80,7 @@ class _QuantLayer(nn.Module):
     """What the two quantized layers share; a subclass adds the operator."""
 
     weight: nn.Parameter | None
+    weight_quantizer: Any
     bias: Any
     packed: Tensor
     weight_scale: Tensor
@@ -89,6 +93,7 @@ class _QuantLayer(nn.Module):
         self.dtype = torch.float32  # of the network around it; `cast` changes it
         self.activation = ActivationQuantizer(scheme.activation)
         self.weight = nn.Parameter(layer.weight.detach())
+        self.weight_quantizer = None  # a module that learns how to round; else rounding to nearest
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach())
 
     @property
@@ -100,12 +105,15 @@ class _QuantLayer(nn.Module):
         """Round the weight for good: keep packed codes and scales, drop the float weight."""
         assert self.weight is not None, "already frozen"
         weight = self.weight.detach()
+        if self.weight_quantizer is not None:
+            self.set_codes(*self.weight_quantizer.freeze(weight))
+            return
         scale = self.scheme.weight.choose_scale(weight)
         self.set_codes(self.scheme.weight.quantize(weight, scale), scale)
 
     def set_codes(self, codes: Tensor, scale: Tensor) -> None:
         """Store int8 codes of the weight's shape and float32 scales [O, groups]; the layer is frozen after."""
-        self.weight = None
+        self.weight = self.weight_quantizer = None
         self.register_buffer("packed", pack(codes, self.scheme.weight.bits))
         self.register_buffer("weight_scale", scale.to(self.scheme.weight.scale_dtype))
         self.requires_grad_(False)
@@ -145,6 +153,8 @@ class _QuantLayer(nn.Module):
 
     def forward_weight(self) -> Tensor:
         """Return the weight that the operator multiplies with, as the layer's state and the tracer want it."""
+        if self.weight_quantizer is not None:
+            return self.weight_quantizer(self.weight)  # type: ignore[no-any-return]
         if self.weight is not None:
             return self.scheme.weight.fake_quantize(self.weight)
         if torch.compiler.is_compiling():
@@ -194,6 +204,19 @@ class QuantLinear(_QuantLayer):
         """Multiply the quantized input with the quantized weight."""
         weight = self.forward_weight()
         return nn.functional.linear(self.activation(x), weight, self.bias)
+
+
+class ChannelReLU(nn.Module):
+    """min(max(x, 0), bound) with a bound for each channel: ReLU6 after cross-layer equalization. [N, C, H, W]."""
+
+    def __init__(self, bound: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("bound", bound)
+        self.bound: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Clamp `x` at zero and at each channel's bound."""
+        return torch.minimum(x.relu(), self.bound.view(-1, 1, 1))
 
 
 def quantize_layers(model: nn.Module, schemes: dict[str, LayerScheme]) -> dict[str, _QuantLayer]:

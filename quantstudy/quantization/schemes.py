@@ -68,16 +68,17 @@ class WeightScheme:
         scale = torch.maximum(low / self.lowest, high / self.highest).float()
         if self.weight_range == "mse":
             scale = self._search_scale(self.grouped(weight.detach().float()), scale)
-        return self._rounded(scale)
+        return self.rounded(scale)
 
-    def _rounded(self, scale: Tensor) -> Tensor:
+    def rounded(self, scale: Tensor) -> Tensor:
+        """Round scales to the type that stores them; none is zero or negative."""
         return scale.clamp_min(SMALLEST_SCALE).to(self.scale_dtype).float()
 
     def _search_scale(self, groups: Tensor, largest: Tensor) -> Tensor:
         """Return, of 40 scales from 0.4 to 1 times the one that clips nothing, each group's with the least error."""
         best, least = largest, torch.full_like(largest, torch.inf)
         for share in torch.linspace(1.0, 0.4, 40).tolist():
-            scale = self._rounded(share * largest)
+            scale = self.rounded(share * largest)
             step = scale.unsqueeze(2)
             codes = torch.div(groups, step).round_().clamp_(self.lowest, self.highest)
             error = (codes.mul_(step) - groups).square_().sum(2)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from quantstudy.checkpoint import load_checkpoint, save_checkpoint
 from quantstudy.models import load_fp32, skeleton
-from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
+from quantstudy.quantization.layers import ChannelReLU, LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
 
 
@@ -39,6 +39,7 @@ def save_variant(path: Path, variant: Variant, fp32: dict[str, Any], name: str) 
         "variant": name,
         "dtype": str(variant.dtype).removeprefix("torch."),
         "layers": layers,
+        "channel_relus": [name for name, module in variant.network.named_modules() if isinstance(module, ChannelReLU)],
     }
     save_checkpoint(path, variant.network.state_dict(), **facts)
 
@@ -56,6 +57,8 @@ def load_variant(path: Path) -> Variant:
         layer.dtype = dtype
         row = checkpoint["layers"][name]
         layer.activation.scale, layer.activation.zero_point = row["scale"], row["zero_point"]
+    for name in checkpoint["channel_relus"]:
+        network.set_submodule(name, ChannelReLU(checkpoint["state_dict"][f"{name}.bound"]))
     network.load_state_dict(checkpoint["state_dict"], assign=True)
     network.requires_grad_(False).eval()
     return Variant(network.to(memory_format=torch.channels_last), dtype).eval()  # type: ignore[call-overload]
