@@ -134,14 +134,16 @@ class Scheme(Section):
     """Scales that clip nothing, or those of the least squared error of the weights."""
     rounding: Literal["nearest", "gptq", "adaround", "brecq"] = "nearest"
     seconds: Annotated[float, Field(gt=0)] = 480.0
-    """The time that adaround and brecq may take."""
+    """The time that adaround, brecq and finetune may take each."""
     bias_correction: bool = False
     """Whether the mean error of each output channel on the calibration images goes into the bias."""
+    finetune: bool = False
+    """Whether weights, scales and biases then learn together to predict what fp32 does on the calibration images."""
 
     @property
     def needs_images(self) -> bool:
         """Whether the method looks at the calibration images again."""
-        return self.equalize or self.rounding != "nearest" or self.bias_correction
+        return self.equalize or self.rounding != "nearest" or self.bias_correction or self.finetune
 
     @field_validator("group_size")
     @classmethod
@@ -204,7 +206,7 @@ class QatStatic(Static):
     @model_validator(mode="after")
     def _is_plain(self) -> "QatStatic":
         if self.needs_images or self.weight_range != "minmax":
-            keys = "equalize, weight_range, rounding or bias_correction"
+            keys = "equalize, weight_range, rounding, bias_correction or finetune"
             raise ValueError(f"a method that trains takes no {keys}; remove them")
         return self
 
@@ -218,19 +220,22 @@ class QatLsq(Static):
     """Where the learned scales start, as `weight_range` is."""
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The share of the fp32 model's predictions in what is learned, beside the labels."""
+    schedule: Schedule = "cosine"
     epochs: Annotated[int, Field(ge=1)] | None = None
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """None: the study's, as `epochs`."""
 
     def of_study(self, row: Qat) -> Qat:
         """Return a study's row with the method's own numbers in it."""
-        own = {"epochs": self.epochs, "learning_rate": self.learning_rate}
+        own = {"schedule": self.schedule, "epochs": self.epochs, "learning_rate": self.learning_rate}
         return row.model_copy(update={key: value for key, value in own.items() if value is not None})
 
     @model_validator(mode="after")
     def _is_trained(self) -> "QatLsq":
         if self.needs_images:
-            raise ValueError("a method that trains takes no equalize, rounding or bias_correction; remove them")
+            raise ValueError(
+                "a method that trains takes no equalize, rounding, bias_correction or finetune; remove them"
+            )
         return self
 
 

@@ -29,7 +29,7 @@ from quantstudy.measure.operations import count_macs, tera_bit_operations
 from quantstudy.measure.statistics import mcnemar_exact_p, sqnr_db, wilson_half_width
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
-from quantstudy.quantization.variant import Variant, load_any
+from quantstudy.quantization.variant import Variant, load_any, mean_bits
 from quantstudy.runtimes.executables import Executable, build_executable, worth_compiling
 
 if TYPE_CHECKING:
@@ -239,18 +239,10 @@ def _file_size(task: Task) -> Record:
 
 def _stored(model: nn.Module) -> Record:
     """Count the layers and the bits that their weights are stored in."""
-    stored = weights = 0
-    replaced = quantized_layers(model)
-    for layer in replaced.values():
-        stored += 8 * (layer.packed.nbytes + layer.weight_scale.nbytes)
-        weights += layer.shape.numel()
-    rest: dict[str, Any] = quantizable_layers(model)
-    for module in rest.values():
-        stored += 8 * module.weight.nbytes
-        weights += module.weight.numel()
+    replaced, rest = quantized_layers(model), quantizable_layers(model)
     rest_is_16_bit = isinstance(model, Variant) and model.dtype.itemsize < 4
     return {
-        "weight_bits": stored / weights,
+        "weight_bits": mean_bits(model),
         "layers_quantized": len(replaced) + (len(rest) if rest_is_16_bit else 0),
         "layers_quantizable": len(replaced) + len(rest),
     }

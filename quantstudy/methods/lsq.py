@@ -84,11 +84,7 @@ def freeze_learned(network: nn.Module, pairs: list[tuple[str, str]]) -> None:
     A gamma that became negative in training gives its channel the codes of the negated weight, the lowest one clipped.
     """
     for layer in quantized_layers(network).values():
-        learned: Any = layer.activation.learned
-        if learned is not None:
-            layer.activation.scale = float(learned.scale)
-            layer.activation.zero_point = int(learned.zero_point)
-            layer.activation.learned = None
+        layer.activation.settle()
         layer.freeze()
     for name, norm_name in pairs:
         layer, norm = network.get_submodule(name), network.get_submodule(norm_name)  # type: ignore[assignment]

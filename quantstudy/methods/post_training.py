@@ -3,7 +3,8 @@
 1. `equalize`: cross-layer equalization, then absorption of high biases (`methods.equalization`);
 2. the ranges: `weight_range`, and for static activations `activation_range` on histograms of the equalized network;
 3. `rounding`: nearest, `gptq`, or learned: `adaround` by the layer, `brecq` by the block (`methods.reconstruction`);
-4. `bias_correction`.
+4. `bias_correction`;
+5. `finetune`: all of it at once on the calibration images, without labels (`methods.joint`).
 
 Bias correction follows Nagel et al. 2019 (*Data-Free Quantization Through Weight Equalization and Bias Correction*,
 appendix D, the empirical kind): a layer's mean output per channel, in the quantized network up to there, is brought
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from quantstudy import params as P
 from quantstudy.methods.equalization import absorb_high_biases, equalize
 from quantstudy.methods.gptq import gptq_codes
+from quantstudy.methods.joint import finetune_jointly
 from quantstudy.methods.moments import input_moments
 from quantstudy.methods.reconstruction import Effort, reconstruct
 from quantstudy.quantization.layers import QuantConv2d, quantized_layers
@@ -58,6 +60,8 @@ def freeze(model: nn.Module, network: nn.Module, calibration: dict[str, Any], se
             layer.set_codes(gptq_codes(weight, scale, scheme, moments[name]), scale)
     if settings.bias_correction:
         correct_biases(model, network, torch.cat(calibration["images"]))
+    if settings.finetune:
+        finetune_jointly(model, network, calibration["images"], settings.seconds)
 
 
 @torch.no_grad()

@@ -138,7 +138,7 @@ def _learn(
     optimizer = torch.optim.Adam([quantizer.v for quantizer in quantizers], LEARNING_RATE)
     generator = torch.Generator().manual_seed(0)
     with torch.enable_grad():
-        for progress in _progress(effort.steps, ends):
+        for progress in progress_of(effort.steps, ends):
             chosen = torch.randint(len(inputs), (effort.batch_size,), generator=generator)
             loss = (unit(inputs[chosen]) - targets[chosen]).square().sum(1).mean()
             if progress > _WARM_UP:
@@ -157,7 +157,7 @@ def _learn(
     return before, min(before, after)
 
 
-def _progress(steps: int, ends: float) -> Iterator[float]:
+def progress_of(steps: int, ends: float) -> Iterator[float]:
     """Yield the share of a schedule that is over, by steps or, when these do not fit, by time."""
     started = time.monotonic()
     for step in range(steps):

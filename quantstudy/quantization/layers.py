@@ -42,7 +42,7 @@ class ActivationQuantizer(nn.Module):
     def __init__(self, scheme: ActivationScheme, scale: float = 1.0, zero_point: int = 0) -> None:
         super().__init__()
         self.scheme, self.scale, self.zero_point = scheme, scale, zero_point
-        self.learned: nn.Module | None = None  # while it trains, a module that has the scale
+        self.learned: Any = None  # while it trains, a module that has the scale
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` rounded to the quantizer's grid, in the dtype and memory format of `x`."""
@@ -70,6 +70,13 @@ class ActivationQuantizer(nn.Module):
         on = torch.ones(1, dtype=torch.int64, device=x.device)
         fake = torch._fake_quantize_per_tensor_affine_cachemask_tensor_qparams
         return fake(x, scale.view(1), zero_point.view(1), on, 0, highest)[0]
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """End training: the learned scale becomes the quantizer's own."""
+        if self.learned is not None:
+            self.scale, self.zero_point = float(self.learned.scale), int(self.learned.zero_point)
+            self.learned = None
 
     def extra_repr(self) -> str:
         """Show the grid in `print(model)`."""
@@ -99,21 +106,23 @@ class _QuantLayer(nn.Module):
     @property
     def frozen(self) -> bool:
         """Whether the weight is stored as integer codes."""
-        return self.weight is None
+        return self.weight is None and self.weight_quantizer is None
 
     def freeze(self) -> None:
         """Round the weight for good: keep packed codes and scales, drop the float weight."""
-        assert self.weight is not None, "already frozen"
-        weight = self.weight.detach()
+        assert not self.frozen, "already frozen"
         if self.weight_quantizer is not None:
-            self.set_codes(*self.weight_quantizer.freeze(weight))
+            self.set_codes(*self.weight_quantizer.freeze(self.weight))
             return
+        weight = self.weight.detach()  # type: ignore[union-attr]
         scale = self.scheme.weight.choose_scale(weight)
         self.set_codes(self.scheme.weight.quantize(weight, scale), scale)
 
     def set_codes(self, codes: Tensor, scale: Tensor) -> None:
         """Store int8 codes of the weight's shape and float32 scales [O, groups]; the layer is frozen after."""
         self.weight = self.weight_quantizer = None
+        if hasattr(self, "dense_weight"):
+            del self.dense_weight
         self.register_buffer("packed", pack(codes, self.scheme.weight.bits))
         self.register_buffer("weight_scale", scale.to(self.scheme.weight.scale_dtype))
         self.requires_grad_(False)

@@ -1,10 +1,11 @@
 """LSQ: step sizes that are learned like weights.
 
 Esser, McKinstry, Bablani, Appuswamy and Modha, *Learned Step Size Quantization*, ICLR 2020. With v = x / s, the
-gradient of round(clip(v)) s by s is round(v) - v inside the grid and the grid's end outside (equation 3), times
-1 / sqrt(values * highest code) (section 2.2). Here a scale belongs to an output channel or a group of weights, and to
-a tensor of activations, whose zero point stays as calibrated; scales start at the least squared error instead of
-2 mean|x| / sqrt(highest code). PyTorch's own learnable fake quantization computes both directions in one pass.
+gradient of round(clip(v)) s by s is round(v) - v inside the grid and the grid's end outside (equation 3), times 1 /
+sqrt(values * highest code) (section 2.2). Here a scale belongs to an output channel or a group of weights, and to a
+tensor of activations, whose zero point stays as calibrated; scales start at the least squared error instead of 2
+mean|x| / sqrt(highest code), and what rounds to the grid's end counts as inside. PyTorch's own learnable fake
+quantization computes both directions in one pass.
 """
 
 import math

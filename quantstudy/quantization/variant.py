@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from quantstudy.checkpoint import load_checkpoint, save_checkpoint
 from quantstudy.models import load_fp32, skeleton
 from quantstudy.quantization.layers import ChannelReLU, LayerScheme, quantize_layers, quantized_layers
+from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
 
 
@@ -62,6 +63,19 @@ def load_variant(path: Path) -> Variant:
     network.load_state_dict(checkpoint["state_dict"], assign=True)
     network.requires_grad_(False).eval()
     return Variant(network.to(memory_format=torch.channels_last), dtype).eval()  # type: ignore[call-overload]
+
+
+def mean_bits(model: nn.Module) -> float:
+    """Return the bits that a weight of `model` is stored in, scales included, on average over its layers."""
+    stored = weights = 0
+    for layer in quantized_layers(model).values():
+        stored += 8 * (layer.packed.nbytes + layer.weight_scale.nbytes)
+        weights += layer.shape.numel()
+    rest: dict[str, Any] = quantizable_layers(model)
+    for module in rest.values():
+        stored += 8 * module.weight.nbytes
+        weights += module.weight.numel()
+    return stored / weights
 
 
 def load_any(path: Path) -> nn.Module:
