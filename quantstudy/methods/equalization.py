@@ -139,7 +139,7 @@ def absorb_high_biases(model: nn.Module, images: Iterable[Tensor]) -> None:
     sums: dict[str, Tensor] = {}
 
     def watch(name: str, value: Tensor) -> None:
-        y = modules[name](value)
+        y = modules[name].forward(value)  # the call would come back here
         y = y.transpose(0, 1).flatten(1).double() if y.ndim == 4 else y.flatten(0, -2).T.double()
         found = torch.stack([torch.full_like(y[:, 0], y.shape[1]), y.sum(1), y.square().sum(1)])
         sums[name] = sums.get(name, torch.zeros_like(found)) + found

@@ -48,7 +48,7 @@ def test_predictions_come_closer_to_the_teacher(
     before = divergence(found, network, images)
     teacher = copy.deepcopy(network.state_dict())
     finetune_jointly(network, found, images, 60)
-    assert divergence(found, network, images) < 0.3 * before
+    assert divergence(found, network, images) < 0.5 * before
     assert all(layer.frozen and layer.activation.learned is None for layer in quantized_layers(found).values())
     assert all(torch.equal(teacher[name], value) for name, value in network.state_dict().items())
 
@@ -67,6 +67,7 @@ def test_codes_start_where_they_were() -> None:
 def test_layers_too_large_keep_their_codes(
     network: nn.Module, images: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(joint, "CODE_RATE", 0.5)
     monkeypatch.setattr(joint, "LARGE", 300)
     monkeypatch.setattr(joint, "STEPS", 20)
     found = quantized(network, ActivationScheme())

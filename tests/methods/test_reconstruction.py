@@ -84,7 +84,7 @@ def test_soft_rounding_starts_at_the_weight() -> None:
     with torch.no_grad():
         difference = (soft(weight) - weight).abs().flatten(1)
     inside = weight.flatten(1) <= 7 * soft.scale.amin()  # what lies above the highest code is clipped
-    assert float(difference[inside].max()) < 0.01 * float(soft.scale.amax())
+    assert float(difference[inside].max()) < 0.02 * float(soft.scale.amax())
 
 
 def test_a_time_limit_ends_the_search(network: nn.Module, images: Tensor) -> None:
