@@ -117,14 +117,13 @@ class Study(Section):
     seed: Annotated[int, Field(ge=0)]
 
 
-class Scheme(Section):
-    """Numbers that every integer method has: symmetric weights, per channel or per group.
+class Rounding(Section):
+    """How weights become symmetric integers, per channel or per group, whatever their bits.
 
     What a post-training method does beyond rounding to nearest comes in this order: `weight_range`, `rounding`,
     `bias_correction`. A method that trains chooses its ranges and rounds to nearest in each step.
     """
 
-    weight_bits: Bits
     group_size: int | None = None
     weight_range: Literal["minmax", "mse"] = "minmax"
     """Scales that clip nothing, or those of the least squared error of the weights."""
@@ -144,6 +143,12 @@ class Scheme(Section):
             choices = ", ".join(map(str, GROUP_SIZES))
             raise ValueError(f"{value} does not divide the layers' rows into whole blocks; choose one of {choices}")
         return value
+
+
+class Scheme(Rounding):
+    """Numbers that every uniform integer method has."""
+
+    weight_bits: Bits
 
 
 class Cast(Section):
@@ -189,6 +194,26 @@ class MixedVariance(Scheme):
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
 
 
+class MixedBudget(Rounding):
+    """The bits of each layer that lose least within a budget; layers at 16 bits in a 16-bit float type.
+
+    The losses are those of the stage `sensitivity`, and its `bits` are the choices.
+    """
+
+    kind: Literal["mixed_budget"]
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    mean_bits: Annotated[float, Field(gt=0, le=16)] | None = None
+    """Stored bits a weight, scales included."""
+    bit_operations: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Σ MACs · weight bits · activation bits, as a share of fp32's."""
+
+    @model_validator(mode="after")
+    def _has_a_budget(self) -> "MixedBudget":
+        if self.mean_bits is None and self.bit_operations is None:
+            raise ValueError("kind mixed_budget needs the key mean_bits or bit_operations")
+        return self
+
+
 class QatStatic(Static):
     """The static scheme, fine-tuned."""
 
@@ -209,9 +234,10 @@ class QatCast(Section):
 
 
 Method = Annotated[
-    Cast | WeightOnly | Dynamic | Static | MixedLinear | MixedVariance | QatStatic | QatCast,
+    Cast | WeightOnly | Dynamic | Static | MixedLinear | MixedVariance | MixedBudget | QatStatic | QatCast,
     Field(discriminator="kind"),
 ]
+BUDGET = "mixed_budget"
 METHOD_ROWS: tuple[type[Section], ...] = get_args(get_args(Method)[0])
 
 
@@ -225,6 +251,22 @@ class Measure(Section):
     threads: Annotated[int, Field(ge=1)] | None = None
 
 
+class Sensitivity(Rounding):
+    """What quantizing one layer alone is measured with: the same rounding as the methods that use the result."""
+
+    bits: Annotated[list[Bits | Literal[16]], Field(min_length=1)]
+    """Widths of the one layer's weights; 16 is float16."""
+    images: Annotated[int, Field(ge=1)] | None = None
+    """The first so many calibration images; None: all."""
+
+    @field_validator("bits")
+    @classmethod
+    def _bits_differ(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"{value} lists a width twice")
+        return value
+
+
 class Runtime(Section):
     """What the stages run on."""
 
@@ -233,9 +275,10 @@ class Runtime(Section):
 
 
 class Export(Section):
-    """The methods of `ptq` and `qat` whose variants are also written as ONNX files."""
+    """The methods of `ptq`, `budget` and `qat` whose variants are also written as ONNX files."""
 
     ptq: list[str]
+    budget: list[str]
     qat: list[str]
 
 
@@ -257,19 +300,21 @@ class Params(Section):
 
     run: list[Name]
     ptq: list[Name]
+    budget: list[Name]
     qat: list[Name]
     export: Export
     studies: dict[Name, Study]
     methods: dict[Name, Method]
     outliers: Outliers
+    sensitivity: Sensitivity
     measure: Measure
     runtime: Runtime
     scaling_law: ScalingLaw
 
     @property
     def variants(self) -> list[str]:
-        """Every variant of a study: fp32, then the methods of `ptq` and `qat` in their order."""
-        return ["fp32", *self.ptq, *self.qat]
+        """Every variant of a study: fp32, then the methods of `ptq`, `budget` and `qat` in their order."""
+        return ["fp32", *self.ptq, *self.budget, *self.qat]
 
     def study(self, name: str) -> Study:
         """Return a study's row; raise `UserError` for a name that is not in `studies`."""
@@ -310,14 +355,16 @@ def _check_lists(params: Params) -> None:
             raise UserError(f"studies: {other!r} and {name!r} differ only in case; rename one")
     for key, names, choices in (
         ("run", params.run, list(params.studies)),
-        ("ptq", params.ptq, [m for m, row in params.methods.items() if not row.kind.startswith("qat")]),
+        ("ptq", params.ptq, [m for m, row in params.methods.items() if not row.kind.startswith(("qat", BUDGET))]),
+        ("budget", params.budget, [m for m, row in params.methods.items() if row.kind == BUDGET]),
         ("qat", params.qat, [m for m, row in params.methods.items() if row.kind.startswith("qat")]),
         ("export.ptq", params.export.ptq, params.ptq),
+        ("export.budget", params.export.budget, params.budget),
         ("export.qat", params.export.qat, params.qat),
         ("scaling_law.ptq", params.scaling_law.ptq, params.variants),
         ("scaling_law.qat", params.scaling_law.qat, params.variants),
     ):
-        if not names and not key.startswith("export"):
+        if not names and not key.startswith(("export", "budget")):
             raise UserError(f"{key}: [] is empty; list one or more of {', '.join(choices)}")
         for name in names:
             if name not in choices:

@@ -65,6 +65,19 @@ def mixed_variance(model: nn.Module, calibration: Calibration, settings: P.Mixed
     return cast(variant.network, DTYPES[settings.dtype])
 
 
+def mixed(model: nn.Module, calibration: Calibration, settings: P.MixedBudget, bits: Mapping[str, int]) -> Variant:
+    """Each layer in integers of its own `bits`, those at 16 and everything else in a 16-bit float type."""
+    schemes = {
+        name: LayerScheme(WeightScheme(width, settings.group_size, settings.weight_range))
+        for name, width in bits.items()
+        if width < 16
+    }
+    network = copy.deepcopy(model)
+    quantize_layers(network, schemes)
+    variant = _finished(model, Variant(network), calibration, settings)
+    return cast(variant.network, DTYPES[settings.dtype])
+
+
 def trainable_static(model: nn.Module, calibration: Calibration, settings: P.Static) -> Variant:
     """Build the static scheme with float weights that are rounded in each forward pass (Jacob et al. 2018)."""
     variant = _quantized(model, settings, quantizable_layers(model), "static")
@@ -115,16 +128,19 @@ def _quantized(model: nn.Module, settings: P.Scheme, names: Any, mode: Mode = "n
 
 
 @torch.no_grad()
-def _finished(model: nn.Module, variant: Variant, calibration: Calibration, settings: P.Scheme) -> Variant:
+def _finished(model: nn.Module, variant: Variant, calibration: Calibration, settings: P.Rounding) -> Variant:
     """Freeze a variant as its settings say, `model` being what it was made from.
 
     Bias correction is Nagel et al. 2019 (*Data-Free Quantization Through Weight Equalization and Bias Correction*,
     section 4.2), with the mean input measured on calibration images: the mean error of a channel, (W_q - W) E[x], is
-    taken from its bias. Inputs are the fp32 model's, padding included.
+    taken from its bias. Inputs are the fp32 model's, padding included; who makes several variants of one model can put
+    their `moments` into `calibration` once.
     """
     if not settings.needs_images:
         return _frozen(variant)
-    moments = input_moments(model, calibration["images"], second=settings.rounding == "gptq")
+    moments = calibration.get("moments")
+    if moments is None:
+        moments = input_moments(model, calibration["images"], second=settings.rounding == "gptq")
     layers: dict[str, Any] = quantized_layers(variant.network)
     for name, layer in layers.items():
         scheme, weight = layer.scheme.weight, layer.weight.detach()
