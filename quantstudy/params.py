@@ -267,6 +267,15 @@ class Sensitivity(Rounding):
         return value
 
 
+class Budget(Section):
+    """Mixed precision within a budget, which rests on the sensitivity of each layer."""
+
+    studies: list[Name]
+    """Studies of `run` whose sensitivity is measured."""
+    methods: list[Name]
+    """Methods of kind mixed_budget; like those of `ptq` they run in every study of `run`."""
+
+
 class Runtime(Section):
     """What the stages run on."""
 
@@ -275,7 +284,7 @@ class Runtime(Section):
 
 
 class Export(Section):
-    """The methods of `ptq`, `budget` and `qat` whose variants are also written as ONNX files."""
+    """The methods of `ptq`, `budget.methods` and `qat` whose variants are also written as ONNX files."""
 
     ptq: list[str]
     budget: list[str]
@@ -300,7 +309,7 @@ class Params(Section):
 
     run: list[Name]
     ptq: list[Name]
-    budget: list[Name]
+    budget: Budget
     qat: list[Name]
     export: Export
     studies: dict[Name, Study]
@@ -313,8 +322,8 @@ class Params(Section):
 
     @property
     def variants(self) -> list[str]:
-        """Every variant of a study: fp32, then the methods of `ptq`, `budget` and `qat` in their order."""
-        return ["fp32", *self.ptq, *self.budget, *self.qat]
+        """Every variant of a study: fp32, then the methods of `ptq`, `budget.methods` and `qat` in their order."""
+        return ["fp32", *self.ptq, *self.budget.methods, *self.qat]
 
     def study(self, name: str) -> Study:
         """Return a study's row; raise `UserError` for a name that is not in `studies`."""
@@ -356,10 +365,11 @@ def _check_lists(params: Params) -> None:
     for key, names, choices in (
         ("run", params.run, list(params.studies)),
         ("ptq", params.ptq, [m for m, row in params.methods.items() if not row.kind.startswith(("qat", BUDGET))]),
-        ("budget", params.budget, [m for m, row in params.methods.items() if row.kind == BUDGET]),
+        ("budget.studies", params.budget.studies, params.run),
+        ("budget.methods", params.budget.methods, [m for m, row in params.methods.items() if row.kind == BUDGET]),
         ("qat", params.qat, [m for m, row in params.methods.items() if row.kind.startswith("qat")]),
         ("export.ptq", params.export.ptq, params.ptq),
-        ("export.budget", params.export.budget, params.budget),
+        ("export.budget", params.export.budget, params.budget.methods),
         ("export.qat", params.export.qat, params.qat),
         ("scaling_law.ptq", params.scaling_law.ptq, params.variants),
         ("scaling_law.qat", params.scaling_law.qat, params.variants),
@@ -373,6 +383,9 @@ def _check_lists(params: Params) -> None:
             raise UserError(f"{key}: {names} lists a name twice")
     _check_names(params)
     _check_percentiles(params)
+    unmeasured = [study for study in params.run if study not in params.budget.studies]
+    if params.budget.methods and unmeasured:
+        raise UserError(f"budget.studies: {', '.join(unmeasured)} is missing; budget.methods run in every study of run")
 
 
 def _check_names(params: Params) -> None:

@@ -4,11 +4,14 @@ For each layer and width only that layer's weights are quantized, and the networ
 fp32 on calibration images. The network is run once, operator by operator (`torch.fx`); where it comes to a layer, the
 rest of it is run from there, once for each width, so that on average half of the network is computed.
 
-The loss that a budget is spent by is the squared error of the logits relative to their power, 10^(-SQNR / 10). While
-errors are small, those of several layers add up in the logits, and where they are independent their powers do, which
-is what an integer program over layers needs; a drop of accuracy on a few hundred images is mostly zero or noise.
-HAWQ-V3 (Yao et al., ICML 2021) makes the same additive model from Hessian traces; Zhou et al. (*Adaptive Quantization
-for Deep Neural Network*, AAAI 2018) measure the error of the last layer's output, as here.
+The loss that a budget is spent by is the size of the logits' error relative to theirs, ‖error‖ / ‖logits‖, that is
+10^(-SQNR / 20). To first order the errors of several layers add up in the logits, so by the triangle inequality the sum
+bounds what all layers together do. Were they independent, squares would add (Zhou et al., *Adaptive Quantization for
+Deep Neural Network*, AAAI 2018); measured, all layers together erred by more than that. On the training split of
+MobileNetV2 on digits this loss came out best of four where errors are large (3.0 bits a weight, rounded to nearest:
+90.9 % against 76.5 with squares, 90.3 with the Kullback-Leibler divergence, 67.3 with the increase of cross-entropy)
+and level with squares and the divergence where they are small. A drop of accuracy on a few hundred images is mostly
+zero or noise.
 """
 
 import contextlib
@@ -21,8 +24,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from quantstudy import params as P
+from quantstudy.errors import UserError
 from quantstudy.measure.statistics import sqnr_db
-from quantstudy.methods.allocation import HALF, stored_bits
+from quantstudy.methods.allocation import HALF, allocate, operations_budget, size_budget, stored_bits
 from quantstudy.methods.moments import input_moments
 from quantstudy.methods.registry import Calibration, weight_only
 from quantstudy.quantization.layers import quantized_layers
@@ -85,11 +89,33 @@ def measure_layers(
 
 
 def losses(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
-    """Return the loss of each layer by bits that a budget is spent by: the logits' relative squared error."""
+    """Return the loss of each layer by bits that a budget is spent by: the logits' relative error."""
     found: dict[str, dict[int, float]] = {}
     for row in rows:
-        found.setdefault(row["layer"], {})[row["bits"]] = 10 ** (-row["sqnr_db"] / 10)
+        found.setdefault(row["layer"], {})[row["bits"]] = 10 ** (-row["sqnr_db"] / 20)
     return found
+
+
+def allocate_within(model: nn.Module, rows: Sequence[Row], settings: P.MixedBudget, key: str) -> dict[str, int]:
+    """Return the bits of each layer of `model` that lose least within the budgets of `settings`, the params at `key`.
+
+    Raises:
+        UserError: the rows are of another network, or no choice is within the budgets.
+    """
+    layers: dict[str, Any] = quantizable_layers(model)
+    shapes: dict[str, torch.Size] = {name: layer.weight.shape for name, layer in layers.items()}
+    found = losses(rows)
+    if found.keys() != shapes.keys():
+        raise UserError(
+            f"sensitivity.json has {len(found)} layers, not the model's {len(shapes)}; run sensitivity again"
+        )
+    widths, budgets = list(next(iter(found.values()))), []
+    if settings.mean_bits is not None:
+        budgets.append(size_budget(f"{key}.mean_bits", settings.mean_bits, shapes, settings.group_size, widths))
+    if settings.bit_operations is not None:
+        macs = {row["layer"]: row["macs"] for row in rows}
+        budgets.append(operations_budget(f"{key}.bit_operations", settings.bit_operations, macs, widths))
+    return allocate(found, budgets)
 
 
 def _compare(reference: Tensor, logits: Tensor, labels: Tensor) -> Row:
