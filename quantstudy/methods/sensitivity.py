@@ -15,6 +15,7 @@ zero or noise.
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from quantstudy.methods.moments import input_moments
 from quantstudy.methods.registry import Calibration, weight_only
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
+from quantstudy.quantization.variant import Variant, cast
 
 Row = dict[str, Any]
 COLUMNS = (
@@ -51,6 +53,15 @@ def quantized_table(model: nn.Module, calibration: Calibration, settings: P.Roun
         row = P.WeightOnly(kind="weight_only", weight_bits=bits, **rounding)
         table[bits] = dict(quantized_layers(weight_only(model, calibration, row).network))
     return table
+
+
+def assemble(model: nn.Module, table: Table, bits: Mapping[str, int], dtype: torch.dtype) -> Variant:
+    """Return what `registry.mixed` makes of `model` with these bits, from layers that are quantized already."""
+    network = copy.deepcopy(model)
+    for name, width in bits.items():
+        if width < HALF:
+            network.set_submodule(name, table[width][name])
+    return cast(network, dtype)
 
 
 @torch.no_grad()
@@ -158,8 +169,8 @@ def _changed(layer: Any, quantized: Any) -> Iterator[None]:
         scheme = quantized.scheme.weight
         dense = scheme.dequantize(quantized.weight_codes(), quantized.weight_scale.float())
         layer.bias = quantized.bias
-    memory_format = torch.channels_last if dense.ndim == 4 else torch.contiguous_format
-    layer.weight = nn.Parameter(dense.contiguous(memory_format=memory_format), requires_grad=False)
+    laid_out_alike = torch.empty_like(weight).copy_(dense)  # so that the same numbers give the same logits
+    layer.weight = nn.Parameter(laid_out_alike, requires_grad=False)
     try:
         yield
     finally:
