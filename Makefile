@@ -15,7 +15,7 @@ export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro results test check format dag peers clean
+.PHONY: help setup repro results test check format front dag peers clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -52,6 +52,9 @@ check: $(TOOLS)  ## Lint, formatting and types
 format: $(TOOLS)  ## Format the code
 	ruff check --fix .
 	ruff format .
+
+front: setup  ## Accuracy against size for budgets of bits: make front STUDY=...
+	python -m benchmarks.budget_front --study $(STUDY)
 
 dag: setup  ## Show the stages and what they depend on
 	dvc dag

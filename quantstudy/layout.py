@@ -16,6 +16,16 @@ def model(study: str, variant: str) -> Path:
     return folder / ("qat" if variant.startswith("qat_") else "ptq") / f"{variant}.pth"
 
 
+def sensitivity(study: str, suffix: str) -> Path:
+    """What quantizing each layer alone costs, at each number of bits: json, csv or png."""
+    return report(study) / f"sensitivity.{suffix}"
+
+
+def budget_front(study: str, suffix: str) -> Path:
+    """Accuracy against size for budgets from 2 to 8 bits: json or png."""
+    return report(study) / f"budget_front.{suffix}"
+
+
 def calibration(study: str) -> Path:
     """Histograms and ranges of every quantizable layer's input."""
     return Path("models") / study / "calibration.pt"

@@ -117,19 +117,14 @@ class Study(Section):
     seed: Annotated[int, Field(ge=0)]
 
 
-class Scheme(Section):
-    """Numbers that every integer method has: symmetric weights, per channel or per group.
+class Rounding(Section):
+    """How weights become symmetric integers, per channel or per group, whatever their bits.
 
     What a post-training method does beyond rounding to nearest comes in the order of these keys; see
     `methods.post_training`. A method that trains chooses its ranges and rounds to nearest in each step.
     """
 
-    weight_bits: Bits
     group_size: int | None = None
-    edge_bits: Bits | None = None
-    """The least bits of the first and the last layer, weights and activations; None: like every layer's."""
-    equalize: bool = False
-    """Whether weight ranges of neighbouring layers are made equal first, and high biases absorbed."""
     weight_range: Literal["minmax", "mse"] = "minmax"
     """Scales that clip nothing, or those of the least squared error of the weights."""
     rounding: Literal["nearest", "gptq", "adaround", "brecq"] = "nearest"
@@ -143,7 +138,7 @@ class Scheme(Section):
     @property
     def needs_images(self) -> bool:
         """Whether the method looks at the calibration images again."""
-        return self.equalize or self.rounding != "nearest" or self.bias_correction or self.finetune
+        return self.rounding != "nearest" or self.bias_correction or self.finetune
 
     @field_validator("group_size")
     @classmethod
@@ -152,6 +147,21 @@ class Scheme(Section):
             choices = ", ".join(map(str, GROUP_SIZES))
             raise ValueError(f"{value} does not divide the layers' rows into whole blocks; choose one of {choices}")
         return value
+
+
+class Scheme(Rounding):
+    """Numbers that every uniform integer method has."""
+
+    weight_bits: Bits
+    edge_bits: Bits | None = None
+    """The least bits of the first and the last layer, weights and activations; None: like every layer's."""
+    equalize: bool = False
+    """Whether weight ranges of neighbouring layers are made equal before all else, and high biases absorbed."""
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether the method looks at the calibration images again."""
+        return self.equalize or super().needs_images
 
 
 class Cast(Section):
@@ -196,6 +206,26 @@ class MixedVariance(Scheme):
     kind: Literal["mixed_variance"]
     dtype: Literal["float16", "bfloat16"] = "float16"
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
+
+
+class MixedBudget(Rounding):
+    """The bits of each layer that lose least within a budget; layers at 16 bits in a 16-bit float type.
+
+    The losses are those of the stage `sensitivity`, and its `bits` are the choices.
+    """
+
+    kind: Literal["mixed_budget"]
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    mean_bits: Annotated[float, Field(gt=0, le=16)] | None = None
+    """Stored bits a weight, scales included."""
+    bit_operations: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Σ MACs · weight bits · activation bits, as a share of fp32's."""
+
+    @model_validator(mode="after")
+    def _has_a_budget(self) -> "MixedBudget":
+        if self.mean_bits is None and self.bit_operations is None:
+            raise ValueError("kind mixed_budget needs the key mean_bits or bit_operations")
+        return self
 
 
 class QatStatic(Static):
@@ -247,9 +277,10 @@ class QatCast(Section):
 
 
 Method = Annotated[
-    Cast | WeightOnly | Dynamic | Static | MixedLinear | MixedVariance | QatStatic | QatLsq | QatCast,
+    Cast | WeightOnly | Dynamic | Static | MixedLinear | MixedVariance | MixedBudget | QatStatic | QatLsq | QatCast,
     Field(discriminator="kind"),
 ]
+BUDGET = "mixed_budget"
 METHOD_ROWS: tuple[type[Section], ...] = get_args(get_args(Method)[0])
 
 
@@ -263,6 +294,31 @@ class Measure(Section):
     threads: Annotated[int, Field(ge=1)] | None = None
 
 
+class Sensitivity(Rounding):
+    """What quantizing one layer alone is measured with: the same rounding as the methods that use the result."""
+
+    bits: Annotated[list[Bits | Literal[16]], Field(min_length=1)]
+    """Widths of the one layer's weights; 16 is float16."""
+    images: Annotated[int, Field(ge=1)] | None = None
+    """The first so many calibration images; None: all."""
+
+    @field_validator("bits")
+    @classmethod
+    def _bits_differ(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"{value} lists a width twice")
+        return value
+
+
+class Budget(Section):
+    """Mixed precision within a budget, which rests on the sensitivity of each layer."""
+
+    studies: list[Name]
+    """Studies of `run` whose sensitivity is measured."""
+    methods: list[Name]
+    """Methods of kind mixed_budget; like those of `ptq` they run in every study of `run`."""
+
+
 class Runtime(Section):
     """What the stages run on."""
 
@@ -271,9 +327,10 @@ class Runtime(Section):
 
 
 class Export(Section):
-    """The methods of `ptq` and `qat` whose variants are also written as ONNX files."""
+    """The methods of `ptq`, `budget.methods` and `qat` whose variants are also written as ONNX files."""
 
     ptq: list[str]
+    budget: list[str]
     qat: list[str]
 
 
@@ -295,19 +352,21 @@ class Params(Section):
 
     run: list[Name]
     ptq: list[Name]
+    budget: Budget
     qat: list[Name]
     export: Export
     studies: dict[Name, Study]
     methods: dict[Name, Method]
     outliers: Outliers
+    sensitivity: Sensitivity
     measure: Measure
     runtime: Runtime
     scaling_law: ScalingLaw
 
     @property
     def variants(self) -> list[str]:
-        """Every variant of a study: fp32, then the methods of `ptq` and `qat` in their order."""
-        return ["fp32", *self.ptq, *self.qat]
+        """Every variant of a study: fp32, then the methods of `ptq`, `budget.methods` and `qat` in their order."""
+        return ["fp32", *self.ptq, *self.budget.methods, *self.qat]
 
     def study(self, name: str) -> Study:
         """Return a study's row; raise `UserError` for a name that is not in `studies`."""
@@ -348,14 +407,17 @@ def _check_lists(params: Params) -> None:
             raise UserError(f"studies: {other!r} and {name!r} differ only in case; rename one")
     for key, names, choices in (
         ("run", params.run, list(params.studies)),
-        ("ptq", params.ptq, [m for m, row in params.methods.items() if not row.kind.startswith("qat")]),
+        ("ptq", params.ptq, [m for m, row in params.methods.items() if not row.kind.startswith(("qat", BUDGET))]),
+        ("budget.studies", params.budget.studies, params.run),
+        ("budget.methods", params.budget.methods, [m for m, row in params.methods.items() if row.kind == BUDGET]),
         ("qat", params.qat, [m for m, row in params.methods.items() if row.kind.startswith("qat")]),
         ("export.ptq", params.export.ptq, params.ptq),
+        ("export.budget", params.export.budget, params.budget.methods),
         ("export.qat", params.export.qat, params.qat),
         ("scaling_law.ptq", params.scaling_law.ptq, params.variants),
         ("scaling_law.qat", params.scaling_law.qat, params.variants),
     ):
-        if not names and not key.startswith("export"):
+        if not names and not key.startswith(("export", "budget")):
             raise UserError(f"{key}: [] is empty; list one or more of {', '.join(choices)}")
         for name in names:
             if name not in choices:
@@ -364,6 +426,9 @@ def _check_lists(params: Params) -> None:
             raise UserError(f"{key}: {names} lists a name twice")
     _check_names(params)
     _check_percentiles(params)
+    unmeasured = [study for study in params.run if study not in params.budget.studies]
+    if params.budget.methods and unmeasured:
+        raise UserError(f"budget.studies: {', '.join(unmeasured)} is missing; budget.methods run in every study of run")
 
 
 def _check_names(params: Params) -> None:

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ class Run:
     """Autocast type, None for float32; float16 brings a gradient scaler."""
     score_start: bool = False
     """Whether the untrained model competes as epoch 0, so that training can never lose on validation."""
+    before_validation: Callable[[nn.Module], None] | None = None
+    """Called with the model after each epoch, before it is scored and kept."""
     teacher: nn.Module | None = None
     distillation: float = 0.0
     """The share of the teacher's probabilities in the targets (Hinton et al. 2015, at temperature 1)."""
@@ -90,6 +93,8 @@ def train(model: nn.Module, training: Batches, validation: Batches, run: Run) ->
     for epoch in range(state.epoch + 1, run.settings.epochs + 1):
         training.set_epoch(epoch)
         row = _one_epoch(averaging, training, optimizer, schedule, scaler, run, epoch)
+        if run.before_validation:
+            run.before_validation(model)
         parallel.share_buffers(model)
         row["validation_loss"], row["validation_top1"] = evaluate(model, validation, run.dtype)
         state.epoch = epoch

@@ -9,6 +9,7 @@ from quantstudy.data.container import load_split
 from quantstudy.device import DTYPES, describe, set_up, training_dtype
 from quantstudy.errors import run_stage
 from quantstudy.files import sha256, write_json
+from quantstudy.methods.lsq import estimate_batchnorm
 from quantstudy.methods.registry import TRAINED, finish, settings_of
 from quantstudy.params import QatCast, QatLsq, load_params
 from quantstudy.quantization.variant import save_variant
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ),
         dtype=DTYPES[settings.dtype] if is_cast else training_dtype("fp32", device),
         score_start=True,
+        before_validation=(lambda model: estimate_batchnorm(model, batches)) if is_lsq else None,
         teacher=models.load_fp32(fp32).to(device) if is_lsq and settings.distillation else None,
         distillation=settings.distillation if is_lsq else 0.0,
     )
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     path = layout.model(name, method)
-    save_variant(path, finish(variant, model, settings, batches).cpu(), load_checkpoint(fp32), method)
+    save_variant(path, finish(variant.cpu(), model, settings), load_checkpoint(fp32), method)
     facts = training.summary(state, batches, validation) | {"arithmetic": describe(device, run.dtype)}
     write_json(layout.training_summary(name, method), facts)
     print(f"best epoch {state.best_epoch}: validation top-1 {state.best_score[0]:.2f} %")

@@ -42,10 +42,12 @@ def test_every_stage_has_a_description() -> None:
     assert all(stage.get("desc") for stage in STAGES.values())
 
 
-def test_every_method_listed_is_measured_and_every_row_but_three_is_listed() -> None:
+def test_every_method_listed_is_measured_and_every_row_but_four_is_listed() -> None:
     params = load_params(ROOT / "params.yaml")
-    left_out = {"int8_corrected", "int4_mse", "int4_gptq"}  # GPTQ of VGG-11 takes minutes
+    left_out = {"int8_corrected", "int4_mse", "int4_gptq", "mixed_budget"}  # GPTQ of VGG-11 takes minutes
     assert params.methods.keys() - left_out == {*params.ptq, *params.qat}
+    axes = {"study": "${run}", "method": "${budget.methods}"}
+    assert STAGES["evaluate_budget"]["matrix"] == axes == STAGES["budget"]["matrix"]
     assert STAGES["evaluate_ptq"]["matrix"] == {"study": "${run}", "method": "${ptq}"} == STAGES["ptq"]["matrix"]
     assert STAGES["evaluate_qat"]["matrix"] == {"study": "${run}", "method": "${qat}"} == STAGES["qat"]["matrix"]
 

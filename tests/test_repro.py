@@ -15,6 +15,7 @@ from tests.conftest import ROOT, TINY
 
 Run = Callable[..., str]
 METHODS = {"ptq": ["int8_static", "int4_weight_only"], "qat": ["qat_int8"]}
+BUDGET = ["mixed_budget"]
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +27,11 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in ("dvc.yaml", ".dvcignore", ".gitignore"):
         shutil.copy(ROOT / file, root)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params |= METHODS | {"export": METHODS, "run": ["tiny"], "studies": {"tiny": TINY}}
+    params |= METHODS | {"run": ["tiny"], "studies": {"tiny": TINY}}
     params["measure"].update(runtimes=[], seconds=0.05)
+    params |= {"budget": {"studies": ["tiny"], "methods": BUDGET}}
+    params["export"] = METHODS | {"budget": BUDGET}
+    params["sensitivity"]["bits"] = [2, 4, 16]
     params["scaling_law"] = {"ptq": ["fp32", "int8_static"], "qat": ["fp32", "qat_int8"]}
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     return root
@@ -70,9 +74,10 @@ def test_the_first_run_runs_every_cell(first: set[str]) -> None:
         f"{stage}@tiny"
         for stage in (
             *("download", "finetune", "calibrate", "outliers", "trace", "evaluate_fp32", "export_fp32", "plots"),
+            "sensitivity",
         )
     }
-    for kind, methods in METHODS.items():
+    for kind, methods in (METHODS | {"budget": BUDGET}).items():
         cells = (kind, f"evaluate_{kind}", f"export_{kind}")
         expected |= {f"{stage}@tiny-{method}" for stage in cells for method in methods}
     assert first == expected

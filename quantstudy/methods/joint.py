@@ -24,7 +24,7 @@ from quantstudy.quantization.layers import ActivationQuantizer, quantized_layers
 from quantstudy.quantization.learned import LearnedActivation
 from quantstudy.quantization.schemes import WeightScheme
 
-STEPS = 1000
+STEPS = 500
 BATCH_SIZE = 64
 CODE_RATE, SCALE_RATE, BIAS_RATE = 0.03, 2e-3, 1e-3
 

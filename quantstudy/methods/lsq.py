@@ -7,9 +7,10 @@ Only a negative gamma would turn the grid [-2^(b-1), 2^(b-1) - 1] around, so tha
 none.
 
 Schedule: weight scales start at the least squared error of the weights, activation scales where calibration puts them
-(`activation_range`); both learn from the first step, while zero points stay. In the end the statistics of BatchNorm are
-estimated anew with the final weights (Nagel, Fournarakis, Bondarenko and Blankevoort 2022, *Overcoming Oscillations in
-Quantization-Aware Training*, section 3), weights are rounded and BatchNorm is folded into scales and biases.
+(`activation_range`); both learn from the first step, while zero points stay. After each epoch, before it is scored, the
+statistics of BatchNorm are estimated anew with its weights (Nagel, Fournarakis, Bondarenko and Blankevoort 2022,
+*Overcoming Oscillations in Quantization-Aware Training*, section 3). In the end weights are rounded and BatchNorm is
+folded into scales and biases.
 """
 
 import copy

@@ -43,8 +43,11 @@ def prepared(model: nn.Module, calibration: dict[str, Any], settings: P.Scheme) 
 
 
 @torch.no_grad()
-def freeze(model: nn.Module, network: nn.Module, calibration: dict[str, Any], settings: P.Scheme) -> None:
-    """Round the weights of `network`, a copy of `model` with quantized layers, for good, as the settings say."""
+def freeze(model: nn.Module, network: nn.Module, calibration: dict[str, Any], settings: P.Rounding) -> None:
+    """Round the weights of `network`, a copy of `model` with quantized layers, for good, as the settings say.
+
+    Who makes several variants of one model can put their `moments` into `calibration` once.
+    """
     if settings.rounding in ("adaround", "brecq"):
         images = torch.cat(calibration["images"])
         reconstruct(model, network, images, Effort(seconds=settings.seconds), block=settings.rounding == "brecq")
@@ -53,7 +56,7 @@ def freeze(model: nn.Module, network: nn.Module, calibration: dict[str, Any], se
         for layer in waiting.values():
             layer.freeze()
     elif waiting:
-        moments = input_moments(model, calibration["images"], names=set(waiting))
+        moments = calibration.get("moments") or input_moments(model, calibration["images"], names=set(waiting))
         for name, layer in waiting.items():
             scheme, weight = layer.scheme.weight, layer.weight.detach()
             scale = scheme.choose_scale(weight)

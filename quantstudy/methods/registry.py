@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quantstudy import params as P
 from quantstudy.device import DTYPES
 from quantstudy.errors import unknown
-from quantstudy.methods.lsq import estimate_batchnorm, freeze_learned, learnable
+from quantstudy.methods.lsq import freeze_learned, learnable
 from quantstudy.methods.post_training import freeze, prepared
 from quantstudy.models import conv_norm_pairs
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
@@ -67,6 +67,19 @@ def mixed_variance(model: nn.Module, calibration: Calibration, settings: P.Mixed
     return cast(variant.network, DTYPES[settings.dtype])
 
 
+def mixed(model: nn.Module, calibration: Calibration, settings: P.MixedBudget, bits: Mapping[str, int]) -> Variant:
+    """Each layer in integers of its own `bits`, those at 16 and everything else in a 16-bit float type."""
+    schemes = {
+        name: LayerScheme(WeightScheme(width, settings.group_size, settings.weight_range))
+        for name, width in bits.items()
+        if width < 16
+    }
+    network = copy.deepcopy(model)
+    quantize_layers(network, schemes)
+    variant = _finished(model, Variant(network), calibration, settings)
+    return cast(variant.network, DTYPES[settings.dtype])
+
+
 def trainable_static(model: nn.Module, calibration: Calibration, settings: P.Static) -> Variant:
     """Build the static scheme with float weights that are rounded in each forward pass (Jacob et al. 2018)."""
     variant = _quantized(model, settings, quantizable_layers(model), "static")
@@ -88,12 +101,11 @@ def trainable_float(model: nn.Module, calibration: Calibration, settings: P.QatC
     return Variant(copy.deepcopy(model))
 
 
-def finish(variant: Variant, model: nn.Module, settings: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> Variant:
-    """Freeze or cast a trained variant; `model` is what it was made from, `batches` are those it was trained on."""
+def finish(variant: Variant, model: nn.Module, settings: Any) -> Variant:
+    """Freeze or cast a trained variant; `model` is what it was made from."""
     if isinstance(settings, P.QatCast):
         return cast(variant.network, DTYPES[settings.dtype])
     if isinstance(settings, P.QatLsq):
-        estimate_batchnorm(variant.network, batches)
         freeze_learned(variant.network, conv_norm_pairs(model))
         return variant
     return _frozen(variant)
@@ -151,7 +163,7 @@ def _activation_bits(settings: P.Scheme) -> int:
     return int(getattr(settings, "activation_bits", 32))
 
 
-def _finished(model: nn.Module, variant: Variant, calibration: Calibration, settings: P.Scheme) -> Variant:
+def _finished(model: nn.Module, variant: Variant, calibration: Calibration, settings: P.Rounding) -> Variant:
     freeze(model, variant.network, calibration, settings)
     return variant
 

@@ -49,7 +49,7 @@ def make(method: str, network: nn.Module, calibration: dict[str, Any]) -> Varian
     settings = PARAMS.method(method)
     if settings.kind in POST_TRAINING:
         return quantize(network, calibration, settings)
-    return finish(TRAINED[settings.kind](network, calibration, settings), network, settings, [])
+    return finish(TRAINED[settings.kind](network, calibration, settings), network, settings)
 
 
 @pytest.mark.parametrize("method", [*PARAMS.ptq, *PARAMS.qat])
