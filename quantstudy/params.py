@@ -31,9 +31,12 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """A torchvision classifier and the weights that its training starts from."""
+    """A classifier and the weights that its training starts from."""
 
     architecture: str
+    """A name of torchvision's, or `package.module:factory`, one's own function of `num_classes`."""
+    code_sha256: Sha256 | None = None
+    """Of the code of one's own architecture, so that a change of it trains anew."""
     weights: str | None = None
     """None: random; `imagenet`: torchvision's; otherwise the path of a local state_dict."""
     weights_sha256: Sha256 | None = None

@@ -88,12 +88,6 @@ def test_a_saved_model_loads_folded(tmp_path: Path) -> None:
         torch.testing.assert_close(models.load_fp32(path)(images), model(images), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", ["vit_b_16", "swin_t", "swin_v2_t"])
-def test_an_architecture_with_attention_is_refused(architecture: str) -> None:
-    with torch.device("meta"), pytest.raises(UserError, match=f"key: '{architecture}' has [A-Za-z0-9]*Attention"):
-        models.build(architecture, 10, "key")
-
-
 def test_auxiliary_heads_are_left_out() -> None:
     with torch.device("meta"):
         logits = models.build("googlenet", 10).train()(torch.empty(2, 3, 64, 64))

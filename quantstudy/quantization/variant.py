@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quantstudy.checkpoint import load_checkpoint, save_checkpoint
-from quantstudy.models import load_fp32, skeleton
+from quantstudy.models import load_fp32, network_facts, skeleton_of
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
 
@@ -35,7 +35,7 @@ def save_variant(path: Path, variant: Variant, fp32: dict[str, Any], name: str) 
     """Write a variant whose quantized layers are all frozen; `fp32` is the checkpoint of the model it came from."""
     layers = {layer: _describe(module) for layer, module in quantized_layers(variant.network).items()}
     facts = {
-        **{key: fp32[key] for key in ("architecture", "classes", "preprocessing")},
+        **network_facts(fp32),
         "variant": name,
         "dtype": str(variant.dtype).removeprefix("torch."),
         "layers": layers,
@@ -47,7 +47,7 @@ def load_variant(path: Path) -> Variant:
     """Read a file that `save_variant` wrote: same layers, same codes, so bit-identical logits."""
     checkpoint = load_checkpoint(path)
     dtype: torch.dtype = getattr(torch, checkpoint["dtype"])
-    network = skeleton(checkpoint["architecture"], checkpoint["classes"])
+    network = skeleton_of(path)
     schemes = {name: _scheme(row) for name, row in checkpoint["layers"].items()}
     for name, layer in quantize_layers(network, schemes).items():
         layer.empty_codes()

@@ -127,10 +127,12 @@ def test_what_goes_beyond_rounding_to_nearest_brings_the_logits_closer(
 
 
 @torch.no_grad()
-def test_bias_correction_zeroes_the_mean_error_of_each_channel(network: nn.Module, images: torch.Tensor) -> None:
+def test_bias_correction_zeroes_the_mean_error_of_each_channel(
+    network: nn.Module, calibration: dict[str, Any], images: torch.Tensor
+) -> None:
     first = next(iter(quantizable_layers(network)))
     settings = WeightOnly(kind="weight_only", weight_bits=3, bias_correction=True)
-    variant = POST_TRAINING["weight_only"](network, {"images": [images]}, settings)
+    variant = POST_TRAINING["weight_only"](network, calibration, settings)
     wanted, found = network.get_submodule(first)(images), variant.network.get_submodule(first)(images)
     error = (found - wanted).mean(dim=(0, 2, 3))
     torch.testing.assert_close(error, torch.zeros_like(error), atol=1e-5, rtol=0)
