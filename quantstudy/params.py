@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from quantstudy.errors import UserError, unknown
 
 PARAMS_FILE = Path("params.yaml")
+DEFAULT_METHODS = Path(__file__).parent / "methods" / "defaults.yaml"
+"""The methods of the repository's `params.yaml`, for a folder that has none."""
 GROUP_SIZES = (8, 16, 32, 64, 128, 256)
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
@@ -255,6 +257,12 @@ class Outliers(Section):
     percentiles: Annotated[list[Annotated[float, Field(gt=50, lt=100)]], Field(min_length=1)]
 
 
+class Methods(Section):
+    """The part of `params.yaml` that defines methods."""
+
+    methods: dict[Name, Method]
+
+
 class Params(Section):
     """The whole of `params.yaml`."""
 
@@ -289,6 +297,31 @@ class Params(Section):
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
     """Read and validate `params.yaml`; raise `UserError` with one line for the first mistake in it."""
+    raw = _read(path)
+    try:
+        params = Params.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_one_line(error, raw)) from None
+    _check_lists(params)
+    return params
+
+
+def load_methods(path: Path = PARAMS_FILE) -> dict[str, Any]:
+    """Return the rows of `methods` by name: those of a `params.yaml` that has them, else those of this package.
+
+    Raises:
+        UserError: a row has a mistake.
+    """
+    raw = _read(path) if path.is_file() else {}
+    if "methods" not in raw:
+        raw = _read(DEFAULT_METHODS)
+    try:
+        return dict(Methods.model_validate({"methods": raw["methods"]}).methods)
+    except ValidationError as error:
+        raise UserError(_one_line(error, raw)) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -297,12 +330,7 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: {raw!r} is not a mapping of sections")
-    try:
-        params = Params.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(_one_line(error, raw)) from None
-    _check_lists(params)
-    return params
+    return raw
 
 
 def _check_lists(params: Params) -> None:
