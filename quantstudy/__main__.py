@@ -6,6 +6,7 @@ with other tools.
 """
 
 import argparse
+import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,8 +70,8 @@ def print_comparison(before: str, after: str) -> None:
     from quantstudy.report.comparison import compare, to_markdown
     from quantstudy.revisions import Revision
 
-    revisions = Revision(before), Revision(after)
-    print(to_markdown(*revisions, compare(*revisions)), end="")
+    with contextlib.closing(Revision(before)) as old, contextlib.closing(Revision(after)) as new:
+        print(to_markdown(old, new, compare(old, new)), end="")
 
 
 def print_results(study: str) -> None:

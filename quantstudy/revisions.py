@@ -35,10 +35,15 @@ class Revision:
         try:
             content = self._read(str(PARAMS_FILE))
         except DvcException as error:
+            self.close()
             raise UserError(f"{name!r}: not a git revision or an experiment ({one_line(error)})") from None
         if content is None:
             raise UserError(f"{name!r}: has no {PARAMS_FILE}")
         self.params: dict[str, Any] = yaml.safe_load(content)
+
+    def close(self) -> None:
+        """Let go of the repository."""
+        self._files.close()
 
     @property
     def variants(self) -> list[tuple[str, str]]:
