@@ -12,16 +12,20 @@ from torchvision.models.vision_transformer import VisionTransformer
 from quantstudy import architectures, attention, models
 from quantstudy import params as P
 from quantstudy.errors import UserError
+from quantstudy.export.graph import network_graph
+from quantstudy.export.onnx_model import to_onnx
 from quantstudy.files import sha256
-from quantstudy.measure.coverage import not_quantized, remark
+from quantstudy.measure.coverage import not_quantized, remark, stored
 from quantstudy.methods.registry import POST_TRAINING
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import collect, quantizable_layers
 from quantstudy.quantization.variant import load_variant, save_variant
 from quantstudy.runtimes.executables import build_executable
+from quantstudy.runtimes.sessions import open_session, why_missing
 
 SEEN = P.Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 INT8 = P.Static(kind="static", weight_bits=8, activation_bits=8)
+INT8_DYNAMIC = P.Dynamic(kind="dynamic", weight_bits=8, activation_bits=8)
 INT4 = P.WeightOnly(kind="weight_only", weight_bits=4, group_size=32)
 OWN = """
     import torch
@@ -120,6 +124,44 @@ def test_a_vision_transformer_takes_weights_of_another_image_size(tmp_path: Path
 def test_an_image_size_that_does_not_divide_into_patches_is_one_line() -> None:
     with pytest.raises(UserError, match=r"key: 'vit_b_16' for 40 px cannot be built: .*indivisible by patch size"):
         architectures.build("vit_b_16", 10, 40, "key")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers"),
+    [("resnet18", 21), ("efficientnet_b0", 82), ("convnext_tiny", 59), ("regnet_y_400mf", 86), ("vit_b_16", 50)],
+)
+@torch.no_grad()
+def test_every_layer_of_torchvisions_families_is_quantized(architecture: str, layers: int) -> None:
+    torch.manual_seed(0)
+    model = models.fold_batchnorm(architectures.build(architecture, 10, 32))
+    calibration, images = calibrated(model), torch.randn(4, 3, 32, 32)
+    for settings in (INT8, INT4):
+        variant = POST_TRAINING[settings.kind](model, calibration, settings)
+        counts = stored(variant)
+        assert counts["layers_quantized"] == counts["layers_quantizable"] == layers
+        assert not not_quantized(variant)["layers"]
+        assert torch.isfinite(build_executable(variant, "eager", torch.device("cpu")).run(images)).all()
+
+
+def tiny_vit(num_classes: int, image_size: int) -> VisionTransformer:
+    """A vision transformer small enough to export in a test."""
+    return VisionTransformer(image_size, 16, 2, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=num_classes)
+
+
+@pytest.mark.skipif(why_missing("onnxruntime") is not None, reason="no onnxruntime")
+@pytest.mark.parametrize("settings", [INT8, INT8_DYNAMIC, INT4], ids=["static", "dynamic", "weight-only"])
+@torch.no_grad()
+def test_opened_attention_exports(settings: Any) -> None:
+    name = "tests.test_architectures:tiny_vit"
+    torch.manual_seed(0)
+    model = architectures.build(name, 10, 48).eval()
+    torch.nn.init.normal_(model.heads.head.weight)
+    images = torch.randn(8, 3, 48, 48)
+    calibration = collect(model, [(images, torch.zeros(8))], bins=64)
+    variant = POST_TRAINING[settings.kind](model, calibration, settings)
+    exported = to_onnx(variant, network_graph(name, 10, 48))
+    found, wanted = open_session(exported, "onnxruntime", 1).run(images), variant(images)
+    assert (found - wanted).norm() < 0.03 * wanted.norm()
 
 
 @pytest.mark.parametrize("architecture", ["swin_t", "swin_v2_t"])
