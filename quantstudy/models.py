@@ -31,6 +31,11 @@ class LoadReport:
     loaded: list[str]
     random: list[str]
 
+    @property
+    def missing(self) -> list[str]:
+        """What a whole file would have given: old ones lack BatchNorm's counters, which nothing needs."""
+        return [name for name in self.random if not name.endswith("num_batches_tracked")]
+
     def __str__(self) -> str:
         """One line for the log."""
         text = f"weights from {self.source}: {len(self.loaded)} tensors loaded"

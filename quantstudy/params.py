@@ -59,6 +59,8 @@ class Data(Preprocessing):
     dataset: str | None = None
     path: str | None = None
     sha256: Sha256 | None = None
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Of a folder of classes without train/ and test/: the share of each class that is drawn for testing."""
     max_train: Annotated[int, Field(ge=1)] | None = None
     max_test: Annotated[int, Field(ge=1)] | None = None
 
@@ -68,6 +70,8 @@ class Data(Preprocessing):
         for key in needed:
             if getattr(self, key) is None:
                 raise ValueError(f"source {self.source} needs the key {key}")
+        if self.test_fraction is not None and self.source != "folder":
+            raise ValueError(f"source {self.source} has a test split; remove test_fraction")
         return self
 
     @property
@@ -79,7 +83,8 @@ class Data(Preprocessing):
 class Training(Section):
     """One training run: fine-tuning or QAT."""
 
-    epochs: Annotated[int, Field(ge=1)]
+    epochs: Annotated[int, Field(ge=0)]
+    """0 keeps the weights as they are: they have been trained."""
     learning_rate: Annotated[float, Field(gt=0)]
     batch_size: Annotated[int, Field(ge=1)] = 64
     optimizer: Optimizer = "sgd"

@@ -111,8 +111,7 @@ def _with_state(state: dict[str, torch.Tensor], source: Path, architecture: str,
         raise UserError(f"{source}: not of architecture {architecture}: it lacks {head}")
     model = build(architecture, weight.shape[0], image_size, "--architecture")
     check_logits(model, weight.shape[0], image_size, "--image-size")
-    report = models.load_state(model, state, str(source), "model", architecture)
-    missing = [name for name in report.random if not name.endswith("num_batches_tracked")]  # old files have none
+    missing = models.load_state(model, state, str(source), "model", architecture).missing
     if missing:
         raise UserError(f"{source}: not of architecture {architecture}: it lacks {len(missing)} tensors, {missing[0]}")
     return model
