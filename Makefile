@@ -15,7 +15,7 @@ export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro results test check format front dag peers clean
+.PHONY: help setup repro results compare test check format front dag peers clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,9 @@ repro: setup  ## Run what changed of the studies in params.yaml, then print the 
 
 results: setup  ## Print the result tables and where the plots are
 	@python -m quantstudy results
+
+compare: setup  ## Which variants moved between two revisions or experiments: make compare A=HEAD~1 B=HEAD
+	@python -m quantstudy compare $(A) $(B)
 
 test: $(TOOLS)  ## Run the tests
 	python -m pytest

@@ -34,10 +34,11 @@ from quantstudy.data.sampling import validation_indices
 from quantstudy.device import set_up
 from quantstudy.files import read_json, write_json, write_text
 from quantstudy.machine.hardware import describe_machine
+from quantstudy.measure.coverage import stored
 from quantstudy.measure.statistics import mcnemar_exact_p, wilson_half_width
 from quantstudy.methods.registry import quantize
 from quantstudy.quantization.observers import collect
-from quantstudy.quantization.variant import load_variant, mean_bits, save_variant
+from quantstudy.quantization.variant import load_variant, save_variant
 from quantstudy.report.ablation import markdown
 
 Row = dict[str, Any]
@@ -134,7 +135,7 @@ def _add(rows: list[Row], subject: Subject, scheme: str, steps: list[str], seeds
         path = Path(folder) / "variant.pth"
         save_variant(path, variant, load_checkpoint(layout.model(subject.name, "fp32")), scheme)
         size = path.stat().st_size / 1e6
-    facts = {"mean_bits": mean_bits(variant), "size_mb": size, "seconds": statistics.mean(seconds)}
+    facts = {"mean_bits": stored(variant)["weight_bits"], "size_mb": size, "seconds": statistics.mean(seconds)}
     _put(rows, subject, {"scheme": scheme, "techniques": steps, "post_training": True}, correct, facts)
 
 
@@ -155,7 +156,7 @@ def _add_trained(rows: list[Row], subject: Subject, scheme: str, variant: str) -
     with curve.open(encoding="utf-8") as file:
         rates = [float(row["images_per_second"]) for row in csv.DictReader(file) if row["images_per_second"]]
     facts = {
-        "mean_bits": mean_bits(model),
+        "mean_bits": stored(model)["weight_bits"],
         "size_mb": path.stat().st_size / 1e6,
         "seconds": sum(images / rate for rate in rates),
     }

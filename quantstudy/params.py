@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from quantstudy.errors import UserError, unknown
 
 PARAMS_FILE = Path("params.yaml")
+DEFAULT_METHODS = Path(__file__).parent / "methods" / "defaults.yaml"
+"""The methods of the repository's `params.yaml`, for a folder that has none."""
 GROUP_SIZES = (8, 16, 32, 64, 128, 256)
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
@@ -31,9 +33,12 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """A torchvision classifier and the weights that its training starts from."""
+    """A classifier and the weights that its training starts from."""
 
     architecture: str
+    """A name of torchvision's, or `package.module:factory`, one's own function of `num_classes`."""
+    code_sha256: Sha256 | None = None
+    """Of the code of one's own architecture, so that a change of it trains anew."""
     weights: str | None = None
     """None: random; `imagenet`: torchvision's; otherwise the path of a local state_dict."""
     weights_sha256: Sha256 | None = None
@@ -54,6 +59,8 @@ class Data(Preprocessing):
     dataset: str | None = None
     path: str | None = None
     sha256: Sha256 | None = None
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Of a folder of classes without train/ and test/: the share of each class that is drawn for testing."""
     max_train: Annotated[int, Field(ge=1)] | None = None
     max_test: Annotated[int, Field(ge=1)] | None = None
 
@@ -63,6 +70,8 @@ class Data(Preprocessing):
         for key in needed:
             if getattr(self, key) is None:
                 raise ValueError(f"source {self.source} needs the key {key}")
+        if self.test_fraction is not None and self.source != "folder":
+            raise ValueError(f"source {self.source} has a test split; remove test_fraction")
         return self
 
     @property
@@ -74,7 +83,8 @@ class Data(Preprocessing):
 class Training(Section):
     """One training run: fine-tuning or QAT."""
 
-    epochs: Annotated[int, Field(ge=1)]
+    epochs: Annotated[int, Field(ge=0)]
+    """0 keeps the weights as they are: they have been trained."""
     learning_rate: Annotated[float, Field(gt=0)]
     batch_size: Annotated[int, Field(ge=1)] = 64
     optimizer: Optimizer = "sgd"
@@ -347,6 +357,12 @@ class Outliers(Section):
     percentiles: Annotated[list[Annotated[float, Field(gt=50, lt=100)]], Field(min_length=1)]
 
 
+class Methods(Section):
+    """The part of `params.yaml` that defines methods."""
+
+    methods: dict[Name, Method]
+
+
 class Params(Section):
     """The whole of `params.yaml`."""
 
@@ -383,6 +399,31 @@ class Params(Section):
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
     """Read and validate `params.yaml`; raise `UserError` with one line for the first mistake in it."""
+    raw = _read(path)
+    try:
+        params = Params.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_one_line(error, raw)) from None
+    _check_lists(params)
+    return params
+
+
+def load_methods(path: Path = PARAMS_FILE) -> dict[str, Any]:
+    """Return the rows of `methods` by name: those of a `params.yaml` that has them, else those of this package.
+
+    Raises:
+        UserError: a row has a mistake.
+    """
+    raw = _read(path) if path.is_file() else {}
+    if "methods" not in raw:
+        raw = _read(DEFAULT_METHODS)
+    try:
+        return dict(Methods.model_validate({"methods": raw["methods"]}).methods)
+    except ValidationError as error:
+        raise UserError(_one_line(error, raw)) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -391,12 +432,7 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: {raw!r} is not a mapping of sections")
-    try:
-        params = Params.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(_one_line(error, raw)) from None
-    _check_lists(params)
-    return params
+    return raw
 
 
 def _check_lists(params: Params) -> None:

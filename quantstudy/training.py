@@ -77,7 +77,12 @@ class State:
 
 
 def train(model: nn.Module, training: Batches, validation: Batches, run: Run) -> State:
-    """Train `model` in place, leave it with the weights of its best epoch, return the run's state."""
+    """Train `model` in place, leave it with the weights of its best epoch, return the run's state.
+
+    With 0 epochs it is only scored.
+    """
+    if not run.settings.epochs:
+        return _scored(model, validation, run)
     device = next(model.parameters()).device
     averaging = parallel.averaging(model)
     optimizer = _optimizer(model, run.settings, fused=run.dtype != torch.float16)
@@ -110,6 +115,15 @@ def train(model: nn.Module, training: Batches, validation: Batches, run: Run) ->
     model.load_state_dict(state.best)
     if not parallel.rank():
         run.resume.unlink(missing_ok=True)
+    return state
+
+
+def _scored(model: nn.Module, validation: Batches, run: Run) -> State:
+    state = State()
+    loss, top1 = evaluate(model, validation, run.dtype)
+    _keep(state, model, {"epoch": 0, "validation_loss": loss, "validation_top1": top1})
+    if not parallel.rank():
+        _write_curve(run.curve, state.rows)
     return state
 
 

@@ -52,6 +52,8 @@ def run(copy: Path) -> Run:
     call("git", "config", "user.email", "a@b")
     call("git", "config", "user.name", "a")
     call("dvc", "init", "-q")
+    shutil.copytree(ROOT / ".dvc" / "plots", copy / ".dvc" / "plots")
+    call("dvc", "config", "plots.html_template", "plots/page.html")
     return call
 
 
@@ -99,6 +101,24 @@ def test_a_changed_parameter_runs_just_its_cells(first: set[str], run: Run, copy
     difference = run("dvc", "metrics", "diff")
     assert re.search(r"int4_weight_only\.json\s+size_mb", difference)
     assert not re.search(r"int8_static\.json", difference)
+
+
+def test_compare_tells_what_the_parameter_changed(first: set[str], run: Run) -> None:
+    report = run(sys.executable, "-m", "quantstudy", "compare", "HEAD")
+    assert "- `methods.int4_weight_only.group_size`: 32 → 64" in report
+    assert re.search(r"\| tiny +\| int4_weight_only \|", report) and not re.search(r"\| int8_static +\|", report)
+    assert "exact McNemar test on the same 48 test images" in report
+
+
+@pytest.mark.parametrize("command", [("show",), ("diff", "HEAD")], ids=["show", "diff"])
+def test_the_page_of_plots_needs_no_network(first: set[str], run: Run, copy: Path, command: tuple[str, ...]) -> None:
+    run("dvc", "plots", *command, "-o", "page")
+    page = (copy / "page" / "index.html").read_text()
+    assert not re.search(r"""<(script|link|img)[^>]+(src|href)=["']?http""", page)
+    assert "window.vegaEmbed=" in page and page.count("vegaEmbed('#") == 4  # two curves, trade-off, scaling law
+    for title in ("tiny, fp32", "tiny, qat_int8", "tiny, accuracy against size and latency", "tiny, scaling law"):
+        assert f'"text": "{title}"' in page
+    assert "hist_features" in page
 
 
 def test_a_changed_module_runs_just_the_stages_that_import_it(first: set[str], run: Run, copy: Path) -> None:

@@ -37,12 +37,12 @@ def cast_to(model: nn.Module, calibration: Calibration, settings: P.Cast | P.Qat
 
 def weight_only(model: nn.Module, calibration: Calibration, settings: P.WeightOnly) -> Variant:
     """Integer weights in every layer; activations stay float32."""
-    return _finished(model, _quantized(model, settings, quantizable_layers(model)), calibration, settings)
+    return _finished(model, _quantized(model, settings, replaceable(model, calibration)), calibration, settings)
 
 
 def dynamic(model: nn.Module, calibration: Calibration, settings: P.Dynamic) -> Variant:
     """Integer weights and activations; the activation range is the batch's own, found at run time."""
-    variant = _quantized(model, settings, quantizable_layers(model), "dynamic")
+    variant = _quantized(model, settings, replaceable(model, calibration), "dynamic")
     return _finished(model, variant, calibration, settings)
 
 
@@ -53,14 +53,14 @@ def static(model: nn.Module, calibration: Calibration, settings: P.Static) -> Va
 
 def mixed_linear(model: nn.Module, calibration: Calibration, settings: P.MixedLinear) -> Variant:
     """Linear layers in integers, everything else in a 16-bit float type (the notebook's simple rule)."""
-    chosen = [name for name, layer in quantizable_layers(model).items() if isinstance(layer, nn.Linear)]
+    chosen = [name for name, layer in replaceable(model, calibration).items() if isinstance(layer, nn.Linear)]
     variant = _finished(model, _quantized(model, settings, chosen), calibration, settings)
     return cast(variant.network, DTYPES[settings.dtype])
 
 
 def mixed_variance(model: nn.Module, calibration: Calibration, settings: P.MixedVariance) -> Variant:
     """The `fraction` of layers (at least one) with the lowest weight variance in integers, the rest in 16 bits."""
-    layers: dict[str, Any] = quantizable_layers(model)
+    layers = replaceable(model, calibration)
     by_variance = sorted(layers, key=lambda name: float(layers[name].weight.var()))
     chosen = by_variance[: max(round(settings.fraction * len(layers)), 1)]
     variant = _finished(model, _quantized(model, settings, chosen), calibration, settings)
@@ -82,7 +82,7 @@ def mixed(model: nn.Module, calibration: Calibration, settings: P.MixedBudget, b
 
 def trainable_static(model: nn.Module, calibration: Calibration, settings: P.Static) -> Variant:
     """Build the static scheme with float weights that are rounded in each forward pass (Jacob et al. 2018)."""
-    variant = _quantized(model, settings, quantizable_layers(model), "static")
+    variant = _quantized(model, settings, replaceable(model, calibration), "static")
     for name, layer in quantized_layers(variant.network).items():
         scheme, statistics = layer.scheme.activation, calibration["layers"][name]
         bounds = activation_range(statistics, scheme, settings.activation_range, settings.clip_percentile)
@@ -92,7 +92,7 @@ def trainable_static(model: nn.Module, calibration: Calibration, settings: P.Sta
 
 def trainable_steps(model: nn.Module, calibration: Calibration, settings: P.QatLsq) -> Variant:
     """Build the static scheme with learned scales; `model` has its BatchNorm, which training keeps (`methods.lsq`)."""
-    schemes = _schemes(model, settings, quantizable_layers(model), "static")
+    schemes = _schemes(model, settings, replaceable(model, calibration), "static")
     return Variant(learnable(model, calibration["layers"], schemes, settings.activation_range))
 
 
@@ -139,6 +139,20 @@ def settings_of(params: P.Params, method: str, functions: Mapping[str, Function]
     if settings.kind not in functions:
         raise unknown("method", method, [name for name, row in params.methods.items() if row.kind in functions])
     return settings
+
+
+def replaceable(model: nn.Module, calibration: Calibration) -> dict[str, Any]:
+    """Return the layers that a quantized one can take the place of, by name.
+
+    Left are a layer that did not run on the calibration images, since another module reads its weight or nothing
+    needs it, and a convolution whose padding is not zeros. Without statistics of a run, all are taken to have run.
+    """
+    ran = calibration.get("layers", quantizable_layers(model))
+    return {
+        name: layer
+        for name, layer in quantizable_layers(model).items()
+        if name in ran and getattr(layer, "padding_mode", "zeros") == "zeros"
+    }
 
 
 def _quantized(model: nn.Module, settings: P.Scheme, names: Iterable[str], mode: Mode = "none") -> Variant:

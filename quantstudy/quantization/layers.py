@@ -11,6 +11,7 @@ The input is quantized by `ActivationQuantizer`. In eager mode both use fast sim
 fuses to oneDNN int8 kernels and ONNX knows as QuantizeLinear and DequantizeLinear.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -234,8 +235,18 @@ def quantize_layers(model: nn.Module, schemes: dict[str, LayerScheme]) -> dict[s
     for name, scheme in schemes.items():
         layer: Any = model.get_submodule(name)
         replaced[name] = (QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear)(layer, scheme)
-        model.set_submodule(name, replaced[name])
+    put_layers(model, replaced)
     return replaced
+
+
+def put_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Put each of `layers` in the place of the module of that name, and wherever else that module stands."""
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
+    for layer, found in [(layer, places[id(model.get_submodule(name))]) for name, layer in layers.items()]:
+        for place in found:
+            model.set_submodule(place, layer)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, _QuantLayer]:

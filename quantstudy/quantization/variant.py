@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from quantstudy.checkpoint import load_checkpoint, save_checkpoint
-from quantstudy.models import load_fp32, skeleton
+from quantstudy.models import load_fp32, network_facts, skeleton_of
 from quantstudy.quantization.layers import ChannelReLU, LayerScheme, quantize_layers, quantized_layers
-from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
 
 
@@ -36,7 +35,7 @@ def save_variant(path: Path, variant: Variant, fp32: dict[str, Any], name: str) 
     """Write a variant whose quantized layers are all frozen; `fp32` is the checkpoint of the model it came from."""
     layers = {layer: _describe(module) for layer, module in quantized_layers(variant.network).items()}
     facts = {
-        **{key: fp32[key] for key in ("architecture", "classes", "preprocessing")},
+        **network_facts(fp32),
         "variant": name,
         "dtype": str(variant.dtype).removeprefix("torch."),
         "layers": layers,
@@ -49,7 +48,7 @@ def load_variant(path: Path) -> Variant:
     """Read a file that `save_variant` wrote: same layers, same codes, so bit-identical logits."""
     checkpoint = load_checkpoint(path)
     dtype: torch.dtype = getattr(torch, checkpoint["dtype"])
-    network = skeleton(checkpoint["architecture"], checkpoint["classes"])
+    network = skeleton_of(path)
     schemes = {name: _scheme(row) for name, row in checkpoint["layers"].items()}
     for name, layer in quantize_layers(network, schemes).items():
         layer.empty_codes()
@@ -63,19 +62,6 @@ def load_variant(path: Path) -> Variant:
     network.load_state_dict(checkpoint["state_dict"], assign=True)
     network.requires_grad_(False).eval()
     return Variant(network.to(memory_format=torch.channels_last), dtype).eval()  # type: ignore[call-overload]
-
-
-def mean_bits(model: nn.Module) -> float:
-    """Return the bits that a weight of `model` is stored in, scales included, on average over its layers."""
-    stored = weights = 0
-    for layer in quantized_layers(model).values():
-        stored += 8 * (layer.packed.nbytes + layer.weight_scale.nbytes)
-        weights += layer.shape.numel()
-    rest: dict[str, Any] = quantizable_layers(model)
-    for module in rest.values():
-        stored += 8 * module.weight.nbytes
-        weights += module.weight.numel()
-    return stored / weights
 
 
 def load_any(path: Path) -> nn.Module:
