@@ -1,8 +1,11 @@
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 
 from quantstudy import models
+from quantstudy.errors import UserError
+from quantstudy.export.onnx_model import to_onnx
 from quantstudy.methods.equalization import Pair, absorb_high_biases, equalize, find_pairs
 from quantstudy.quantization.layers import ChannelReLU
 
@@ -96,3 +99,9 @@ def test_absorbing_biases_keeps_the_function_where_the_activation_stays_above_wh
     assert (network[0].bias[:3] < before[:3] - 10).all()
     torch.testing.assert_close(network[0].bias[3:], before[3:])
     assert float((network(images) - wanted).norm() / wanted.norm()) < 1e-3
+
+
+def test_a_network_with_bounds_per_channel_is_not_exported_as_if_it_had_none() -> None:
+    network = equalize(uneven(chain(nn.ReLU6())))
+    with pytest.raises(UserError, match="equalize: the network's ReLU6 have bounds per channel"):
+        to_onnx(network, onnx.ModelProto())
