@@ -177,7 +177,7 @@ def test_rows_of_another_network_are_one_line(network: nn.Module, rows: list[dic
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
 @torch.no_grad()
 def test_an_assembled_variant_is_the_one_made_whole(rounding: str, network: nn.Module, images: Tensor) -> None:
-    keys: Any = {"group_size": 32, "weight_range": "mse", "rounding": rounding, "bias_correction": True}
+    keys: Any = {"group_size": 32, "weight_range": "mse", "rounding": rounding}
     settings = MixedBudget(kind="mixed_budget", mean_bits=4.0, **keys)
     bits = {name: WIDTHS[index % 4] for index, name in enumerate(quantizable_layers(network))}
     calibration = {"images": [images]}
