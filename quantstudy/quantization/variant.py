@@ -57,7 +57,7 @@ def load_variant(path: Path) -> Variant:
         layer.dtype = dtype
         row = checkpoint["layers"][name]
         layer.activation.scale, layer.activation.zero_point = row["scale"], row["zero_point"]
-    for name in checkpoint["channel_relus"]:
+    for name in checkpoint.get("channel_relus", []):
         network.set_submodule(name, ChannelReLU(checkpoint["state_dict"][f"{name}.bound"]))
     network.load_state_dict(checkpoint["state_dict"], assign=True)
     network.requires_grad_(False).eval()
