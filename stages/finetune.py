@@ -3,7 +3,10 @@
 import argparse
 from collections.abc import Sequence
 
+from torch import nn
+
 from quantstudy import layout, models, parallel, training
+from quantstudy import params as P
 from quantstudy.architectures import build, check_code, check_logits
 from quantstudy.data.container import load_split
 from quantstudy.device import set_up, training_dtype
@@ -27,15 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     split = load_split(layout.split(name, "train"))
     batches, validation = training.training_and_validation(split, seen, study.training, study.seed, device)
     classes = len(split.classes)
-    key = f"studies.{name}.model"
-    check_code(study.model.architecture, study.model.code_sha256, f"{key}.code_sha256")
-    model = build(study.model.architecture, classes, seen.image_size, f"{key}.architecture")
-    check_logits(model, classes, seen.image_size, f"{key}.architecture")
-    loaded = models.load_pretrained(model, study.model, name)
+    model, loaded = _start(study, name, classes)
     print(loaded)
-    if not study.training.epochs and loaded.missing:
-        gaps = f"{len(loaded.missing)} tensors have a random start, {loaded.missing[0]} for one"
-        raise UserError(f"studies.{name}.training.epochs: 0 keeps the weights of {key}.weights, but {gaps}")
     model.to(device, memory_format=training.MEMORY_FORMAT)
 
     run = training.Run(
@@ -59,6 +55,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     write_json(layout.training_summary(name, "finetune"), start | training.summary(state, batches, validation))
     print(f"best epoch {state.best_epoch}: validation top-1 {state.best_score[0]:.2f} %")
+
+
+def _start(study: P.Study, name: str, classes: int) -> tuple[nn.Module, models.LoadReport]:
+    """Build the study's network and load the weights that its training starts from, or keeps."""
+    key, size = f"studies.{name}.model", study.data.image_size
+    check_code(study.model.architecture, study.model.code_sha256, f"{key}.code_sha256")
+    model = build(study.model.architecture, classes, size, f"{key}.architecture")
+    check_logits(model, classes, size, f"{key}.architecture")
+    loaded = models.load_pretrained(model, study.model, name)
+    if not study.training.epochs and loaded.missing:
+        gaps = f"{len(loaded.missing)} tensors have a random start, {loaded.missing[0]} for one"
+        raise UserError(f"studies.{name}.training.epochs: 0 keeps the weights of {key}.weights, but {gaps}")
+    return model, loaded
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ import torch
 from torchvision.models import vit_b_16
 from torchvision.models.vision_transformer import VisionTransformer
 
-from quantstudy import architectures, attention, models
+from quantstudy import architectures, attention, layout, models
 from quantstudy import params as P
 from quantstudy.errors import UserError
 from quantstudy.export.graph import network_graph
 from quantstudy.export.onnx_model import to_onnx
-from quantstudy.files import sha256
+from quantstudy.files import read_json, sha256
 from quantstudy.measure.coverage import not_quantized, remark, stored
 from quantstudy.methods.registry import POST_TRAINING
 from quantstudy.quantization.layers import quantized_layers
@@ -22,6 +22,8 @@ from quantstudy.quantization.observers import collect, quantizable_layers
 from quantstudy.quantization.variant import load_variant, save_variant
 from quantstudy.runtimes.executables import build_executable
 from quantstudy.runtimes.sessions import open_session, why_missing
+from stages import calibrate, download, evaluate, finetune, ptq, trace
+from tests.conftest import Project
 
 SEEN = P.Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 INT8 = P.Static(kind="static", weight_bits=8, activation_bits=8)
@@ -232,3 +234,29 @@ def test_mistakes_in_an_import_path_are_one_line(own: str) -> None:
             architectures.build(path, 10, key="key")
     with pytest.raises(UserError, match=r"key: the network returns \(1, 3, 32, 32\) for one image, not logits of"):
         architectures.check_logits(architectures.build(f"{own}:tuples", 10), 10, 32, "key")
+
+
+def test_a_study_of_ones_own_network(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("small_study_net.py").write_text(
+        textwrap.dedent("""
+            from torch import nn
+
+
+            def network(num_classes):
+                return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                                     nn.Linear(8, num_classes))
+        """)
+    )
+    monkeypatch.syspath_prepend(project.root)
+    project.edit("studies.tiny.model", {"architecture": "small_study_net:network"})
+    download.main(["--study", "tiny"])
+    line = project.failure(finetune.main)
+    assert "studies.tiny.model.code_sha256: None is not the SHA-256 of the code of small_study_net:network" in line
+    project.edit("studies.tiny.model.code_sha256", line.rpartition(" ")[2])
+    for stage in (finetune, calibrate, trace):
+        stage.main(["--study", "tiny"])
+    ptq.main(["--study", "tiny", "--method", "int8_static"])
+    for variant in ("fp32", "int8_static"):
+        evaluate.main(["--study", "tiny", "--variant", variant])
+    metrics = read_json(layout.metrics("tiny", "int8_static"))
+    assert metrics["layers_quantized"] == metrics["layers_quantizable"] == 2
