@@ -86,4 +86,22 @@ def training_summary(study: str, name: str) -> Path:
     return report(study) / "curves" / f"{name}.json"
 
 
+def activation_stats(study: str) -> Path:
+    """The outliers of every layer's input."""
+    return report(study) / "activation_stats.json"
+
+
+def sensitivity(study: str) -> Path:
+    """What each layer loses alone at each number of bits: a list of rows."""
+    return report(study) / "sensitivity.json"
+
+
+def page(study: str) -> Path:
+    """What the HTML report shows of a study."""
+    return Path("reports") / "pages" / f"{study}.json"
+
+
+REPORT = Path("reports") / "report.html"
+"""The HTML report of the studies in `run`."""
+
 ENVIRONMENT = Path("reports") / "environment.json"
