@@ -54,7 +54,12 @@ def _plain(chart: Any) -> dict[str, Any]:
 def trade_off(cost: str) -> alt.LayerChart:
     """Return top-1 against a cost. Rows of `variants` have `cost`, its ends and `on_front` beside their own columns."""
     base = alt.Chart(alt.NamedData("variants"), height=340)
-    x = alt.X("cost:Q", title=cost, scale=alt.Scale(type="log", nice=False, padding=24), axis=alt.Axis(tickCount=6, grid=False))
+    x = alt.X(
+        "cost:Q",
+        title=cost,
+        scale=alt.Scale(type="log", nice=False, padding=24),
+        axis=alt.Axis(tickCount=6, grid=False),
+    )
     y = alt.Y("top1:Q", title=ACCURACY, scale=alt.Scale(zero=False, padding=12))
     low, high = alt.Y("top1_low:Q", title=ACCURACY), alt.Y2("top1_high:Q")
     band = base.transform_filter("datum.variant == 'fp32'").mark_rect(opacity=0.1).encode(y=low, y2=high)

@@ -25,7 +25,9 @@ def build_page(studies: Sequence[dict[str, Any]]) -> str:
     data = {"studies": list(studies), "charts": specifications(), "shapes": SHAPES}
     return Template(_read("page.html")).substitute(
         style=_read("style.css"),
-        library=_inline(vl_convert.javascript_bundle(vl_version=alt.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0])),
+        library=_inline(
+            vl_convert.javascript_bundle(vl_version=alt.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0])
+        ),
         script=_inline("\n".join(_read(f"{name}.js") for name in SCRIPTS)),
         data=json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
     )

@@ -51,7 +51,8 @@ def _layers(variant: str) -> list[dict[str, object]]:
     bits = 32 if variant == "fp32" else 4 if "int4" in variant else 8
     row = {"weight": bits, "activation": bits, "real": bits != 4}
     return [
-        row | {"name": name, "macs": 1000 * (place + 1), "bytes": 100 * bits, "sqnr_db": None if bits == 32 else 4.0 * bits}
+        row
+        | {"name": name, "macs": 1000 * (place + 1), "bytes": 100 * bits, "sqnr_db": None if bits == 32 else 4.0 * bits}
         for place, name in enumerate(LAYERS)
     ]
 

@@ -54,7 +54,10 @@ def test_predictions_and_thumbnails_are_the_files(study: Project) -> None:
 
 
 def test_only_free_images_are_copied_into_the_page(study: Project) -> None:
-    study.edit("studies.tiny.data", {**load_params().study("tiny").data.model_dump(mode="json"), "source": "torchvision", "dataset": "Food101"})
+    study.edit(
+        "studies.tiny.data",
+        {**load_params().study("tiny").data.model_dump(mode="json"), "source": "torchvision", "dataset": "Food101"},
+    )
     assert written()["thumbnails"] is None
 
 
@@ -104,5 +107,5 @@ def test_the_page_needs_no_network_and_no_text_ends_a_script_early(study: Projec
     report.main([])
     html = layout.REPORT.read_text()
     assert "</script><b>" not in html and html.count("</script>") == 3
-    assert ' src="' not in html.partition("<script>")[0] and "<link rel=\"stylesheet" not in html
+    assert ' src="' not in html.partition("<script>")[0] and '<link rel="stylesheet' not in html
     assert layout.REPORT.stat().st_size < 3e6

@@ -8,6 +8,7 @@ const PAIRS = {
   light: ["#C04E00", "#0072B2", "#00855F", "#B0568A", "#B87A00", "#6b6b6b"],
   dark: ["#ff8a4c", "#4f9fe0", "#35c796", "#e79cc4", "#f0b429", "#a9a9a9"],
 };
+const ERRORS_ALONE = 1; // Vega's level; a layer of a chart may be empty, of which it warns
 const views = new Map();
 
 function theme() {
@@ -18,7 +19,6 @@ function chartConfig() {
   const style = getComputedStyle(document.documentElement);
   const [ink, muted, line] = ["--ink", "--muted", "--line"].map((name) => style.getPropertyValue(name).trim());
   return {
-    aria: false,
     background: null,
     font: getComputedStyle(document.body).fontFamily,
     view: { stroke: null },
@@ -32,6 +32,9 @@ function chartConfig() {
 
 /** Draw a chart of the page with these rows, or hand them to the one that stands there; `height` is in pixels. */
 async function draw(place, chart, datasets, onClick = null, height = DATA.charts[chart].height) {
+  const empty = Object.values(datasets).every((rows) => rows.length === 0);
+  $(place).classList.toggle("empty", empty);
+  if (empty) return;
   const existing = views.get(place);
   if (existing?.theme === theme()) {
     const view = (await existing.embedded).view;
@@ -43,6 +46,7 @@ async function draw(place, chart, datasets, onClick = null, height = DATA.charts
   const specification = { ...DATA.charts[chart], datasets, height, autosize: { type: "fit-x", contains: "padding" } };
   const embedded = vegaEmbed($(place), specification, {
     actions: false, renderer: "svg", config: chartConfig(), tooltip: { theme: theme() },
+    logLevel: ERRORS_ALONE,
   });
   views.set(place, { theme: theme(), embedded });
   const { view } = await embedded;
@@ -50,7 +54,7 @@ async function draw(place, chart, datasets, onClick = null, height = DATA.charts
 }
 
 function figure(id, title, note, label) {
-  return h("figure", { id: `${id}-figure` }, h("figcaption", {}, title, note ? h("small", {}, note) : null), h("div", { class: "chart", id, role: "img", "aria-label": label }));
+  return h("figure", { id: `${id}-figure` }, h("figcaption", {}, title, note ? h("small", {}, note) : null), h("div", { role: "img", "aria-label": label }, h("div", { class: "chart", id, "aria-hidden": "true" })));
 }
 
 function buildTradeFigures() {

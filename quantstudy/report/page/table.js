@@ -18,7 +18,7 @@ const COLUMNS = [
 ];
 
 function dropCell(variant) {
-  if (variant.variant === "fp32") return NOTHING;
+  if (variant.variant === "fp32") return fixed(0, 2);
   return `${fixed(variant.top1_drop, 2)} ± ${fixed(variant.drop_ci95, 2)} (p ${pValue(variant)})`;
 }
 
