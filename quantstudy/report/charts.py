@@ -17,7 +17,7 @@ SHAPES = {
     "INT8": "M-0.65,-0.65H0.65V0.65H-0.65Z",
     "INT8 clipped": "M-0.28,-0.8H0.28V-0.28H0.8V0.28H0.28V0.8H-0.28V0.28H-0.8V-0.28H-0.28Z",
     "uniform INT4": "M0,-0.9L0.75,0L0,0.9L-0.75,0Z",
-    "INT4 clipped": "M-0.8,-0.5L-0.5,-0.8L0,-0.3L0.5,-0.8L0.8,-0.5L0.3,0L0.8,0.5L0.5,0.8L0,0.3L-0.5,0.8L-0.8,0.5L-0.3,0Z",
+    "INT4 clipped": "M-.8,-.5L-.5,-.8L0,-.3L.5,-.8L.8,-.5L.3,0L.8,.5L.5,.8L0,.3L-.5,.8L-.8,.5L-.3,0Z",
     "mixed": "M0,-0.8L0.8,0.65H-0.8Z",
     "other": "M0,0.8L0.8,-0.65H-0.8Z",
 }
@@ -51,7 +51,7 @@ def _plain(chart: Any) -> dict[str, Any]:
     return specification
 
 
-def trade_off(cost: str) -> alt.LayerChart:
+def trade_off(cost: str) -> Any:
     """Return top-1 against a cost. Rows of `variants` have `cost`, its ends and `on_front` beside their own columns."""
     base = alt.Chart(alt.NamedData("variants"), height=340)
     x = alt.X(
@@ -101,7 +101,7 @@ def _names(base: alt.Chart, x: alt.X, y: alt.Y) -> alt.Chart:
     )
 
 
-def scaling_law() -> alt.LayerChart:
+def scaling_law() -> Any:
     """Return top-1 over bits without and with training, with the bands of the 95 % intervals; rows are `points`."""
     base = alt.Chart(alt.NamedData("points"), height=340).encode(
         x=alt.X("bits:O", title="bits of a weight", sort="descending", axis=alt.Axis(labelAngle=0)),
@@ -124,7 +124,7 @@ def scaling_law() -> alt.LayerChart:
     return alt.layer(band, base.mark_line().encode(y=y), points)
 
 
-def layer_shares() -> alt.Chart:
+def layer_shares() -> Any:
     """Return each layer's share of the model's bytes and multiply-accumulates; rows are `shares`."""
     return (
         alt.Chart(alt.NamedData("shares"), height=200)
@@ -145,7 +145,7 @@ def layer_shares() -> alt.Chart:
     )
 
 
-def layer_sqnr() -> alt.LayerChart:
+def layer_sqnr() -> Any:
     """Return the SQNR of each layer's output, and its bits; rows are `layers`."""
     base = alt.Chart(alt.NamedData("layers"), height=200).encode(
         x=alt.X("index:O", axis=LAYER_AXIS),
@@ -165,7 +165,7 @@ def _unless_another_layer() -> Any:
     return alt.condition("datum.chosen", alt.value(1), alt.value(0.55))
 
 
-def sensitivity() -> alt.Chart:
+def sensitivity() -> Any:
     """Return the drop of accuracy when one layer alone has fewer bits; rows are `sensitivity`."""
     return (
         alt.Chart(alt.NamedData("sensitivity"), height=150)
@@ -184,7 +184,7 @@ def sensitivity() -> alt.Chart:
     )
 
 
-def histogram() -> alt.LayerChart:
+def histogram() -> Any:
     """Return the histogram of a layer's input (rows `bins`) and where it may be clipped (rows `thresholds`)."""
     bars = (
         alt.Chart(alt.NamedData("bins"), height=240)
@@ -211,7 +211,7 @@ def histogram() -> alt.LayerChart:
     return alt.layer(bars, rules)
 
 
-def classes() -> alt.Chart:
+def classes() -> Any:
     """Return the images a class that the variant loses (negative) and gains against the baseline; rows `classes`."""
     whole = alt.Axis(labelExpr="datum.value % 1 ? '' : abs(datum.value)", tickMinStep=1)
     return (

@@ -23,11 +23,10 @@ def build_page(studies: Sequence[dict[str, Any]]) -> str:
         studies: what `page_data` returned, one a study, in the order of `run`.
     """
     data = {"studies": list(studies), "charts": specifications(), "shapes": SHAPES}
+    version = alt.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0]
     return Template(_read("page.html")).substitute(
         style=_read("style.css"),
-        library=_inline(
-            vl_convert.javascript_bundle(vl_version=alt.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0])
-        ),
+        library=_inline(vl_convert.javascript_bundle(None, vl_version=version)),
         script=_inline("\n".join(_read(f"{name}.js") for name in SCRIPTS)),
         data=json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
     )

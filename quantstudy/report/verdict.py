@@ -4,7 +4,7 @@ from quantstudy.report.results import Result
 
 
 def sentence(result: Result, drop_ci95: float, batch_size: int) -> str:
-    """Return e.g. `4.00× smaller, 6.1× faster at batch 16, 0.05 ± 0.40 points lost`.
+    """Return how many times smaller and faster a variant is, and the points of accuracy that it loses.
 
     Args:
         result: a variant.
