@@ -15,7 +15,7 @@ export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro results test browser check format dag peers clean
+.PHONY: help setup repro results compare test browser check format front dag peers clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,9 @@ repro: setup  ## Run what changed of the studies in params.yaml, then print the 
 results: setup  ## Print the result tables and where the plots are
 	@python -m quantstudy results
 
+compare: setup  ## Which variants moved between two revisions or experiments: make compare A=HEAD~1 B=HEAD
+	@python -m quantstudy compare $(A) $(B)
+
 test: $(TOOLS)  ## Run the tests
 	python -m pytest
 
@@ -58,6 +61,9 @@ check: $(TOOLS)  ## Lint, formatting and types
 format: $(TOOLS)  ## Format the code
 	ruff check --fix .
 	ruff format .
+
+front: setup  ## Accuracy against size for budgets of bits: make front STUDY=...
+	python -m benchmarks.budget_front --study $(STUDY)
 
 dag: setup  ## Show the stages and what they depend on
 	dvc dag

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from quantstudy import layout, models
+from quantstudy.checkpoint import load_checkpoint
 from quantstudy.data.batches import Batches
 from quantstudy.data.container import Split, load_split
 from quantstudy.device import set_up
@@ -40,17 +41,17 @@ from quantstudy.export.onnx_model import save_onnx, to_onnx
 from quantstudy.files import write_json, write_text
 from quantstudy.machine.hardware import describe_machine
 from quantstudy.measure.latency import time_alternately
-from quantstudy.methods.registry import POST_TRAINING
+from quantstudy.methods.registry import quantize
 from quantstudy.params import Params, load_params
 from quantstudy.quantization.observers import collect
-from quantstudy.quantization.variant import save_variant
+from quantstudy.quantization.variant import load_variant, save_variant
 from quantstudy.report.peers import RECORD_KEYS, plot_peers, table
 from quantstudy.runtimes.executables import build_executable
 from quantstudy.runtimes.sessions import OpenVino, open_session
 
 RUNS = 3
 BATCH_SIZES = (1, 16)
-METHODS = ["int8_static", "int8_corrected", "int8_dynamic", "int8_weight_only", "int4_weight_only", "int4_gptq"]
+METHODS = ["int8_static", "int8_dynamic", "int8_weight_only", "int4_weight_only", "int4_gptq", "int4_finetuned"]
 CPU = torch.device("cpu")
 
 
@@ -150,10 +151,10 @@ def quantstudy(subject: Subject) -> Iterator[Candidate]:
         batches = [(images, torch.empty(0)) for images in subject.calibration] if needs_ranges else []
         calibration = collect(subject.fp32, batches, 2048) if needs_ranges else {}
         calibration["images"] = subject.calibration
-        variant = POST_TRAINING[settings.kind](subject.fp32, calibration, settings)
+        variant = quantize(subject.fp32, calibration, settings)
         taken = time.perf_counter() - started
         path = subject.folder / f"{method}.pth"
-        facts = {"architecture": "", "classes": 0, "preprocessing": {}}
+        facts = load_checkpoint(layout.model(subject.name, "fp32"))
         save_variant(path, variant, facts, method)
         size = path.stat().st_size / 1e6
         proto = to_onnx(variant, load_graph(layout.graph(subject.name)))
@@ -163,6 +164,10 @@ def quantstudy(subject: Subject) -> Iterator[Candidate]:
         if settings.kind in ("static", "dynamic"):
             run = build_executable(variant, "eager", CPU).run
             yield Candidate("quantstudy", method, "eager", run, size, taken, torch.channels_last)
+        if settings.kind == "static":
+            run = build_executable(load_variant(path), "inductor", CPU).run
+            _compile(subject, run)
+            yield Candidate("quantstudy", method, "inductor", run, size, taken, torch.channels_last)
 
 
 def nncf(subject: Subject) -> Iterator[Candidate]:
@@ -229,8 +234,7 @@ def pt2e(subject: Subject) -> Iterator[Candidate]:
     taken = time.perf_counter() - started
     size = _size_mb(converted, subject.folder / "pt2e.pth")
     run = torch.compile(converted, dynamic=False)
-    for batch in BATCH_SIZES:
-        run(_noise(subject, batch).contiguous(memory_format=torch.channels_last))
+    _compile(subject, run)
     yield Candidate("torchao", "pt2e x86", "inductor", run, size, taken, torch.channels_last)
 
 
@@ -260,6 +264,12 @@ TOOLS: dict[str, Callable[[Subject], Iterator[Candidate]]] = {
 def _size_mb(model: nn.Module, path: Path) -> float:
     torch.save(model.state_dict(), path)
     return path.stat().st_size / 1e6
+
+
+def _compile(subject: Subject, run: Callable[[Tensor], Tensor]) -> None:
+    """Call a compiled model once for each batch size, so that it is compiled for both."""
+    for batch in BATCH_SIZES:
+        run(_noise(subject, batch).contiguous(memory_format=torch.channels_last))
 
 
 def _noise(subject: Subject, batch: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""`python -m quantstudy results` prints the tables of the studies in `run`; `readme` puts tables into README.md.
+"""`python -m quantstudy <command>`: results, compare, quantize, readme.
 
 README marks a place with `<!-- results: <study> -->` and `<!-- end -->`; what stands between is replaced by the
 study's `results.md`, so that no table there is typed by hand. `<!-- peers: <study> -->` is the place of the comparison
@@ -6,7 +6,9 @@ with other tools.
 """
 
 import argparse
+import contextlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from quantstudy import layout
@@ -18,15 +20,58 @@ README = Path("README.md")
 PLACE = re.compile(r"(<!-- (results|peers): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def main() -> None:
-    """Print or place what the last run wrote; nothing is computed."""
-    parser = argparse.ArgumentParser(prog="python -m quantstudy", description=__doc__)
-    parser.add_argument("command", choices=["results", "readme"])
-    if parser.parse_args().command == "readme":
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command that the arguments name."""
+    parser = argparse.ArgumentParser(prog="python -m quantstudy", description="Quantize a vision model and compare.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("results", help="print the tables of the studies in `run`")
+    commands.add_parser("readme", help="put the tables into README.md")
+    comparing = commands.add_parser("compare", help="print which variants moved between two revisions, as Markdown")
+    comparing.add_argument("before", nargs="?", help="a git revision or an experiment; without one, print results")
+    comparing.add_argument("after", nargs="?", default="workspace", help="another one; the workspace by default")
+    _add_quantize(commands.add_parser("quantize", help="quantize one model file, without a pipeline"))
+    arguments = parser.parse_args(argv)
+    if arguments.command == "readme":
         write_text(README, with_tables(README.read_text(encoding="utf-8")))
+    elif arguments.command == "quantize":
+        from quantstudy.quantize import quantize
+
+        quantize(arguments)
+    elif arguments.command == "compare" and arguments.before:
+        print_comparison(arguments.before, arguments.after)
     else:
         for study in load_params().run:
             print_results(study)
+
+
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    whole = "of a state_dict; this project's fp32.pth says it itself"
+    parser.add_argument("model", help="an fp32.pth of this project, or a state_dict")
+    parser.add_argument("--method", required=True, help="a row of methods in params.yaml that needs no training")
+    parser.add_argument("--images", required=True, help="a folder, .tar or .zip of images; no labels are needed")
+    parser.add_argument("--out", required=True, help="the file to write, .onnx or .pth")
+    parser.add_argument("--architecture", help=f"{whole}: a torchvision name, or package.module:factory")
+    parser.add_argument("--image-size", type=int, help=f"{whole}: pixels a side (224)")
+    for name in ("mean", "std"):
+        parser.add_argument(f"--{name}", type=float, nargs=3, help=f"{whole}: of red, green, blue (ImageNet's)")
+    parser.add_argument("--calibration-images", type=_positive, default=256, help="at most (%(default)s)")
+    parser.add_argument("--batch-size", type=_positive, default=64, help="of calibration (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration draw (%(default)s)")
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def print_comparison(before: str, after: str) -> None:
+    """Print two revisions side by side, Markdown."""
+    from quantstudy.report.comparison import compare, to_markdown
+    from quantstudy.revisions import Revision
+
+    with contextlib.closing(Revision(before)) as old, contextlib.closing(Revision(after)) as new:
+        print(to_markdown(old, new, compare(old, new)), end="")
 
 
 def print_results(study: str) -> None:

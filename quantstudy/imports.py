@@ -8,8 +8,7 @@ from pathlib import Path
 def transitive_imports(script: Path, root: Path) -> list[Path]:
     """Return `script` and every module below `root` that it imports, relative to `root`, sorted.
 
-    A package counts as the `__init__.py` that makes it one. Raise `ValueError` for a relative import, which is not
-    followed.
+    A package counts as the `__init__.py` that makes it one.
     """
     seen, todo = {script}, [script]
     while todo:
@@ -26,10 +25,10 @@ def _local_imports(path: Path, root: Path) -> Iterator[Path]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            if node.level or not node.module:
-                raise ValueError(f"{path}:{node.lineno}: a relative import; name the module in full")
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        for name in names:
+            package = path.parent.parts[: len(path.parts) - node.level] if node.level else ()
+            base = ".".join([*package, *([node.module] if node.module else [])])
+            names = [base, *(f"{base}.{alias.name}".lstrip(".") for alias in node.names)]
+        for name in filter(None, names):
             parts = name.split(".")
             for depth in range(1, len(parts) + 1):
                 place = Path(*parts[:depth])

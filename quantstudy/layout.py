@@ -16,6 +16,16 @@ def model(study: str, variant: str) -> Path:
     return folder / ("qat" if variant.startswith("qat_") else "ptq") / f"{variant}.pth"
 
 
+def sensitivity(study: str, suffix: str) -> Path:
+    """What quantizing each layer alone costs, at each number of bits: json, csv or png."""
+    return report(study) / f"sensitivity.{suffix}"
+
+
+def budget_front(study: str, suffix: str) -> Path:
+    """Accuracy against size for budgets from 2 to 8 bits: json or png."""
+    return report(study) / f"budget_front.{suffix}"
+
+
 def calibration(study: str) -> Path:
     """Histograms and ranges of every quantizable layer's input."""
     return Path("models") / study / "calibration.pt"
@@ -89,11 +99,6 @@ def training_summary(study: str, name: str) -> Path:
 def activation_stats(study: str) -> Path:
     """The outliers of every layer's input."""
     return report(study) / "activation_stats.json"
-
-
-def sensitivity(study: str) -> Path:
-    """What each layer loses alone at each number of bits: a list of rows."""
-    return report(study) / "sensitivity.json"
 
 
 def page(study: str) -> Path:

@@ -1,12 +1,10 @@
-"""Build a torchvision classifier, load weights into it, fold its BatchNorm."""
+"""Load weights into a classifier, fold its BatchNorm, keep it in a file."""
 
 import copy
 import functools
-import importlib
-import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,14 +13,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
 from quantstudy import params as P
+from quantstudy.architectures import IMAGE_SIZE, build, check_code, code_sha256, is_own, torchvision_models
+from quantstudy.attention import opened_names
 from quantstudy.checkpoint import load_checkpoint, load_tensors, save_checkpoint
-from quantstudy.errors import UserError, unknown
+from quantstudy.errors import UserError
 from quantstudy.files import check_sha256
 
 AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 """Tensors of GoogLeNet and Inception that only their own training needs."""
-ATTENTION = ("MultiheadAttention", "ShiftedWindowAttention", "ShiftedWindowAttentionV2")
-"""Modules that read the weights of the linear layers in them, so that these cannot be replaced."""
 
 
 @dataclass(frozen=True)
@@ -33,31 +31,16 @@ class LoadReport:
     loaded: list[str]
     random: list[str]
 
+    @property
+    def missing(self) -> list[str]:
+        """What a whole file would have given: old ones lack BatchNorm's counters, which nothing needs."""
+        return [name for name in self.random if not name.endswith("num_batches_tracked")]
+
     def __str__(self) -> str:
         """One line for the log."""
         text = f"weights from {self.source}: {len(self.loaded)} tensors loaded"
         names = ", ".join(self.random) if self.loaded else "all"
         return text + (f", random: {names}" if self.random else "")
-
-
-def build(architecture: str, classes: int, key: str = "model.architecture") -> nn.Module:
-    """Return a torchvision classifier with a head of `classes` outputs and random weights.
-
-    Raises:
-        UserError: torchvision has no classifier of that name, or one with attention; `key` is the param that the
-            error names.
-    """
-    models = _torchvision_models()
-    choices = models.list_models(module=models)
-    if architecture not in choices:
-        raise unknown(key, architecture, choices)
-    has_auxiliary_heads = architecture in ("googlenet", "inception_v3")
-    kwargs = {"init_weights": True, "aux_logits": False} if has_auxiliary_heads else {}
-    model: nn.Module = models.get_model(architecture, weights=None, num_classes=classes, **kwargs)
-    for module in model.modules():
-        if (kind := type(module).__name__) in ATTENTION:
-            raise UserError(f"{key}: {architecture!r} has {kind}, which is not quantized here; choose another")
-    return model
 
 
 def load_pretrained(model: nn.Module, row: P.Model, study: str) -> LoadReport:
@@ -74,17 +57,27 @@ def load_pretrained(model: nn.Module, row: P.Model, study: str) -> LoadReport:
         source, state = f"torchvision ImageNet {row.architecture}", _imagenet(row.architecture)
     else:
         check_sha256(Path(row.weights), row.weights_sha256, f"studies.{study}.model.weights_sha256")
-        source, state = row.weights, _state_dict(Path(row.weights))
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(AUXILIARY_HEADS)}
+        source, state = row.weights, read_state_dict(Path(row.weights))
+    return load_state(model, state, source, f"studies.{study}.model.weights", row.architecture)
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], source: str, key: str, architecture: str) -> LoadReport:
+    """Load a state_dict of torchvision's or of this project into `model`, in place, as `load_pretrained` does.
+
+    Position embeddings of a vision transformer for another image size are interpolated. `source` is what the report
+    and errors call the state, `key` the param or file that an error names.
+    """
+    state = {k: v for k, v in opened_names(state).items() if not k.startswith(AUXILIARY_HEADS)}
     own = model.state_dict()
-    head = _head_names(model)
+    _fit_positions(model, state, own)
+    head = {f"{head_name(model)}.{tensor}" for tensor in ("weight", "bias")}
     strange = [k for k in state if k not in own or (state[k].shape != own[k].shape and k not in head)]
     if strange:
         first = strange[0]
         found = f"holds {first}" + (f" of shape {tuple(state[first].shape)}" if first in own else "")
         wanted = f"of shape {tuple(own[first].shape)} here" if first in own else "which it lacks"
         raise UserError(
-            f"studies.{study}.model.weights: {source!r} is not of architecture {row.architecture}: "
+            f"{key}: {source!r} is not of architecture {architecture}: "
             f"it {found}, {wanted} ({len(strange)} of {len(state)} tensors do not fit)"
         )
     usable = {name: tensor for name, tensor in state.items() if tensor.shape == own[name].shape}
@@ -92,8 +85,16 @@ def load_pretrained(model: nn.Module, row: P.Model, study: str) -> LoadReport:
     return LoadReport(source, list(usable), [name for name in own if name not in usable])
 
 
+def _fit_positions(model: nn.Module, state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    name = "encoder.pos_embedding"
+    if name in state and name in own and state[name].ndim == 3 and state[name].shape[2] == own[name].shape[2]:
+        from torchvision.models.vision_transformer import interpolate_embeddings
+
+        interpolate_embeddings(model.image_size, model.patch_size, state)
+
+
 def _imagenet(architecture: str) -> dict[str, torch.Tensor]:
-    models = _torchvision_models()
+    models = torchvision_models()
     try:
         return dict(models.get_model_weights(architecture).DEFAULT.get_state_dict(progress=True, check_hash=True))
     except (OSError, RuntimeError) as error:
@@ -103,24 +104,37 @@ def _imagenet(architecture: str) -> dict[str, torch.Tensor]:
         ) from None
 
 
-def _state_dict(path: Path) -> dict[str, torch.Tensor]:
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Read a file of weights: a state_dict, alone or under the names that training scripts keep it by.
+
+    Raises:
+        UserError: the file is missing, corrupt, or holds anything else, such as a whole pickled model.
+    """
     state = load_tensors(path)
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: not a state_dict (a mapping from names to tensors)")
-    return state
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}  # DistributedDataParallel's prefix
 
 
-def _head_names(model: nn.Module) -> set[str]:
-    name = [n for n, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
-    return {f"{name}.weight", f"{name}.bias"}
+def head_name(model: nn.Module) -> str:
+    """Return the name of the layer that makes the logits: the last Conv2d or Linear in the model's definition."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
 
 
 def save_fp32(path: Path, model: nn.Module, architecture: str, classes: int, preprocessing: P.Preprocessing) -> None:
-    """Write the trained model: torchvision's own state_dict, BatchNorm not folded, and what its input has to be."""
+    """Write the trained model, BatchNorm not folded, what its input has to be, and the SHA-256 of one's own code."""
     facts = {"architecture": architecture, "classes": classes, "preprocessing": preprocessing.model_dump()}
-    save_checkpoint(path, model.state_dict(), **facts, variant="fp32")
+    code = {"code_sha256": code_sha256(architecture)} if is_own(architecture) else {}
+    save_checkpoint(path, model.state_dict(), **facts, **code, variant="fp32")
+
+
+def network_facts(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a checkpoint that says which network its tensors belong to, and for which input."""
+    keys = ("architecture", "classes", "preprocessing", "code_sha256")
+    return {key: checkpoint[key] for key in keys if key in checkpoint}
 
 
 def load_preprocessing(path: Path) -> P.Preprocessing:
@@ -128,29 +142,55 @@ def load_preprocessing(path: Path) -> P.Preprocessing:
     return P.Preprocessing.model_validate(load_checkpoint(path)["preprocessing"])
 
 
-def load_fp32(path: Path) -> nn.Module:
-    """Read a model that `save_fp32` wrote: float32, BatchNorm folded, eval mode, channels_last, on the CPU."""
+def load_fp32(path: Path, *, fold: bool = True) -> nn.Module:
+    """Read a model that `save_fp32` wrote: float32, BatchNorm folded or not, eval mode, channels_last, on the CPU."""
     checkpoint = load_checkpoint(path)
-    model = copy.deepcopy(_without_storage(checkpoint["architecture"], checkpoint["classes"]))
+    model = _network_of(checkpoint, path)
     model.load_state_dict(checkpoint["state_dict"], assign=True)
-    _fold_in_place(model.eval())
+    model.eval()
+    if fold:
+        _fold_in_place(model)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-def skeleton(architecture: str, classes: int) -> nn.Module:
-    """Return an architecture as quantization sees it, BatchNorm folded, eval mode, its tensors without storage."""
-    model = copy.deepcopy(_without_storage(architecture, classes)).eval()
-    _fold_in_place(model)
+def skeleton_of(path: Path) -> nn.Module:
+    """Return the network of a file, fp32 or a variant, as `skeleton` does."""
+    return _as_quantized(_network_of(load_checkpoint(path), path))
+
+
+def skeleton(architecture: str, classes: int, image_size: int = IMAGE_SIZE) -> nn.Module:
+    """Return an architecture as quantization sees it: BatchNorm folded, eval mode.
+
+    The tensors of torchvision's networks have no storage; those of one's own have their random start, since what
+    its code computes besides parameters has to be there.
+    """
+    return _as_quantized(_without_weights(architecture, classes, image_size))
+
+
+def _as_quantized(model: nn.Module) -> nn.Module:
+    _fold_in_place(model.eval())
     return model
 
 
+def _network_of(checkpoint: dict[str, Any], path: Path) -> nn.Module:
+    architecture = checkpoint["architecture"]
+    check_code(architecture, checkpoint.get("code_sha256"), f"{path}: code_sha256")
+    return _without_weights(architecture, checkpoint["classes"], checkpoint["preprocessing"]["image_size"])
+
+
+def _without_weights(architecture: str, classes: int, image_size: int) -> nn.Module:
+    if is_own(architecture):
+        return build(architecture, classes, image_size)
+    return copy.deepcopy(_without_storage(architecture, classes, image_size))
+
+
 @functools.cache
-def _without_storage(architecture: str, classes: int) -> nn.Module:
+def _without_storage(architecture: str, classes: int, image_size: int) -> nn.Module:
     try:
         with torch.device("meta"), _SkipRandomStart():
-            return build(architecture, classes)
+            return build(architecture, classes, image_size)
     except NotImplementedError:  # RegNet computes its widths with tensors
-        return build(architecture, classes).to("meta")
+        return build(architecture, classes, image_size).to("meta")
 
 
 class _SkipRandomStart(TorchFunctionMode):
@@ -165,33 +205,12 @@ class _SkipRandomStart(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-@functools.cache
-def _torchvision_models() -> ModuleType:
-    """Import torchvision's models without torch._dynamo: 0.15 s instead of 1.4 s.
-
-    Only its operators for detectors want a function of it, which is called when they are. A stand-in holds its place
-    during the import; a torchvision that wants more of it gets the real one.
-    """
-    if "torch._dynamo" in sys.modules:
-        return importlib.import_module("torchvision.models")
-    names = ("torch._dynamo", "torch._dynamo.utils")
-    sys.modules.update({name: ModuleType(name) for name in names})
-    sys.modules["torch._dynamo.utils"].is_compile_supported = lambda device_type: False  # type: ignore[attr-defined]
-    try:
-        return importlib.import_module("torchvision.models")
-    except (ImportError, AttributeError):
-        pass
-    finally:
-        for name in names:
-            del sys.modules[name]
-    return importlib.import_module("torchvision.models")
-
-
 def fold_batchnorm(model: nn.Module) -> nn.Module:
     """Return a copy in eval mode where each BatchNorm2d that follows a Conv2d is folded into it.
 
     The names of the layers stay: the convolution takes the folded weight and a bias, the BatchNorm becomes an
-    `Identity`. A BatchNorm that does not directly follow a convolution stays as it is.
+    `Identity`. A BatchNorm that does not directly follow a convolution stays as it is, and so does every one of a
+    network that `torch.fx` cannot trace.
     """
     folded = copy.deepcopy(model).eval()
     _fold_in_place(folded)
@@ -200,7 +219,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
 
 def _fold_in_place(model: nn.Module) -> None:
     modules = dict(model.named_modules())
-    for conv_name, norm_name in _conv_norm_pairs(model):
+    for conv_name, norm_name in conv_norm_pairs(model):
         conv, norm = modules[conv_name], modules[norm_name]
         model.set_submodule(conv_name, _fused(conv, norm))
         model.set_submodule(norm_name, nn.Identity())
@@ -214,17 +233,22 @@ def _fused(conv: Any, norm: Any) -> nn.Module:
     return conv  # type: ignore[no-any-return]
 
 
-def _conv_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
+def conv_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
+    """Return the names of each convolution and the BatchNorm2d that alone reads it."""
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         return []
-    graph = fx.Tracer().trace(model)
+    try:
+        graph = fx.Tracer().trace(model)
+    except Exception:  # the code of a network of one's own may raise anything at the tracer's stand-in for an image
+        return []
     modules = dict(model.named_modules())
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     pairs = []
     for node in graph.nodes:
         if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
             continue
         before = node.args[0]
         is_conv = before.op == "call_module" and isinstance(modules[before.target], nn.Conv2d)
-        if is_conv and len(before.users) == 1:
+        if is_conv and len(before.users) == calls[before.target] == calls[node.target] == 1:
             pairs.append((before.target, node.target))
     return pairs

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from quantstudy.errors import UserError, unknown
 
 PARAMS_FILE = Path("params.yaml")
+DEFAULT_METHODS = Path(__file__).parent / "methods" / "defaults.yaml"
+"""The methods of the repository's `params.yaml`, for a folder that has none."""
 GROUP_SIZES = (8, 16, 32, 64, 128, 256)
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
@@ -31,9 +33,12 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """A torchvision classifier and the weights that its training starts from."""
+    """A classifier and the weights that its training starts from."""
 
     architecture: str
+    """A name of torchvision's, or `package.module:factory`, one's own function of `num_classes`."""
+    code_sha256: Sha256 | None = None
+    """Of the code of one's own architecture, so that a change of it trains anew."""
     weights: str | None = None
     """None: random; `imagenet`: torchvision's; otherwise the path of a local state_dict."""
     weights_sha256: Sha256 | None = None
@@ -54,6 +59,8 @@ class Data(Preprocessing):
     dataset: str | None = None
     path: str | None = None
     sha256: Sha256 | None = None
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Of a folder of classes without train/ and test/: the share of each class that is drawn for testing."""
     max_train: Annotated[int, Field(ge=1)] | None = None
     max_test: Annotated[int, Field(ge=1)] | None = None
 
@@ -63,6 +70,8 @@ class Data(Preprocessing):
         for key in needed:
             if getattr(self, key) is None:
                 raise ValueError(f"source {self.source} needs the key {key}")
+        if self.test_fraction is not None and self.source != "folder":
+            raise ValueError(f"source {self.source} has a test split; remove test_fraction")
         return self
 
     @property
@@ -74,7 +83,8 @@ class Data(Preprocessing):
 class Training(Section):
     """One training run: fine-tuning or QAT."""
 
-    epochs: Annotated[int, Field(ge=1)]
+    epochs: Annotated[int, Field(ge=0)]
+    """0 keeps the weights as they are: they have been trained."""
     learning_rate: Annotated[float, Field(gt=0)]
     batch_size: Annotated[int, Field(ge=1)] = 64
     optimizer: Optimizer = "sgd"
@@ -117,25 +127,28 @@ class Study(Section):
     seed: Annotated[int, Field(ge=0)]
 
 
-class Scheme(Section):
-    """Numbers that every integer method has: symmetric weights, per channel or per group.
+class Rounding(Section):
+    """How weights become symmetric integers, per channel or per group, whatever their bits.
 
-    What a post-training method does beyond rounding to nearest comes in this order: `weight_range`, `rounding`,
-    `bias_correction`. A method that trains chooses its ranges and rounds to nearest in each step.
+    What a post-training method does beyond rounding to nearest comes in the order of these keys; see
+    `methods.post_training`. A method that trains chooses its ranges and rounds to nearest in each step.
     """
 
-    weight_bits: Bits
     group_size: int | None = None
     weight_range: Literal["minmax", "mse"] = "minmax"
     """Scales that clip nothing, or those of the least squared error of the weights."""
-    rounding: Literal["nearest", "gptq"] = "nearest"
+    rounding: Literal["nearest", "gptq", "adaround", "brecq"] = "nearest"
+    seconds: Annotated[float, Field(gt=0)] = 480.0
+    """The time that adaround, brecq and finetune may take each."""
     bias_correction: bool = False
     """Whether the mean error of each output channel on the calibration images goes into the bias."""
+    finetune: bool = False
+    """Whether weights, scales and biases then learn together to predict what fp32 does on the calibration images."""
 
     @property
     def needs_images(self) -> bool:
         """Whether the method looks at the calibration images again."""
-        return self.rounding != "nearest" or self.bias_correction
+        return self.rounding != "nearest" or self.bias_correction or self.finetune
 
     @field_validator("group_size")
     @classmethod
@@ -144,6 +157,21 @@ class Scheme(Section):
             choices = ", ".join(map(str, GROUP_SIZES))
             raise ValueError(f"{value} does not divide the layers' rows into whole blocks; choose one of {choices}")
         return value
+
+
+class Scheme(Rounding):
+    """Numbers that every uniform integer method has."""
+
+    weight_bits: Bits
+    edge_bits: Bits | None = None
+    """The least bits of the first and the last layer, weights and activations; None: like every layer's."""
+    equalize: bool = False
+    """Whether weight ranges of neighbouring layers are made equal before all else, and high biases absorbed."""
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether the method looks at the calibration images again."""
+        return self.equalize or super().needs_images
 
 
 class Cast(Section):
@@ -171,6 +199,7 @@ class Static(Scheme):
 
     kind: Literal["static"]
     activation_bits: Bits = 8
+    activation_range: Literal["minmax", "moving_average", "mse", "entropy"] = "minmax"
     clip_percentile: Annotated[float, Field(gt=50, le=100)] | None = None
 
 
@@ -189,6 +218,26 @@ class MixedVariance(Scheme):
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
 
 
+class MixedBudget(Rounding):
+    """The bits of each layer that lose least within a budget; layers at 16 bits in a 16-bit float type.
+
+    The losses are those of the stage `sensitivity`, and its `bits` are the choices.
+    """
+
+    kind: Literal["mixed_budget"]
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    mean_bits: Annotated[float, Field(gt=0, le=16)] | None = None
+    """Stored bits a weight, scales included."""
+    bit_operations: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Σ MACs · weight bits · activation bits, as a share of fp32's."""
+
+    @model_validator(mode="after")
+    def _has_a_budget(self) -> "MixedBudget":
+        if self.mean_bits is None and self.bit_operations is None:
+            raise ValueError("kind mixed_budget needs the key mean_bits or bit_operations")
+        return self
+
+
 class QatStatic(Static):
     """The static scheme, fine-tuned."""
 
@@ -197,7 +246,36 @@ class QatStatic(Static):
     @model_validator(mode="after")
     def _is_plain(self) -> "QatStatic":
         if self.needs_images or self.weight_range != "minmax":
-            raise ValueError("a method that trains takes no weight_range, rounding or bias_correction; remove them")
+            keys = "equalize, weight_range, rounding, bias_correction or finetune"
+            raise ValueError(f"a method that trains takes no {keys}; remove them")
+        return self
+
+
+class QatLsq(Static):
+    """The static scheme, fine-tuned with learned scales; BatchNorm is folded after training."""
+
+    kind: Literal["qat_lsq"]  # type: ignore[assignment]
+    weight_range: Literal["minmax", "mse"] = "mse"
+    activation_range: Literal["minmax", "moving_average", "mse", "entropy"] = "mse"
+    """Where the learned scales start, as `weight_range` is."""
+    distillation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The share of the fp32 model's predictions in what is learned, beside the labels."""
+    schedule: Schedule = "cosine"
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """None: the study's, as `epochs`."""
+
+    def of_study(self, row: Qat) -> Qat:
+        """Return a study's row with the method's own numbers in it."""
+        own = {"schedule": self.schedule, "epochs": self.epochs, "learning_rate": self.learning_rate}
+        return row.model_copy(update={key: value for key, value in own.items() if value is not None})
+
+    @model_validator(mode="after")
+    def _is_trained(self) -> "QatLsq":
+        if self.needs_images:
+            raise ValueError(
+                "a method that trains takes no equalize, rounding, bias_correction or finetune; remove them"
+            )
         return self
 
 
@@ -209,9 +287,10 @@ class QatCast(Section):
 
 
 Method = Annotated[
-    Cast | WeightOnly | Dynamic | Static | MixedLinear | MixedVariance | QatStatic | QatCast,
+    Cast | WeightOnly | Dynamic | Static | MixedLinear | MixedVariance | MixedBudget | QatStatic | QatLsq | QatCast,
     Field(discriminator="kind"),
 ]
+BUDGET = "mixed_budget"
 METHOD_ROWS: tuple[type[Section], ...] = get_args(get_args(Method)[0])
 
 
@@ -225,6 +304,31 @@ class Measure(Section):
     threads: Annotated[int, Field(ge=1)] | None = None
 
 
+class Sensitivity(Rounding):
+    """What quantizing one layer alone is measured with: the same rounding as the methods that use the result."""
+
+    bits: Annotated[list[Bits | Literal[16]], Field(min_length=1)]
+    """Widths of the one layer's weights; 16 is float16."""
+    images: Annotated[int, Field(ge=1)] | None = None
+    """The first so many calibration images; None: all."""
+
+    @field_validator("bits")
+    @classmethod
+    def _bits_differ(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"{value} lists a width twice")
+        return value
+
+
+class Budget(Section):
+    """Mixed precision within a budget, which rests on the sensitivity of each layer."""
+
+    studies: list[Name]
+    """Studies of `run` whose sensitivity is measured."""
+    methods: list[Name]
+    """Methods of kind mixed_budget; like those of `ptq` they run in every study of `run`."""
+
+
 class Runtime(Section):
     """What the stages run on."""
 
@@ -233,9 +337,10 @@ class Runtime(Section):
 
 
 class Export(Section):
-    """The methods of `ptq` and `qat` whose variants are also written as ONNX files."""
+    """The methods of `ptq`, `budget.methods` and `qat` whose variants are also written as ONNX files."""
 
     ptq: list[str]
+    budget: list[str]
     qat: list[str]
 
 
@@ -252,24 +357,32 @@ class Outliers(Section):
     percentiles: Annotated[list[Annotated[float, Field(gt=50, lt=100)]], Field(min_length=1)]
 
 
+class Methods(Section):
+    """The part of `params.yaml` that defines methods."""
+
+    methods: dict[Name, Method]
+
+
 class Params(Section):
     """The whole of `params.yaml`."""
 
     run: list[Name]
     ptq: list[Name]
+    budget: Budget
     qat: list[Name]
     export: Export
     studies: dict[Name, Study]
     methods: dict[Name, Method]
     outliers: Outliers
+    sensitivity: Sensitivity
     measure: Measure
     runtime: Runtime
     scaling_law: ScalingLaw
 
     @property
     def variants(self) -> list[str]:
-        """Every variant of a study: fp32, then the methods of `ptq` and `qat` in their order."""
-        return ["fp32", *self.ptq, *self.qat]
+        """Every variant of a study: fp32, then the methods of `ptq`, `budget.methods` and `qat` in their order."""
+        return ["fp32", *self.ptq, *self.budget.methods, *self.qat]
 
     def study(self, name: str) -> Study:
         """Return a study's row; raise `UserError` for a name that is not in `studies`."""
@@ -286,6 +399,31 @@ class Params(Section):
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
     """Read and validate `params.yaml`; raise `UserError` with one line for the first mistake in it."""
+    raw = _read(path)
+    try:
+        params = Params.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_one_line(error, raw)) from None
+    _check_lists(params)
+    return params
+
+
+def load_methods(path: Path = PARAMS_FILE) -> dict[str, Any]:
+    """Return the rows of `methods` by name: those of a `params.yaml` that has them, else those of this package.
+
+    Raises:
+        UserError: a row has a mistake.
+    """
+    raw = _read(path) if path.is_file() else {}
+    if "methods" not in raw:
+        raw = _read(DEFAULT_METHODS)
+    try:
+        return dict(Methods.model_validate({"methods": raw["methods"]}).methods)
+    except ValidationError as error:
+        raise UserError(_one_line(error, raw)) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -294,12 +432,7 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: {raw!r} is not a mapping of sections")
-    try:
-        params = Params.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(_one_line(error, raw)) from None
-    _check_lists(params)
-    return params
+    return raw
 
 
 def _check_lists(params: Params) -> None:
@@ -310,14 +443,17 @@ def _check_lists(params: Params) -> None:
             raise UserError(f"studies: {other!r} and {name!r} differ only in case; rename one")
     for key, names, choices in (
         ("run", params.run, list(params.studies)),
-        ("ptq", params.ptq, [m for m, row in params.methods.items() if not row.kind.startswith("qat")]),
+        ("ptq", params.ptq, [m for m, row in params.methods.items() if not row.kind.startswith(("qat", BUDGET))]),
+        ("budget.studies", params.budget.studies, params.run),
+        ("budget.methods", params.budget.methods, [m for m, row in params.methods.items() if row.kind == BUDGET]),
         ("qat", params.qat, [m for m, row in params.methods.items() if row.kind.startswith("qat")]),
         ("export.ptq", params.export.ptq, params.ptq),
+        ("export.budget", params.export.budget, params.budget.methods),
         ("export.qat", params.export.qat, params.qat),
         ("scaling_law.ptq", params.scaling_law.ptq, params.variants),
         ("scaling_law.qat", params.scaling_law.qat, params.variants),
     ):
-        if not names and not key.startswith("export"):
+        if not names and not key.startswith(("export", "budget")):
             raise UserError(f"{key}: [] is empty; list one or more of {', '.join(choices)}")
         for name in names:
             if name not in choices:
@@ -326,6 +462,9 @@ def _check_lists(params: Params) -> None:
             raise UserError(f"{key}: {names} lists a name twice")
     _check_names(params)
     _check_percentiles(params)
+    unmeasured = [study for study in params.run if study not in params.budget.studies]
+    if params.budget.methods and unmeasured:
+        raise UserError(f"budget.studies: {', '.join(unmeasured)} is missing; budget.methods run in every study of run")
 
 
 def _check_names(params: Params) -> None:

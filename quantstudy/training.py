@@ -11,12 +11,13 @@ import io
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -57,6 +58,11 @@ class Run:
     """Autocast type, None for float32; float16 brings a gradient scaler."""
     score_start: bool = False
     """Whether the untrained model competes as epoch 0, so that training can never lose on validation."""
+    before_validation: Callable[[nn.Module], None] | None = None
+    """Called with the model after each epoch, before it is scored and kept."""
+    teacher: nn.Module | None = None
+    distillation: float = 0.0
+    """The share of the teacher's probabilities in the targets (Hinton et al. 2015, at temperature 1)."""
 
 
 @dataclass
@@ -71,7 +77,12 @@ class State:
 
 
 def train(model: nn.Module, training: Batches, validation: Batches, run: Run) -> State:
-    """Train `model` in place, leave it with the weights of its best epoch, return the run's state."""
+    """Train `model` in place, leave it with the weights of its best epoch, return the run's state.
+
+    With 0 epochs it is only scored.
+    """
+    if not run.settings.epochs:
+        return _scored(model, validation, run)
     device = next(model.parameters()).device
     averaging = parallel.averaging(model)
     optimizer = _optimizer(model, run.settings, fused=run.dtype != torch.float16)
@@ -87,6 +98,8 @@ def train(model: nn.Module, training: Batches, validation: Batches, run: Run) ->
     for epoch in range(state.epoch + 1, run.settings.epochs + 1):
         training.set_epoch(epoch)
         row = _one_epoch(averaging, training, optimizer, schedule, scaler, run, epoch)
+        if run.before_validation:
+            run.before_validation(model)
         parallel.share_buffers(model)
         row["validation_loss"], row["validation_top1"] = evaluate(model, validation, run.dtype)
         state.epoch = epoch
@@ -102,6 +115,15 @@ def train(model: nn.Module, training: Batches, validation: Batches, run: Run) ->
     model.load_state_dict(state.best)
     if not parallel.rank():
         run.resume.unlink(missing_ok=True)
+    return state
+
+
+def _scored(model: nn.Module, validation: Batches, run: Run) -> State:
+    state = State()
+    loss, top1 = evaluate(model, validation, run.dtype)
+    _keep(state, model, {"epoch": 0, "validation_loss": loss, "validation_top1": top1})
+    if not parallel.rank():
+        _write_curve(run.curve, state.rows)
     return state
 
 
@@ -139,7 +161,7 @@ def _one_epoch(
         for images, labels in batches:
             with autocast(device, run.dtype):
                 logits = model(images).float()
-                loss = F.cross_entropy(logits, labels, label_smoothing=run.settings.label_smoothing)
+                loss = _loss(logits, images, labels, run)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -166,6 +188,15 @@ def _one_epoch(
         "images_per_second": seen_sum / seconds,
         "waiting_percent": 100 * (batches.seconds_waiting - waited) / seconds,
     }
+
+
+def _loss(logits: Tensor, images: Tensor, labels: Tensor, run: Run) -> Tensor:
+    loss = F.cross_entropy(logits, labels, label_smoothing=run.settings.label_smoothing)
+    if run.teacher is None:
+        return loss
+    with torch.no_grad():
+        taught = run.teacher(images).float().softmax(1)
+    return (1 - run.distillation) * loss + run.distillation * F.cross_entropy(logits, taught)
 
 
 def _optimizer(model: nn.Module, settings: P.Training, fused: bool) -> torch.optim.Optimizer:

@@ -4,9 +4,10 @@ import argparse
 from collections.abc import Sequence
 
 from quantstudy import layout, models, parallel, training
+from quantstudy.architectures import build, check_code, check_logits
 from quantstudy.data.container import load_split
 from quantstudy.device import set_up, training_dtype
-from quantstudy.errors import run_stage
+from quantstudy.errors import UserError, run_stage
 from quantstudy.files import sha256, write_json
 from quantstudy.params import load_params
 
@@ -26,9 +27,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     split = load_split(layout.split(name, "train"))
     batches, validation = training.training_and_validation(split, seen, study.training, study.seed, device)
     classes = len(split.classes)
-    model = models.build(study.model.architecture, classes, f"studies.{name}.model.architecture")
+    key = f"studies.{name}.model"
+    check_code(study.model.architecture, study.model.code_sha256, f"{key}.code_sha256")
+    model = build(study.model.architecture, classes, seen.image_size, f"{key}.architecture")
+    check_logits(model, classes, seen.image_size, f"{key}.architecture")
     loaded = models.load_pretrained(model, study.model, name)
     print(loaded)
+    if not study.training.epochs and loaded.missing:
+        gaps = f"{len(loaded.missing)} tensors have a random start, {loaded.missing[0]} for one"
+        raise UserError(f"studies.{name}.training.epochs: 0 keeps the weights of {key}.weights, but {gaps}")
     model.to(device, memory_format=training.MEMORY_FORMAT)
 
     run = training.Run(

@@ -9,7 +9,7 @@ from quantstudy.data.batches import Batches
 from quantstudy.data.container import load_split
 from quantstudy.device import set_up
 from quantstudy.errors import run_stage
-from quantstudy.methods.registry import POST_TRAINING, settings_of
+from quantstudy.methods.registry import POST_TRAINING, quantize, settings_of
 from quantstudy.params import load_params
 from quantstudy.quantization.variant import save_variant
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if getattr(settings, "needs_images", False):
         split, seen = load_split(layout.split(name, "calibration")), models.load_preprocessing(fp32)
         calibration["images"] = [images for images, _ in Batches(split, seen, study.calibration.batch_size, "cpu")]
-    variant = POST_TRAINING[settings.kind](model, calibration, settings)
+    variant = quantize(model, calibration, settings)
 
     path = layout.model(name, method)
     save_variant(path, variant, load_checkpoint(fp32), method)

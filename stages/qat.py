@@ -9,8 +9,9 @@ from quantstudy.data.container import load_split
 from quantstudy.device import DTYPES, describe, set_up, training_dtype
 from quantstudy.errors import run_stage
 from quantstudy.files import sha256, write_json
+from quantstudy.methods.lsq import estimate_batchnorm
 from quantstudy.methods.registry import TRAINED, finish, settings_of
-from quantstudy.params import QatCast, load_params
+from quantstudy.params import QatCast, QatLsq, load_params
 from quantstudy.quantization.variant import save_variant
 
 
@@ -29,31 +30,36 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     fp32 = layout.model(name, "fp32")
     calibration = load_tensors(layout.calibration(name))
-    variant = TRAINED[settings.kind](models.load_fp32(fp32), calibration, settings)
+    is_cast, is_lsq = isinstance(settings, QatCast), isinstance(settings, QatLsq)
+    model = models.load_fp32(fp32, fold=not is_lsq)
+    variant = TRAINED[settings.kind](model, calibration, settings)
     variant.requires_grad_(True).to(device)
 
     seen = models.load_preprocessing(fp32)
     split = load_split(layout.split(name, "train"))
-    batches, validation = training.training_and_validation(split, seen, study.qat, study.seed, device)
-    is_cast = isinstance(settings, QatCast)
+    rows = settings.of_study(study.qat) if is_lsq else study.qat
+    batches, validation = training.training_and_validation(split, seen, rows, study.seed, device)
     run = training.Run(
         name=f"{name} {method}",
-        settings=study.qat,
+        settings=rows,
         curve=layout.curve(name, method),
         resume=layout.resume(name, method),
         fingerprint=training.fingerprint(
-            *(study.qat, settings, study.seed, seen),
+            *(rows, settings, study.seed, seen),
             *(sha256(path) for path in (fp32, layout.calibration(name), layout.split(name, "train"))),
         ),
         dtype=DTYPES[settings.dtype] if is_cast else training_dtype("fp32", device),
         score_start=True,
+        before_validation=(lambda model: estimate_batchnorm(model, batches)) if is_lsq else None,
+        teacher=models.load_fp32(fp32).to(device) if is_lsq and settings.distillation else None,
+        distillation=settings.distillation if is_lsq else 0.0,
     )
     state = training.train(variant, batches, validation, run)
     if parallel.rank():
         return
 
     path = layout.model(name, method)
-    save_variant(path, finish(variant.cpu(), settings), load_checkpoint(fp32), method)
+    save_variant(path, finish(variant.cpu(), model, settings), load_checkpoint(fp32), method)
     facts = training.summary(state, batches, validation) | {"arithmetic": describe(device, run.dtype)}
     write_json(layout.training_summary(name, method), facts)
     print(f"best epoch {state.best_epoch}: validation top-1 {state.best_score[0]:.2f} %")

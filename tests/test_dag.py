@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from quantstudy import layout
 from quantstudy.params import load_params
 from tests.conftest import ROOT
 
@@ -42,12 +43,31 @@ def test_every_stage_has_a_description() -> None:
     assert all(stage.get("desc") for stage in STAGES.values())
 
 
-def test_every_method_listed_is_measured_and_every_row_but_three_is_listed() -> None:
+def test_every_method_listed_is_measured_and_the_rows_left_out_are_those_that_take_minutes() -> None:
     params = load_params(ROOT / "params.yaml")
-    left_out = {"int8_corrected", "int4_mse", "int4_gptq"}  # GPTQ of VGG-11 takes minutes
-    assert params.methods.keys() - left_out == {*params.ptq, *params.qat}
+    for name in params.methods.keys() - {*params.ptq, *params.qat}:
+        row = params.method(name)
+        beyond = {"equalize": False, "weight_range": "minmax", "rounding": "nearest", "finetune": False}
+        takes_minutes = any(getattr(row, key, default) != default for key, default in beyond.items())
+        assert takes_minutes or row.kind == "mixed_budget", name
+    axes = {"study": "${run}", "method": "${budget.methods}"}
+    assert STAGES["evaluate_budget"]["matrix"] == axes == STAGES["budget"]["matrix"]
     assert STAGES["evaluate_ptq"]["matrix"] == {"study": "${run}", "method": "${ptq}"} == STAGES["ptq"]["matrix"]
     assert STAGES["evaluate_qat"]["matrix"] == {"study": "${run}", "method": "${qat}"} == STAGES["qat"]["matrix"]
+
+
+def test_the_artifacts_are_the_models_of_the_default_run() -> None:
+    params = load_params(ROOT / "params.yaml")
+    expected = {f"{study}/{v}": layout.model(study, v) for study in params.run for v in params.variants}
+    exported = ["fp32", *params.export.ptq, *params.export.qat]
+    expected |= {f"{study}/onnx/{v}": layout.onnx(study, v) for study in params.run for v in exported}
+    artifacts = yaml.safe_load((ROOT / "dvc.yaml").read_text())["artifacts"]
+    assert {name: row["path"] for name, row in artifacts.items()} == {n: p.as_posix() for n, p in expected.items()}
+    for name, row in artifacts.items():
+        study, variant = name.split("/")[0], name.split("/")[-1]
+        model = params.study(study)
+        assert row["type"] == "model" and row["desc"].startswith(f"{model.model.architecture} on {model.data.source}")
+        assert row["labels"][:3] == [model.model.architecture, model.data.source, variant]
 
 
 def test_params_that_stages_track_exist() -> None:

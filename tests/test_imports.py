@@ -45,7 +45,19 @@ def test_a_planted_late_import_is_found(code: Path) -> None:
     assert set(after) - set(before) == {Path("quantstudy/planted.py")}
 
 
-def test_a_relative_import_is_refused(code: Path) -> None:
-    (code / "stages" / "ptq.py").write_text("from . import qat\n")
-    with pytest.raises(ValueError, match=r"stages/ptq.py:1: a relative import"):
-        transitive_imports(Path("stages/ptq.py"), code)
+def test_relative_imports_are_followed(tmp_path: Path) -> None:
+    files = {
+        "top/__init__.py": "from . import helper",
+        "top/helper.py": "",
+        "top/inner/__init__.py": "",
+        "top/inner/network.py": "from ..deep import layer\nfrom .near import x",
+        "top/inner/near.py": "",
+        "top/deep.py": "",
+        "top/unused.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = transitive_imports(Path("top/inner/network.py"), tmp_path)
+    assert {path.as_posix() for path in found} == set(files) - {"top/unused.py"}
+    assert transitive_imports(Path("top/__init__.py"), tmp_path) == [Path("top/__init__.py"), Path("top/helper.py")]

@@ -11,7 +11,8 @@ from quantstudy import models
 from quantstudy import params as P
 from quantstudy.errors import UserError
 from quantstudy.files import sha256
-from tests.conftest import ROOT
+from stages import download, finetune
+from tests.conftest import ROOT, Project
 
 SEEN = P.Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
@@ -88,12 +89,6 @@ def test_a_saved_model_loads_folded(tmp_path: Path) -> None:
         torch.testing.assert_close(models.load_fp32(path)(images), model(images), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", ["vit_b_16", "swin_t", "swin_v2_t"])
-def test_an_architecture_with_attention_is_refused(architecture: str) -> None:
-    with torch.device("meta"), pytest.raises(UserError, match=f"key: '{architecture}' has [A-Za-z0-9]*Attention"):
-        models.build(architecture, 10, "key")
-
-
 def test_auxiliary_heads_are_left_out() -> None:
     with torch.device("meta"):
         logits = models.build("googlenet", 10).train()(torch.empty(2, 3, 64, 64))
@@ -123,3 +118,20 @@ def test_a_network_that_computes_with_tensors_as_it_is_built_has_a_skeleton_too(
     skeleton = models.skeleton("regnet_y_400mf", 10)
     assert all(tensor.is_meta for tensor in skeleton.state_dict().values())
     assert skeleton.fc.out_features == 10
+
+
+def test_a_trained_network_is_kept_as_it_is_by_0_epochs(project: Project) -> None:
+    torch.manual_seed(1)
+    trained = models.build("mobilenet_v2", 10)
+    torch.save({"state_dict": trained.state_dict()}, "own.pth")
+    row = {"architecture": "mobilenet_v2", "weights": "own.pth", "weights_sha256": sha256(Path("own.pth"))}
+    project.edit("studies.tiny.model", row)
+    project.edit("studies.tiny.training.epochs", 0)
+    download.main(["--study", "tiny"])
+    finetune.main(["--study", "tiny"])
+    kept = models.load_checkpoint(Path("models/tiny/fp32.pth"))["state_dict"]
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in trained.state_dict().items())
+    assert len(Path("reports/tiny/curves/finetune.csv").read_text().splitlines()) == 2
+    torch.save(models.build("mobilenet_v2", 7).state_dict(), "own.pth")
+    project.edit("studies.tiny.model.weights_sha256", sha256(Path("own.pth")))
+    assert "studies.tiny.training.epochs: 0 keeps the weights" in project.failure(finetune.main)

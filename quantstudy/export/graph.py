@@ -29,7 +29,9 @@ def network_graph(architecture: str, classes: int, image_size: int) -> onnx.Mode
 
     Each parameter of the network is an initializer of its name and shape, without data. Other constants have theirs.
     """
-    network = skeleton(architecture, classes).to_empty(device="cpu")
+    network = skeleton(architecture, classes, image_size)
+    if any(tensor.is_meta for tensor in network.state_dict().values()):
+        network.to_empty(device="cpu")
     state = network.state_dict()
     generator = torch.Generator().manual_seed(0)
     for tensor in state.values():

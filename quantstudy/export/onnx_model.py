@@ -22,8 +22,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from quantstudy.errors import UserError
 from quantstudy.files import atomic
-from quantstudy.quantization.layers import quantized_layers
+from quantstudy.quantization.layers import ChannelReLU, quantized_layers
 from quantstudy.quantization.packing import pack
 from quantstudy.quantization.variant import Variant
 
@@ -37,8 +38,16 @@ def to_onnx(model: nn.Module, graph: onnx.ModelProto) -> onnx.ModelProto:
 
     `graph` is its architecture's, from `network_graph`; it stays as it is. The nodes of the layers have the layers'
     names. The model is checked before it is returned.
+
+    Raises:
+        UserError: equalization gave the network's ReLU6 a bound per channel, for which the graph has no place.
     """
     network = model.network if isinstance(model, Variant) else model
+    if any(isinstance(module, ChannelReLU) for module in network.modules()):
+        raise UserError(
+            "equalize: the network's ReLU6 have bounds per channel now, which the ONNX graph lacks; export "
+            "a method without equalize"
+        )
     return _Builder(network, graph).build()
 
 

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 
 from quantstudy import layout, models
 from quantstudy import params as P
-from quantstudy.checkpoint import load_checkpoint
 from quantstudy.data.batches import Batches, run_on_split
 from quantstudy.data.container import Split
 from quantstudy.device import DTYPES
 from quantstudy.errors import UserError, one_line
 from quantstudy.files import atomic, finite
 from quantstudy.machine.hardware import arithmetic_is_native, describe_machine, remarks
+from quantstudy.measure.coverage import not_quantized, remark, stored
 from quantstudy.measure.latency import Timing, time_alternately
 from quantstudy.measure.memory import with_peak_memory_mb
 from quantstudy.measure.operations import count_macs, tera_bit_operations
-from quantstudy.measure.per_layer import LAYER_IMAGES, layer_sqnr_db, stored_bits, weight_storage
+from quantstudy.measure.per_layer import LAYER_IMAGES, layer_sqnr_db, weight_storage
 from quantstudy.measure.statistics import mcnemar_exact_p, sqnr_db, wilson_half_width
 from quantstudy.quantization.variant import load_any
 from quantstudy.runtimes.executables import Executable, build_executable, worth_compiling
@@ -92,8 +92,7 @@ class Task:
 
     def skeleton(self) -> nn.Module:
         """Return the fp32 network without its weights."""
-        facts = load_checkpoint(self.path)
-        return models.skeleton(facts["architecture"], facts["classes"])
+        return models.skeleton_of(self.path)
 
     def noise(self, batch_size: int) -> Tensor:
         """Return images to time on, float32 [batch_size, 3, S, S], channels_last on the device."""
@@ -117,7 +116,7 @@ def evaluate(task: Task, test: Split, reference: Reference | None) -> tuple[Reco
     `reference` is fp32's on the same images; None when the variant is fp32 itself. Call it before the process has
     computed anything, so that the memory it measures is the variant's alone.
     """
-    (eager, stored, storage), memory = with_peak_memory_mb(lambda: _eager_after_a_batch(task), task.device)
+    (eager, counted, storage, left), memory = with_peak_memory_mb(lambda: _eager_after_a_batch(task), task.device)
     if reference is None:
         total_macs, macs = count_macs(task.skeleton(), task.preprocessing.image_size)
     else:
@@ -128,14 +127,16 @@ def evaluate(task: Task, test: Split, reference: Reference | None) -> tuple[Reco
     logits_of = {executable.runtime: run_on_test(executable, task, test) for executable in executables}
     logits = logits_of[chosen.runtime]
     metrics = _accuracy(logits, logits if reference is None else reference.logits, test.labels.numpy())
-    metrics |= _file_size(task) | stored
+    metrics |= _file_size(task) | counted
     metrics |= {"gmacs": total_macs / 1e9, "tbops": _tera_bit_operations(macs, chosen)}
     metrics |= _latency(task, chosen, baselines, timings)
     if memory is None:
         failed["peak_memory_mb"] = "the system does not let a process reset its peak"
     metrics |= {"kernel_real": int(chosen.real), "peak_memory_mb": finite(memory), "seed": task.study.seed}
     sqnr = {} if reference is None else _layer_sqnr(task, test)
-    details = _details(task, chosen, timings, _layer_rows(chosen, macs, storage, sqnr)) | {"unavailable": failed}
+    details = _details(task, chosen, timings, _layer_rows(chosen, macs, storage, sqnr))
+    details |= {"unavailable": failed, "not_quantized": left}
+    details["remarks"] += remark(left, counted["layers_quantizable"])
     details["agreement_with_eager"] = {
         runtime: 100 * float((found.argmax(1) == logits_of["eager"].argmax(1)).mean())
         for runtime, found in logits_of.items()
@@ -149,13 +150,12 @@ def run_on_test(executable: Executable, task: Task, test: Split) -> np.ndarray:
     return run_on_split(executable.run, test, task.preprocessing, size, task.device, executable.memory_format)
 
 
-def _eager_after_a_batch(task: Task) -> tuple[Executable, Record, dict[str, tuple[int, int]]]:
+def _eager_after_a_batch(task: Task) -> tuple[Executable, Record, dict[str, tuple[int, int]], Record]:
     model = task.load()
-    storage = weight_storage(model)
-    stored = stored_bits(model, storage)
+    counted, storage, left = stored(model), weight_storage(model), not_quantized(model)
     executable = build_executable(model, "eager", task.device)
     executable.run(task.noise(max(BATCH_SIZES)))
-    return executable, stored, storage
+    return executable, counted, storage, left
 
 
 def _executables(task: Task, eager: Executable) -> tuple[list[Executable], list[Executable], dict[str, str]]:

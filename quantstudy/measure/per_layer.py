@@ -31,16 +31,6 @@ def weight_storage(model: nn.Module) -> dict[str, tuple[int, int]]:
     return found | {name: (layer.weight.nbytes, layer.weight.numel()) for name, layer in rest.items()}
 
 
-def stored_bits(model: nn.Module, storage: dict[str, tuple[int, int]]) -> dict[str, Any]:
-    """Return `weight_bits`, the mean of all weights, and the counts of layers; `storage` is of `weight_storage`."""
-    rest_is_16_bit = isinstance(model, Variant) and model.dtype.itemsize < 4
-    return {
-        "weight_bits": 8 * sum(size for size, _ in storage.values()) / sum(weights for _, weights in storage.values()),
-        "layers_quantized": len(storage) if rest_is_16_bit else len(quantized_layers(model)),
-        "layers_quantizable": len(storage),
-    }
-
-
 @torch.no_grad()
 def layer_sqnr_db(reference: nn.Module, model: nn.Module, images: Tensor) -> dict[str, float]:
     """Return the SQNR in decibels of every layer's output, with all layers before it quantized too.

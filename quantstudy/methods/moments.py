@@ -1,10 +1,10 @@
-"""The moments of each layer's input on calibration images, which GPTQ and bias correction work on.
+"""The moments of each layer's input on calibration images, which GPTQ works on.
 
 A convolution is a linear layer over patches: for each of its groups, X [columns, K] holds a patch of K = (in_channels /
 groups) * kH * kW values a column, as `nn.Unfold` lays them out, padding included. A linear layer has one group.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,20 +28,21 @@ class Moments:
 
 
 @torch.no_grad()
-def input_moments(model: nn.Module, batches: Iterable[Tensor], *, second: bool = True) -> dict[str, Moments]:
-    """Return the moments of every Conv2d's and Linear's input over `batches` of images [N, 3, S, S].
+def input_moments(
+    model: nn.Module, batches: Iterable[Tensor], names: Collection[str] | None = None
+) -> dict[str, Moments]:
+    """Return the moments of the input of every Conv2d and Linear, or of those of `names`, over `batches` [N, 3, S, S].
 
-    Without `second`, which takes most of the time, only the means.
     Of each batch a layer sees at most 8,192 patches, evenly spread.
     """
     found: dict[str, Moments] = {}
     counts: dict[str, int] = {}
 
-    layers = quantizable_layers(model)
+    layers = {name: layer for name, layer in quantizable_layers(model).items() if names is None or name in names}
 
     def watch(name: str, value: Tensor) -> None:
         x = _some_patches(layers[name], value)
-        products = [block.mT @ block for block in x.split(BLOCK, dim=2)] if second else []
+        products = [block.mT @ block for block in x.split(BLOCK, dim=2)]
         if name in found:
             found[name].mean += x.sum(1)
             for total, part in zip(found[name].second, products, strict=True):

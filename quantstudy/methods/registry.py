@@ -8,7 +8,7 @@ turns it into what is stored. A new method is a class of its row in `params.py`,
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,10 +17,12 @@ from torch import nn
 from quantstudy import params as P
 from quantstudy.device import DTYPES
 from quantstudy.errors import unknown
-from quantstudy.methods.gptq import gptq_codes
-from quantstudy.methods.moments import input_moments
-from quantstudy.quantization.layers import LayerScheme, QuantConv2d, quantize_layers, quantized_layers
-from quantstudy.quantization.observers import activation_range, quantizable_layers
+from quantstudy.methods.lsq import freeze_learned, learnable
+from quantstudy.methods.post_training import freeze, prepared
+from quantstudy.models import conv_norm_pairs
+from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
+from quantstudy.quantization.observers import quantizable_layers
+from quantstudy.quantization.ranges import activation_range
 from quantstudy.quantization.schemes import ActivationScheme, Mode, WeightScheme
 from quantstudy.quantization.variant import Variant, cast
 
@@ -35,12 +37,12 @@ def cast_to(model: nn.Module, calibration: Calibration, settings: P.Cast | P.Qat
 
 def weight_only(model: nn.Module, calibration: Calibration, settings: P.WeightOnly) -> Variant:
     """Integer weights in every layer; activations stay float32."""
-    return _finished(model, _quantized(model, settings, quantizable_layers(model)), calibration, settings)
+    return _finished(model, _quantized(model, settings, replaceable(model, calibration)), calibration, settings)
 
 
 def dynamic(model: nn.Module, calibration: Calibration, settings: P.Dynamic) -> Variant:
     """Integer weights and activations; the activation range is the batch's own, found at run time."""
-    variant = _quantized(model, settings, quantizable_layers(model), "dynamic")
+    variant = _quantized(model, settings, replaceable(model, calibration), "dynamic")
     return _finished(model, variant, calibration, settings)
 
 
@@ -51,27 +53,47 @@ def static(model: nn.Module, calibration: Calibration, settings: P.Static) -> Va
 
 def mixed_linear(model: nn.Module, calibration: Calibration, settings: P.MixedLinear) -> Variant:
     """Linear layers in integers, everything else in a 16-bit float type (the notebook's simple rule)."""
-    chosen = [name for name, layer in quantizable_layers(model).items() if isinstance(layer, nn.Linear)]
+    chosen = [name for name, layer in replaceable(model, calibration).items() if isinstance(layer, nn.Linear)]
     variant = _finished(model, _quantized(model, settings, chosen), calibration, settings)
     return cast(variant.network, DTYPES[settings.dtype])
 
 
 def mixed_variance(model: nn.Module, calibration: Calibration, settings: P.MixedVariance) -> Variant:
     """The `fraction` of layers (at least one) with the lowest weight variance in integers, the rest in 16 bits."""
-    layers: dict[str, Any] = quantizable_layers(model)
+    layers = replaceable(model, calibration)
     by_variance = sorted(layers, key=lambda name: float(layers[name].weight.var()))
     chosen = by_variance[: max(round(settings.fraction * len(layers)), 1)]
     variant = _finished(model, _quantized(model, settings, chosen), calibration, settings)
     return cast(variant.network, DTYPES[settings.dtype])
 
 
+def mixed(model: nn.Module, calibration: Calibration, settings: P.MixedBudget, bits: Mapping[str, int]) -> Variant:
+    """Each layer in integers of its own `bits`, those at 16 and everything else in a 16-bit float type."""
+    schemes = {
+        name: LayerScheme(WeightScheme(width, settings.group_size, settings.weight_range))
+        for name, width in bits.items()
+        if width < 16
+    }
+    network = copy.deepcopy(model)
+    quantize_layers(network, schemes)
+    variant = _finished(model, Variant(network), calibration, settings)
+    return cast(variant.network, DTYPES[settings.dtype])
+
+
 def trainable_static(model: nn.Module, calibration: Calibration, settings: P.Static) -> Variant:
     """Build the static scheme with float weights that are rounded in each forward pass (Jacob et al. 2018)."""
-    variant = _quantized(model, settings, quantizable_layers(model), "static")
+    variant = _quantized(model, settings, replaceable(model, calibration), "static")
     for name, layer in quantized_layers(variant.network).items():
-        bounds = activation_range(calibration["layers"][name], settings.clip_percentile)
-        layer.activation.scale, layer.activation.zero_point = layer.scheme.activation.choose_qparams(*bounds)
+        scheme, statistics = layer.scheme.activation, calibration["layers"][name]
+        bounds = activation_range(statistics, scheme, settings.activation_range, settings.clip_percentile)
+        layer.activation.scale, layer.activation.zero_point = scheme.choose_qparams(*bounds)
     return variant
+
+
+def trainable_steps(model: nn.Module, calibration: Calibration, settings: P.QatLsq) -> Variant:
+    """Build the static scheme with learned scales; `model` has its BatchNorm, which training keeps (`methods.lsq`)."""
+    schemes = _schemes(model, settings, replaceable(model, calibration), "static")
+    return Variant(learnable(model, calibration["layers"], schemes, settings.activation_range))
 
 
 def trainable_float(model: nn.Module, calibration: Calibration, settings: P.QatCast) -> Variant:
@@ -79,10 +101,13 @@ def trainable_float(model: nn.Module, calibration: Calibration, settings: P.QatC
     return Variant(copy.deepcopy(model))
 
 
-def finish(variant: Variant, settings: P.QatStatic | P.QatCast) -> Variant:
-    """Freeze or cast a trained variant."""
+def finish(variant: Variant, model: nn.Module, settings: Any) -> Variant:
+    """Freeze or cast a trained variant; `model` is what it was made from."""
     if isinstance(settings, P.QatCast):
         return cast(variant.network, DTYPES[settings.dtype])
+    if isinstance(settings, P.QatLsq):
+        freeze_learned(variant.network, conv_norm_pairs(model))
+        return variant
     return _frozen(variant)
 
 
@@ -94,7 +119,18 @@ POST_TRAINING: dict[str, Function] = {
     "mixed_linear": mixed_linear,
     "mixed_variance": mixed_variance,
 }
-TRAINED: dict[str, Function] = {"qat_static": trainable_static, "qat_cast": trainable_float}
+TRAINED: dict[str, Function] = {
+    "qat_static": trainable_static,
+    "qat_lsq": trainable_steps,
+    "qat_cast": trainable_float,
+}
+
+
+def quantize(model: nn.Module, calibration: Calibration, settings: Any) -> Variant:
+    """Quantize an fp32 model after training, as a method's row says."""
+    if isinstance(settings, P.Scheme):
+        model, calibration = prepared(model, calibration, settings)
+    return POST_TRAINING[settings.kind](model, calibration, settings)
 
 
 def settings_of(params: P.Params, method: str, functions: Mapping[str, Function]) -> Any:
@@ -105,40 +141,44 @@ def settings_of(params: P.Params, method: str, functions: Mapping[str, Function]
     return settings
 
 
-def _quantized(model: nn.Module, settings: P.Scheme, names: Any, mode: Mode = "none") -> Variant:
-    bits = getattr(settings, "activation_bits", 32)
-    weight = WeightScheme(settings.weight_bits, settings.group_size, settings.weight_range)
-    scheme = LayerScheme(weight, ActivationScheme(mode, bits))
+def replaceable(model: nn.Module, calibration: Calibration) -> dict[str, Any]:
+    """Return the layers that a quantized one can take the place of, by name.
+
+    Left are a layer that did not run on the calibration images, since another module reads its weight or nothing
+    needs it, and a convolution whose padding is not zeros. Without statistics of a run, all are taken to have run.
+    """
+    ran = calibration.get("layers", quantizable_layers(model))
+    return {
+        name: layer
+        for name, layer in quantizable_layers(model).items()
+        if name in ran and getattr(layer, "padding_mode", "zeros") == "zeros"
+    }
+
+
+def _quantized(model: nn.Module, settings: P.Scheme, names: Iterable[str], mode: Mode = "none") -> Variant:
     network = copy.deepcopy(model)
-    quantize_layers(network, dict.fromkeys(names, scheme))
+    quantize_layers(network, _schemes(model, settings, names, mode))
     return Variant(network)
 
 
-@torch.no_grad()
-def _finished(model: nn.Module, variant: Variant, calibration: Calibration, settings: P.Scheme) -> Variant:
-    """Freeze a variant as its settings say, `model` being what it was made from.
+def _schemes(model: nn.Module, settings: P.Scheme, names: Iterable[str], mode: Mode) -> dict[str, LayerScheme]:
+    layers = list(quantizable_layers(model))
 
-    Bias correction is Nagel et al. 2019 (*Data-Free Quantization Through Weight Equalization and Bias Correction*,
-    section 4.2), with the mean input measured on calibration images: the mean error of a channel, (W_q - W) E[x], is
-    taken from its bias. Inputs are the fp32 model's, padding included.
-    """
-    if not settings.needs_images:
-        return _frozen(variant)
-    moments = input_moments(model, calibration["images"], second=settings.rounding == "gptq")
-    layers: dict[str, Any] = quantized_layers(variant.network)
-    for name, layer in layers.items():
-        scheme, weight = layer.scheme.weight, layer.weight.detach()
-        if settings.rounding == "gptq":
-            scale = scheme.choose_scale(weight)
-            layer.set_codes(gptq_codes(weight, scale, scheme, moments[name]), scale)
-        else:
-            layer.freeze()
-        # A linear layer without a bias keeps none: in an ONNX graph there is no place for it.
-        if settings.bias_correction and (layer.bias is not None or isinstance(layer, QuantConv2d)):
-            error = (scheme.dequantize(layer.weight_codes(), layer.weight_scale.float()) - weight).flatten(1)
-            mean = moments[name].mean  # [groups, K]
-            shift = (error.unflatten(0, (len(mean), -1)) * mean[:, None]).sum(2).flatten()
-            layer.bias = nn.Parameter((0 if layer.bias is None else layer.bias) - shift, requires_grad=False)
+    def scheme(name: str) -> LayerScheme:
+        least = settings.edge_bits if name in (layers[0], layers[-1]) else None
+        bits, activation_bits = (max(b, least or 0) for b in (settings.weight_bits, _activation_bits(settings)))
+        weight = WeightScheme(bits, settings.group_size, settings.weight_range)
+        return LayerScheme(weight, ActivationScheme(mode, activation_bits))
+
+    return {name: scheme(name) for name in names}
+
+
+def _activation_bits(settings: P.Scheme) -> int:
+    return int(getattr(settings, "activation_bits", 32))
+
+
+def _finished(model: nn.Module, variant: Variant, calibration: Calibration, settings: P.Rounding) -> Variant:
+    freeze(model, variant.network, calibration, settings)
     return variant
 
 

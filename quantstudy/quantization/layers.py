@@ -11,6 +11,7 @@ The input is quantized by `ActivationQuantizer`. In eager mode both use fast sim
 fuses to oneDNN int8 kernels and ONNX knows as QuantizeLinear and DequantizeLinear.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,7 @@ class ActivationQuantizer(nn.Module):
     def __init__(self, scheme: ActivationScheme, scale: float = 1.0, zero_point: int = 0) -> None:
         super().__init__()
         self.scheme, self.scale, self.zero_point = scheme, scale, zero_point
+        self.learned: Any = None  # while it trains, a module that has the scale
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` rounded to the quantizer's grid, in the dtype and memory format of `x`."""
@@ -49,6 +51,8 @@ class ActivationQuantizer(nn.Module):
             return x
         if self.scheme.mode == "dynamic":
             return self._dynamic(x)
+        if self.learned is not None:
+            return self.learned(x)  # type: ignore[no-any-return]
         if not torch.compiler.is_compiling():
             return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, 0, self.scheme.highest)
         grid = (self.scale, self.zero_point, 0, self.scheme.highest, torch.uint8)
@@ -68,6 +72,13 @@ class ActivationQuantizer(nn.Module):
         fake = torch._fake_quantize_per_tensor_affine_cachemask_tensor_qparams
         return fake(x, scale.view(1), zero_point.view(1), on, 0, highest)[0]
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """End training: the learned scale becomes the quantizer's own."""
+        if self.learned is not None:
+            self.scale, self.zero_point = float(self.learned.scale), int(self.learned.zero_point)
+            self.learned = None
+
     def extra_repr(self) -> str:
         """Show the grid in `print(model)`."""
         return f"{self.scheme}, scale={self.scale:.4g}, zero_point={self.zero_point}"
@@ -77,6 +88,7 @@ class _QuantLayer(nn.Module):
     """What the two quantized layers share; a subclass adds the operator."""
 
     weight: nn.Parameter | None
+    weight_quantizer: Any
     bias: Any
     packed: Tensor
     weight_scale: Tensor
@@ -89,23 +101,29 @@ class _QuantLayer(nn.Module):
         self.dtype = torch.float32  # of the network around it; `cast` changes it
         self.activation = ActivationQuantizer(scheme.activation)
         self.weight = nn.Parameter(layer.weight.detach())
+        self.weight_quantizer = None  # a module that learns how to round; else rounding to nearest
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach())
 
     @property
     def frozen(self) -> bool:
         """Whether the weight is stored as integer codes."""
-        return self.weight is None
+        return self.weight is None and self.weight_quantizer is None
 
     def freeze(self) -> None:
         """Round the weight for good: keep packed codes and scales, drop the float weight."""
-        assert self.weight is not None, "already frozen"
-        weight = self.weight.detach()
+        assert not self.frozen, "already frozen"
+        if self.weight_quantizer is not None:
+            self.set_codes(*self.weight_quantizer.freeze(self.weight))
+            return
+        weight = self.weight.detach()  # type: ignore[union-attr]
         scale = self.scheme.weight.choose_scale(weight)
         self.set_codes(self.scheme.weight.quantize(weight, scale), scale)
 
     def set_codes(self, codes: Tensor, scale: Tensor) -> None:
         """Store int8 codes of the weight's shape and float32 scales [O, groups]; the layer is frozen after."""
-        self.weight = None
+        self.weight = self.weight_quantizer = None
+        if hasattr(self, "dense_weight"):
+            del self.dense_weight
         self.register_buffer("packed", pack(codes, self.scheme.weight.bits))
         self.register_buffer("weight_scale", scale.to(self.scheme.weight.scale_dtype))
         self.requires_grad_(False)
@@ -145,6 +163,8 @@ class _QuantLayer(nn.Module):
 
     def forward_weight(self) -> Tensor:
         """Return the weight that the operator multiplies with, as the layer's state and the tracer want it."""
+        if self.weight_quantizer is not None:
+            return self.weight_quantizer(self.weight)  # type: ignore[no-any-return]
         if self.weight is not None:
             return self.scheme.weight.fake_quantize(self.weight)
         if torch.compiler.is_compiling():
@@ -196,14 +216,37 @@ class QuantLinear(_QuantLayer):
         return nn.functional.linear(self.activation(x), weight, self.bias)
 
 
+class ChannelReLU(nn.Module):
+    """min(max(x, 0), bound) with a bound for each channel: ReLU6 after cross-layer equalization. [N, C, H, W]."""
+
+    def __init__(self, bound: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("bound", bound)
+        self.bound: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Clamp `x` at zero and at each channel's bound."""
+        return torch.minimum(x.relu(), self.bound.view(-1, 1, 1))
+
+
 def quantize_layers(model: nn.Module, schemes: dict[str, LayerScheme]) -> dict[str, _QuantLayer]:
     """Replace the named Conv2d and Linear modules of `model` in place; return the new layers by name."""
     replaced: dict[str, _QuantLayer] = {}
     for name, scheme in schemes.items():
         layer: Any = model.get_submodule(name)
         replaced[name] = (QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear)(layer, scheme)
-        model.set_submodule(name, replaced[name])
+    put_layers(model, replaced)
     return replaced
+
+
+def put_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Put each of `layers` in the place of the module of that name, and wherever else that module stands."""
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
+    for layer, found in [(layer, places[id(model.get_submodule(name))]) for name, layer in layers.items()]:
+        for place in found:
+            model.set_submodule(place, layer)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, _QuantLayer]:

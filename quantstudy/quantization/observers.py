@@ -2,7 +2,7 @@
 
 Two passes over the same few batches: the first finds each layer's minimum and maximum, the second fills a
 histogram of fixed bins between them, so nothing is approximated by merging. Every way of choosing a range
-(min-max, a percentile) and the outlier report read the same histograms.
+(`quantization.ranges`) and the outlier report read the same histograms.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 QUANTIZABLE = (nn.Conv2d, nn.Linear)
+AVERAGING = 0.1
+"""The weight of a new batch in the moving averages: calibration has few batches."""
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -25,17 +27,21 @@ def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], bins: in
     """Return the input statistics of every quantizable layer of `model` over `batches`.
 
     The result is `{"images": int, "layers": {name: statistics}}`; a layer's statistics are the floats min, max,
-    mean and std, `edges` (float32 [bins + 1]) and `counts` (float64 [bins]).
+    mean and std, `moving` (the exponential averages of the batches' minima and maxima), `edges` (float32 [bins + 1])
+    and `counts` (float64 [bins]).
     """
     images = [images for images, _ in batches]
     layers = quantizable_layers(model)
     extremes: dict[str, list[float]] = {}
+    moving: dict[str, list[float]] = {}
     sums: dict[str, Tensor] = {}
 
     def watch_range(name: str, value: Tensor) -> None:
         low, high = (float(bound) for bound in torch.aminmax(value.detach()))
         seen = extremes.setdefault(name, [low, high])
         extremes[name] = [min(seen[0], low), max(seen[1], high)]
+        pairs = zip(moving.setdefault(name, [low, high]), (low, high), strict=True)
+        moving[name] = [before + AVERAGING * (now - before) for before, now in pairs]
         moments = torch.stack([value.sum().double(), value.double().square().sum()]).cpu()
         found = torch.cat([torch.tensor([value.numel()], dtype=torch.float64), moments])
         sums[name] = sums.get(name, torch.zeros(3, dtype=torch.float64)) + found
@@ -51,7 +57,11 @@ def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], bins: in
         run_watched(model, layers, images, watch)
     return {
         "images": sum(len(batch) for batch in images),
-        "layers": {name: _statistics(extremes[name], sums[name], counts[name]) for name in layers if name in counts},
+        "layers": {
+            name: _statistics(extremes[name], sums[name], counts[name]) | {"moving": moving[name]}
+            for name in layers
+            if name in counts
+        },
     }
 
 
@@ -102,10 +112,3 @@ def histogram_percentile(edges: Tensor, counts: Tensor, percentile: float) -> tu
     above = np.cumsum(counts.numpy()[::-1])
     lower = len(counts) - 1 - int(np.searchsorted(above, needed))
     return float(edges[lower]), float(edges[upper + 1])
-
-
-def activation_range(statistics: dict[str, Any], percentile: float | None) -> tuple[float, float]:
-    """Return the range of a layer's input: min-max without a percentile, else cut there at both ends."""
-    if percentile is None or percentile == 100:
-        return statistics["min"], statistics["max"]
-    return histogram_percentile(statistics["edges"], statistics["counts"], percentile)

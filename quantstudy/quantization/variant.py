@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from quantstudy.checkpoint import load_checkpoint, save_checkpoint
-from quantstudy.models import load_fp32, skeleton
-from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
+from quantstudy.models import load_fp32, network_facts, skeleton_of
+from quantstudy.quantization.layers import ChannelReLU, LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
 
 
@@ -35,10 +35,11 @@ def save_variant(path: Path, variant: Variant, fp32: dict[str, Any], name: str) 
     """Write a variant whose quantized layers are all frozen; `fp32` is the checkpoint of the model it came from."""
     layers = {layer: _describe(module) for layer, module in quantized_layers(variant.network).items()}
     facts = {
-        **{key: fp32[key] for key in ("architecture", "classes", "preprocessing")},
+        **network_facts(fp32),
         "variant": name,
         "dtype": str(variant.dtype).removeprefix("torch."),
         "layers": layers,
+        "channel_relus": [name for name, module in variant.network.named_modules() if isinstance(module, ChannelReLU)],
     }
     save_checkpoint(path, variant.network.state_dict(), **facts)
 
@@ -47,7 +48,7 @@ def load_variant(path: Path) -> Variant:
     """Read a file that `save_variant` wrote: same layers, same codes, so bit-identical logits."""
     checkpoint = load_checkpoint(path)
     dtype: torch.dtype = getattr(torch, checkpoint["dtype"])
-    network = skeleton(checkpoint["architecture"], checkpoint["classes"])
+    network = skeleton_of(path)
     schemes = {name: _scheme(row) for name, row in checkpoint["layers"].items()}
     for name, layer in quantize_layers(network, schemes).items():
         layer.empty_codes()
@@ -56,6 +57,8 @@ def load_variant(path: Path) -> Variant:
         layer.dtype = dtype
         row = checkpoint["layers"][name]
         layer.activation.scale, layer.activation.zero_point = row["scale"], row["zero_point"]
+    for name in checkpoint["channel_relus"]:
+        network.set_submodule(name, ChannelReLU(checkpoint["state_dict"][f"{name}.bound"]))
     network.load_state_dict(checkpoint["state_dict"], assign=True)
     network.requires_grad_(False).eval()
     return Variant(network.to(memory_format=torch.channels_last), dtype).eval()  # type: ignore[call-overload]

@@ -26,7 +26,7 @@ def build_page(studies: Sequence[dict[str, Any]]) -> str:
     version = alt.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0]
     return Template(_read("page.html")).substitute(
         style=_read("style.css"),
-        library=_inline(vl_convert.javascript_bundle(None, vl_version=version)),
+        library=_inline(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version)),
         script=_inline("\n".join(_read(f"{name}.js") for name in SCRIPTS)),
         data=json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
     )

@@ -17,8 +17,9 @@ from quantstudy.data.container import Split
 from quantstudy.errors import UserError
 from quantstudy.files import read_json
 from quantstudy.measure.statistics import paired_drop_half_width
-from quantstudy.params import Params
-from quantstudy.quantization.observers import activation_range
+from quantstudy.params import Params, Static
+from quantstudy.quantization.ranges import activation_range
+from quantstudy.quantization.schemes import ActivationScheme
 from quantstudy.report.histograms import as_array, check_calibration, rebin
 from quantstudy.report.results import Result
 from quantstudy.report.tables import record, scaling_law
@@ -50,7 +51,7 @@ def page_data(params: Params, study: str, results: Sequence[Result], test: Split
     """
     labels = test.labels.numpy()
     predictions = {result.variant: read_predictions(study, result.variant, len(labels)) for result in results}
-    sensitivity = layout.sensitivity(study)
+    sensitivity = layout.sensitivity(study, "json")
     return {
         "study": study,
         "facts": facts(params, study, results, test),
@@ -58,9 +59,10 @@ def page_data(params: Params, study: str, results: Sequence[Result], test: Split
         "axis_floor": split_level([result.value("top1") for result in results]),
         "variants": variant_rows(params, results, predictions, labels),
         "scaling_law": scaling_law(params, results),
-        "layers": {result.variant: layer_columns(result) for result in results},
+        "layers": {result.variant: layer_columns(params, result) for result in results},
         "inputs": layer_inputs(params, study),
-        "sensitivity": read_json(sensitivity) if sensitivity.is_file() else None,
+        "sensitivity": read_json(sensitivity) if sensitivity.is_file() else [],
+        "sensitivity_is_of_this_run": study in params.budget.studies,
         "classes": list(test.classes),
         "labels": joined(labels),
         "predictions": {variant: joined(found) for variant, found in predictions.items()},
@@ -153,21 +155,29 @@ def quartiles(result: Result) -> dict[str, float | None]:
     return found
 
 
-def layer_columns(result: Result) -> dict[str, list[Any]]:
-    """Return the rows of a variant's layers column by column; what was not taken is null."""
+def layer_columns(params: Params, result: Result) -> dict[str, list[Any]]:
+    """Return the rows of a variant's layers column by column; what was not taken is null.
+
+    Equalization scales the channels between layers, which says nothing of their noise, so the SQNR is left out.
+    """
     rows = result.details.get("layers", [])
-    return {column: [row.get(column) for row in rows] for column in LAYER_COLUMNS}
+    columns = {column: [row.get(column) for row in rows] for column in LAYER_COLUMNS}
+    if result.variant != "fp32" and getattr(params.method(result.variant), "equalize", False):
+        columns["sqnr_db"] = [None] * len(rows)
+    return columns
 
 
 def layer_inputs(params: Params, study: str) -> list[Row]:
     """Return the histogram of every layer's input, the percentiles of the outlier study, and where variants clip.
 
-    `clips` has the range of every static post-training variant; training and run time choose the others' themselves.
+    `clips` has the range of every static post-training variant on these histograms: training, run time and
+    equalization make the others' ranges.
     """
     path = layout.calibration(study)
     layers = check_calibration(load_tensors(path), path)
     outliers = read_json(layout.activation_stats(study))["layers"]
-    static = {name: row for name in params.ptq if (row := params.method(name)).kind == "static"}
+    rows_of = {name: params.method(name) for name in params.ptq}
+    static = {name: row for name, row in rows_of.items() if row.kind == "static" and not row.equalize}
     rows = []
     for name, layer in layers.items():
         edges, counts = rebin(as_array(layer["edges"]), as_array(layer["counts"]), BINS)
@@ -178,12 +188,17 @@ def layer_inputs(params: Params, study: str) -> list[Row]:
                 "shares": [significant(share) for share in counts / max(counts.sum(), 1.0)],
                 **{key: outliers[name][key] for key in ("mean", "std", "kurtosis", "percentiles")},
                 "clips": {
-                    variant: [significant(end) for end in activation_range(layer, row.clip_percentile)]
-                    for variant, row in static.items()
+                    variant: [significant(end) for end in static_range(layer, row)] for variant, row in static.items()
                 },
             }
         )
     return rows
+
+
+def static_range(layer: Mapping[str, Any], row: Static) -> tuple[float, float]:
+    """Return where a static method clips a layer's input."""
+    scheme = ActivationScheme("static", row.activation_bits)
+    return activation_range(dict(layer), scheme, row.activation_range, row.clip_percentile)
 
 
 def significant(value: float) -> float:

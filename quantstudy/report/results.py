@@ -10,7 +10,7 @@ from typing import Any, Literal
 from quantstudy import layout
 from quantstudy.errors import UserError
 from quantstudy.files import read_json
-from quantstudy.params import Params
+from quantstudy.params import BUDGET, Params
 
 METRIC_KEYS = (
     "top1",
@@ -58,7 +58,7 @@ class Result:
     widths: str
     """Bits of weights and activations, e.g. `4/8`; `8/-` leaves the activations in float32."""
     bits: int
-    """Bits of the weights: its place on the scaling law."""
+    """Bits of the weights, the stored mean where each layer has its own: its place on the scaling law."""
     metrics: dict[str, float | None]
     details: dict[str, Any]
 
@@ -100,7 +100,7 @@ def _load(params: Params, study: str, variant: str) -> Result:
     if variant == "fp32":
         return Result(variant, "baseline", "fp32", "fp32", "32/32", 32, metrics, details)
     settings = params.method(variant)
-    bits = weight_bits(settings)
+    bits = round(metrics["weight_bits"] or 0) if settings.kind == BUDGET else weight_bits(settings)
     return Result(
         variant, _group(settings), _family(settings), settings.kind, _widths(settings), bits, metrics, details
     )
@@ -133,6 +133,8 @@ def _family(settings: Any) -> Family:
 def _widths(settings: Any) -> str:
     if settings.kind in ("cast", "qat_cast"):
         return "16/16"
+    if settings.kind == BUDGET:
+        return "2-16/16"
     if settings.kind.startswith("mixed"):
         return f"{settings.weight_bits},16/16"
     if settings.kind == "weight_only":

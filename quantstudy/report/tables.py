@@ -94,10 +94,14 @@ def scaling_law(params: Params, results: Sequence[Result]) -> list[dict[str, Any
 
 def markdown(results: Sequence[Result]) -> str:
     """Return the Markdown table of `results`, its columns padded so that it reads well as plain text too."""
-    rows = [HEADER, *(_cells(result) for result in results)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+    return markdown_table([HEADER, *(_cells(result) for result in results)], words=2)
+
+
+def markdown_table(rows: Sequence[Sequence[str]], words: int) -> str:
+    """Return a padded Markdown table, its header first; the columns after the first `words` are aligned right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    rule = " | ".join("-" * width if column < 2 else "-" * (width - 1) + ":" for column, width in enumerate(widths))
+    rule = " | ".join("-" * width if column < words else "-" * (width - 1) + ":" for column, width in enumerate(widths))
     return "".join(f"| {line} |\n" for line in (lines[0], rule, *lines[1:]))
 
 

@@ -12,6 +12,7 @@ A layer is real when its multiplications run in the types its scheme names. Code
 int8 kernels too, with the same result as in their own type, but that is int8 arithmetic: not real.
 """
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantstudy.machine.hardware import arithmetic_is_native
-from quantstudy.quantization.layers import quantized_layers
+from quantstudy.quantization.layers import put_layers, quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.variant import Variant
 from quantstudy.runtimes.kernels import int8_kernels_available
@@ -131,17 +132,16 @@ def _quantized_bits(layer: Any, runtime: str, device: torch.device, width: int) 
 def use_int8_kernels(model: nn.Module) -> nn.Module:
     """Return `model` on oneDNN's int8 kernels, one after another without float32 where `torch.fx` can trace it.
 
-    A network that cannot be traced gets them layer by layer. Widths below 8 bits are widened.
+    A network that cannot be traced gets them layer by layer, and so does what lies inside a module that is not
+    traced. Widths below 8 bits are widened.
     """
     if not isinstance(model, Variant) or not quantized_layers(model):
         return model
-    try:
-        return Variant(lower_int8(model.network), model.dtype).eval()
-    except (fx.proxy.TraceError, TypeError):
-        for name, layer in quantized_layers(model).items():
-            if layer.emits_int8:
-                model.set_submodule(name, make_kernel(layer))
-        return model
+    with contextlib.suppress(fx.proxy.TraceError):
+        model = Variant(lower_int8(model.network), model.dtype).eval()
+    layers = quantized_layers(model).items()
+    put_layers(model, {name: make_kernel(layer) for name, layer in layers if layer.emits_int8})
+    return model
 
 
 def _compiled(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:

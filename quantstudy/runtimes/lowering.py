@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from quantstudy.errors import one_line
 from quantstudy.quantization.layers import QuantConv2d, QuantLinear
 from quantstudy.runtimes.kernels import (
     Activation,
@@ -62,11 +63,14 @@ def lower_int8(model: nn.Module) -> fx.GraphModule:
 
     Raises:
         RuntimeError: `int8_kernels_available` is False, or the model is in training mode.
-        torch.fx.proxy.TraceError: the model's control flow depends on its input.
+        torch.fx.proxy.TraceError: the model cannot be traced: its control flow depends on its input, for one.
     """
     if model.training:
         raise RuntimeError("an int8 network is for inference: call model.eval() first")
-    graph = _Tracer().trace(model)
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # the code of a network of one's own may raise anything at a stand-in for an image
+        raise fx.proxy.TraceError(one_line(error)) from None
     lowered = fx.GraphModule(model, graph).eval()
     _simplify(lowered)
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quantstudy.machine.hardware import cpu_flags
-from quantstudy.quantization.layers import QuantLinear, quantized_layers
+from quantstudy.quantization.layers import QuantLinear, put_layers, quantized_layers
 
 INT4_GROUPS = (32, 64, 128, 256)
 _INT4_OUTPUTS = 16
@@ -68,6 +68,5 @@ class WeightOnlyLinear(nn.Module):
 
 def use_weight_only_kernels(network: nn.Module, device: torch.device) -> None:
     """Put a `WeightOnlyLinear` in the place of each layer of `network` that can become one."""
-    for name, layer in quantized_layers(network).items():
-        if has_kernel(layer, device):
-            network.set_submodule(name, WeightOnlyLinear(layer))
+    layers = quantized_layers(network).items()
+    put_layers(network, {name: WeightOnlyLinear(layer) for name, layer in layers if has_kernel(layer, device)})

@@ -1,6 +1,7 @@
 """An image-folder tree, `train/<class>/<file>` and `test/<class>/<file>`, or an archive of one.
 
-One folder may wrap the two. Hidden files and folders are left out, and so is what lies beside the class folders.
+With `test_fraction` it is `<class>/<file>`, and the test split is drawn. One folder may wrap it all. Hidden files and
+folders are left out, and so is what lies beside the class folders.
 """
 
 import hashlib
@@ -8,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
+from quantstudy.data.sampling import validation_indices
 from quantstudy.errors import UserError
 from quantstudy.files import check_sha256, expect_sha256
 from quantstudy.params import Data
@@ -30,7 +32,16 @@ def folder(data: Data, key: str) -> tuple[ImageList, ImageList]:
     files = open_files(path)
     if path.is_dir():
         expect_sha256(path, tree_sha256(files), data.sha256, f"{key}.sha256")
-    root = _root(path, files)
+    root, tops = _root(path, files)
+    if data.test_fraction is not None:
+        if split := next((name for name in tops if name in _SPLITS), None):
+            raise UserError(f"{key}.test_fraction: {path} has a folder {split}/; remove the key")
+        return _drawn(_image_list(path, files, _classes(path, files, root)), data.test_fraction)
+    for split in _SPLITS:
+        if split not in tops:
+            inside = "" if root == PurePosixPath() else f" in {root}/"
+            hint = f"to draw the test split from folders of classes set {key}.test_fraction"
+            raise UserError(f"{path}: no folder {split}/{inside}; found {_few(tops)}; {hint}")
     found = {split: _classes(path, files, root / split) for split in _SPLITS}
     if set(found["train"]) != set(found["test"]):
         odd = sorted(set(found["train"]) ^ set(found["test"]))
@@ -46,20 +57,20 @@ def tree_sha256(files: Files) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _root(path: Path, files: Files) -> PurePosixPath:
-    """Return the folder that holds train/ and test/: the top, or the only folder there."""
+def _drawn(images: ImageList, fraction: float) -> tuple[ImageList, ImageList]:
+    """Return (train, test) of one list, `fraction` of each class for testing, the same for every seed."""
+    train, test = validation_indices(images.labels, fraction, seed=0)
+    return images.subset(train), images.subset(test)
+
+
+def _root(path: Path, files: Files) -> tuple[PurePosixPath, list[str]]:
+    """Return the folder that holds the splits or classes, the top or the only folder there, and what is in it."""
     names = [PurePosixPath(name) for name in (*files.names, *files.folders) if _is_visible(name)]
     tops = sorted({name.parts[0] for name in names if name.parts})
     if len(tops) == 1 and tops[0] not in _SPLITS:
         below = sorted({name.parts[1] for name in names if len(name.parts) > 1})
-        root, tops = PurePosixPath(tops[0]), below
-    else:
-        root = PurePosixPath()
-    for split in _SPLITS:
-        if split not in tops:
-            inside = "" if root == PurePosixPath() else f" in {root}/"
-            raise UserError(f"{path}: no folder {split}/{inside}; found {_few(tops)}")
-    return root
+        return PurePosixPath(tops[0]), below
+    return PurePosixPath(), tops
 
 
 def _classes(path: Path, files: Files, root: PurePosixPath) -> dict[str, list[str]]:

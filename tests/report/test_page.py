@@ -38,7 +38,7 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for study in ("tiny", "other"):
             fabricate_page(load_params(), study)
             if study == "tiny":
-                write_json(layout.sensitivity(study), sensitivity_rows())
+                write_json(layout.sensitivity(study, "json"), sensitivity_rows())
             page_stage.main(["--study", study])
         report_stage.main([])
     yield root / layout.REPORT

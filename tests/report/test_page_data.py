@@ -76,9 +76,21 @@ def test_layers_have_their_facts_and_inputs_their_clips(study: Project) -> None:
 
 
 def test_sensitivity_is_shown_where_it_was_taken(study: Project) -> None:
-    assert written()["sensitivity"] is None
-    layout.sensitivity("tiny").write_text(json.dumps(sensitivity_rows()))
-    assert written()["sensitivity"] == sensitivity_rows()
+    assert written()["sensitivity"] == []
+    layout.sensitivity("tiny", "json").write_text(json.dumps(sensitivity_rows()))
+    assert written()["sensitivity"] == sensitivity_rows() and not written()["sensitivity_is_of_this_run"]
+    study.edit("budget", {"studies": ["tiny"], "methods": []})
+    assert written()["sensitivity_is_of_this_run"]
+
+
+def test_an_equalized_variant_shows_no_sqnr_and_no_clip_of_other_histograms(study: Project) -> None:
+    study.edit("methods.int8_static.equalize", True)
+    data = written()
+    assert (
+        data["layers"]["int8_static"]["sqnr_db"] == [None] * 3
+        and data["layers"]["int8_dynamic"]["sqnr_db"] == [32.0] * 3
+    )
+    assert "int8_static" not in data["inputs"][0]["clips"] and "clip_int8" in data["inputs"][0]["clips"]
 
 
 def test_the_sentence(study: Project) -> None:

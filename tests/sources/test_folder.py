@@ -199,7 +199,8 @@ def test_zip_with_a_damaged_member(make_tree: MakeTree, pack: Pack) -> None:
 def test_missing_split_says_what_was_found(make_tree: MakeTree) -> None:
     tree = make_tree()
     (tree / "test").rename(tree / "val")
-    assert message(tree) == "PATH: no folder test/; found train, val"
+    hint = "to draw the test split from folders of classes set studies.tiny.data.test_fraction"
+    assert message(tree) == f"PATH: no folder test/; found train, val; {hint}"
     assert message(tree.parent).startswith("PATH: no folder test/ in tree/; found train, val")
 
 
@@ -240,3 +241,20 @@ def test_pixels_of_more_than_8_bits_are_refused(make_tree: MakeTree) -> None:
         "PATH: train/ant/000.png: not an image that can be decoded "
         "(its pixels have more than 8 bits (mode I;16); convert it to 8 bits)"
     )
+
+
+def test_a_test_split_is_drawn_from_folders_of_classes(make_tree: MakeTree, pack: Pack) -> None:
+    tree = make_tree(train=8)
+    train, test = read(tree / "train", test_fraction=0.25)
+    assert train.classes == test.classes == ("ant", "bee")
+    assert train.labels.bincount().tolist() == [6, 6] and test.labels.bincount().tolist() == [2, 2]
+    assert train.images is not None and test.images is not None
+    seen = [image.numpy().tobytes() for image in (*train.images, *test.images)]
+    assert len(set(seen)) == 16
+    again = read(pack(tree / "train", ".zip"), test_fraction=0.25)[1].images
+    assert again is not None and torch.equal(again, test.images)
+
+
+def test_a_drawn_test_split_beside_a_given_one_is_refused(make_tree: MakeTree) -> None:
+    line = message(make_tree(), test_fraction=0.25)
+    assert line == "studies.tiny.data.test_fraction: PATH has a folder test/; remove the key"

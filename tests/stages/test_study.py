@@ -1,6 +1,7 @@
 """Every stage's `main` on a few dozen images, from the download to the plots."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,21 @@ import torch
 from quantstudy import layout
 from quantstudy.report.results import METRIC_KEYS
 from quantstudy.runtimes.sessions import why_missing
-from stages import calibrate, diagnose, download, evaluate, export, finetune, outliers, plots, ptq, qat, trace
+from stages import (
+    budget,
+    calibrate,
+    diagnose,
+    download,
+    evaluate,
+    export,
+    finetune,
+    outliers,
+    plots,
+    ptq,
+    qat,
+    sensitivity,
+    trace,
+)
 from tests.conftest import Project
 
 PTQ = ["fp16", "int8_dynamic", "int8_static", "int4_weight_only", "mixed_variance", "clip_int4_p99"]
@@ -22,7 +37,9 @@ def trained(project: Project) -> Project:
     """The tiny study up to its calibration."""
     project.edit("ptq", PTQ)
     project.edit("qat", QAT)
-    project.edit("export", {"ptq": ["int8_static"], "qat": ["qat_int4"]})
+    project.edit("budget", {"studies": ["tiny"], "methods": ["mixed_budget"]})
+    project.edit("sensitivity.bits", [2, 4, 8, 16])
+    project.edit("export", {"ptq": ["int8_static"], "budget": [], "qat": ["qat_int4"]})
     project.edit("scaling_law", {"ptq": ["fp32", "int8_static"], "qat": ["fp32", "qat_int4"]})
     for stage in (download, finetune, calibrate):
         stage.main(["--study", "tiny"])
@@ -34,10 +51,12 @@ def test_the_whole_study(trained: Project) -> None:
     outliers.main(["--study", "tiny"])
     for method in PTQ:
         ptq.main(["--study", "tiny", "--method", method])
+    sensitivity.main(["--study", "tiny"])
+    budget.main(["--study", "tiny", "--method", "mixed_budget"])
     for method in QAT:
         qat.main(["--study", "tiny", "--method", method])
     records = {}
-    for variant in ["fp32", *PTQ, *QAT]:
+    for variant in ["fp32", *PTQ, "mixed_budget", *QAT]:
         evaluate.main(["--study", "tiny", "--variant", variant])
         records[variant] = json.loads(layout.metrics("tiny", variant).read_text())
         assert set(records[variant]) == set(METRIC_KEYS)
@@ -50,7 +69,8 @@ def test_the_whole_study(trained: Project) -> None:
     assert records["fp32"]["top1_drop"] == 0 and records["fp32"]["agreement"] == 100
     for variant in ("int8_static", "int8_dynamic", "int4_weight_only", "clip_int4_p99", "qat_int4", "fp16"):
         assert records[variant]["layers_quantized"] == records[variant]["layers_quantizable"] == 53
-    assert records["mixed_variance"]["layers_quantized"] == 53
+    assert records["mixed_variance"]["layers_quantized"] == records["mixed_budget"]["layers_quantized"] == 53
+    assert records["mixed_budget"]["weight_bits"] <= 4.0
     for record in records.values():
         if not record["kernel_real"]:
             assert record["speedup_b1"] is None and record["speedup_b16"] is None
@@ -109,6 +129,8 @@ def test_mistakes_are_one_line(project: Project) -> None:
     assert "method: 'int8_statc' is unknown" in project.failure(ptq.main, "--method", "int8_statc")
     assert "method: 'qat_int8' is unknown" in project.failure(ptq.main, "--method", "qat_int8")
     assert "method: 'fp16' is unknown" in project.failure(qat.main, "--method", "fp16")
+    assert "method: 'int8_static' is unknown" in project.failure(budget.main, "--method", "int8_static")
+    assert "method: 'mixed_budget' is unknown" in project.failure(ptq.main, "--method", "mixed_budget")
     assert "variant: 'int9' is unknown" in project.failure(evaluate.main, "--variant", "int9")
     assert "variant: 'int9' is unknown" in project.failure(export.main, "--variant", "int9")
     assert "models/tiny/fp32.pth: no such file" in project.failure(export.main, "--variant", "fp32")
@@ -119,6 +141,19 @@ def test_mistakes_are_one_line(project: Project) -> None:
 def calibrate_without_model(argv: list[str]) -> None:
     download.main(argv)
     calibrate.main(argv)
+
+
+def test_a_budget_that_cannot_be_kept_is_one_line(trained: Project) -> None:
+    trained.edit("methods.mixed_budget.mean_bits", 2.0)
+    assert "reports/tiny/sensitivity.json: no such file" in trained.failure(budget.main, "--method", "mixed_budget")
+    sensitivity.main(["--study", "tiny"])
+    line = trained.failure(budget.main, "--method", "mixed_budget")
+    found = re.search(r"methods.mixed_budget.mean_bits: 2 is too small; the smallest possible is ([\d.]+)$", line)
+    assert found
+    trained.edit("methods.mixed_budget.mean_bits", float(found[1]))
+    budget.main(["--study", "tiny", "--method", "mixed_budget"])
+    trained.edit("budget.studies", [])
+    assert "budget.studies: tiny is missing" in trained.failure(budget.main, "--method", "mixed_budget")
 
 
 def test_a_corrupt_model_is_one_line(trained: Project) -> None:

@@ -41,12 +41,14 @@ function showLayers() {
   const sensitivity = sensitivityRows(rows);
   const missing = [
     rows.length && rows.every((row) => row.bytes === null) ? "the bytes of each layer" : null,
-    measured.length || state.chosen === "fp32" ? null : "the SQNR of each layer",
+    measured.length || state.chosen === "fp32" || variantOf(state.chosen).settings.equalize ? null : "the SQNR of each layer",
     sensitivity.length ? null : "sensitivity",
   ].filter(Boolean);
   $("chart-shares-figure").hidden = rows.length === 0;
   $("chart-sqnr-figure").hidden = measured.length === 0;
   $("chart-sensitivity-figure").hidden = sensitivity.length === 0;
+  document.querySelector("#chart-sensitivity-figure small").textContent = "accuracy lost when that layer alone has fewer bits" +
+    (state.study.sensitivity_is_of_this_run ? "" : "; of an earlier run, this study is not in budget.studies");
   replace("not-taken", missing.length ? `Not taken in this run: ${missing.join(", ")}.` : "");
   showLayerTable(rows);
   return Promise.all([
@@ -59,7 +61,7 @@ function showLayers() {
 
 function sensitivityRows(rows) {
   const index = new Map(rows.map((row) => [row.layer, row.index]));
-  return (state.study.sensitivity ?? [])
+  return state.study.sensitivity
     .filter((row) => index.has(row.layer))
     .map((row) => ({ ...row, index: index.get(row.layer) }));
 }
@@ -88,7 +90,7 @@ function showLayerTable(rows) {
   const share = (value) => (value === null ? h("td", {}, NOTHING)
     : h("td", { class: "bar", style: `--share: ${(100 * value).toFixed(1)}%` }, `${fixed(100 * value, 1)} %`));
   const lost = new Map();
-  for (const row of state.study.sensitivity ?? []) {
+  for (const row of state.study.sensitivity) {
     lost.set(row.layer, [...(lost.get(row.layer) ?? []), `${row.bits} bits: ${fixed(row.top1_drop, 2)}`]);
   }
   const labels = ["layer", "W/A bits", "kernel", "SQNR, dB", "bytes", "MACs", ...(lost.size ? ["points lost alone"] : [])];

@@ -1,0 +1,210 @@
+"""What each post-training technique adds, scheme by scheme: rounding to nearest, then one technique after the other.
+
+    python -m benchmarks.ablation --study mobilenetv2_food101_64px
+    python -m benchmarks.ablation --study mobilenetv2_food101_64px --schemes W4A8 --seeds 3
+
+Starts from models/<study>/fp32.pth. Calibration images are drawn from the training part of the training split, by
+seed, as many as the study's `ablation` row says; `--seeds` of them for the last row of a scheme, one for the rows
+before it. Top-1 is on the whole test split, simulated in eager mode. Variants trained by the pipeline, if their files
+are there, follow their scheme. Writes reports/<study>/ablation.json and .md; rows that are there already are kept, so
+that a run can be continued or extended; delete the file to begin anew.
+"""
+
+import argparse
+import csv
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+from torch import nn
+
+from quantstudy import layout, models
+from quantstudy import params as P
+from quantstudy.checkpoint import load_checkpoint
+from quantstudy.data.batches import Batches, run_on_split
+from quantstudy.data.container import Split, load_split
+from quantstudy.data.sampling import validation_indices
+from quantstudy.device import set_up
+from quantstudy.files import read_json, write_json, write_text
+from quantstudy.machine.hardware import describe_machine
+from quantstudy.measure.coverage import stored
+from quantstudy.measure.statistics import mcnemar_exact_p, wilson_half_width
+from quantstudy.methods.registry import quantize
+from quantstudy.quantization.observers import collect
+from quantstudy.quantization.variant import load_variant, save_variant
+from quantstudy.report.ablation import markdown
+
+Row = dict[str, Any]
+CPU = torch.device("cpu")
+BATCH = 64
+SCHEMES: dict[str, dict[str, Any]] = {
+    "W8A8": {"kind": "static", "weight_bits": 8, "activation_bits": 8},
+    "W4A8": {"kind": "static", "weight_bits": 4, "activation_bits": 8},
+    "W4A4": {"kind": "static", "weight_bits": 4, "activation_bits": 4, "edge_bits": 8},
+    "W4": {"kind": "weight_only", "weight_bits": 4, "group_size": 32},
+    "W3": {"kind": "weight_only", "weight_bits": 3, "group_size": 32},
+    "W2": {"kind": "weight_only", "weight_bits": 2, "group_size": 32, "edge_bits": 8},
+}
+STEPS: dict[str, dict[str, Any]] = {
+    "nearest": {},
+    "mse ranges": {"weight_range": "mse", "activation_range": "mse"},
+    "bias correction": {"bias_correction": True},
+    "GPTQ": {"rounding": "gptq"},
+    "joint fine-tuning": {"finetune": True},
+}
+TRAINED = {"W8A8": "qat_int8", "W4A8": "qat_w4a8", "W4A4": "qat_w4a4", "W2A8": "qat_w2a8"}
+
+
+@dataclass
+class Subject:
+    """A study's model and images."""
+
+    name: str
+    fp32: nn.Module
+    preprocessing: P.Preprocessing
+    train: Split
+    test: Split
+    images: int
+    seed: int
+    right: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def calibration(self, seed: int, is_static: bool) -> dict[str, Any]:
+        """Draw calibration images from what the fp32 model was trained on, never from the validation part."""
+        kept, _ = validation_indices(self.train.labels, 0.1, self.seed)
+        order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))
+        batches = Batches(self.train, self.preprocessing, BATCH, CPU, indices=kept[order[: self.images]])
+        images = [batch for batch, _ in batches]
+        observed = collect(self.fp32, [(x, torch.empty(0)) for x in images], 2048) if is_static else {}
+        return observed | {"images": images}
+
+    def correct(self, model: nn.Module) -> np.ndarray:
+        """Return, for each test image, whether the model predicts its label."""
+        logits = run_on_split(model, self.test, self.preprocessing, BATCH, CPU, torch.channels_last)
+        return np.asarray(logits.argmax(1) == self.test.labels.numpy())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Add the missing rows to reports/<study>/ablation.{json,md}."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", required=True, help="a row of studies whose fp32 model and data are there")
+    parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
+    parser.add_argument("--seeds", type=int, default=3, help="calibration draws of each scheme's last row")
+    parser.add_argument("--images", type=int, default=2048, help="calibration images of a draw")
+    parser.add_argument("--without", nargs="*", choices=list(STEPS), default=[], help="techniques to leave out")
+    arguments = parser.parse_args(argv)
+    study = P.load_params().study(arguments.study)
+    set_up(study.seed)
+    path = layout.model(arguments.study, "fp32")
+    splits = (load_split(layout.split(arguments.study, part)) for part in ("train", "test"))
+    seen = models.load_preprocessing(path)
+    subject = Subject(arguments.study, models.load_fp32(path), seen, *splits, arguments.images, study.seed)
+    subject.right["fp32"] = subject.correct(subject.fp32)
+    file = layout.report(arguments.study) / "ablation.json"
+    rows: list[Row] = read_json(file) if file.is_file() else []
+    steps = [step for step in STEPS if step not in arguments.without]
+    for scheme in arguments.schemes:
+        for number in range(1, len(steps) + 1):
+            seeds = arguments.seeds if number == len(steps) else 1
+            _add(rows, subject, scheme, steps[:number], seeds)
+            _write(rows, subject, file)
+    for scheme, variant in TRAINED.items():
+        if layout.model(arguments.study, variant).is_file():
+            _add_trained(rows, subject, scheme, variant)
+    _write(rows, subject, file)
+
+
+def _add(rows: list[Row], subject: Subject, scheme: str, steps: list[str], seeds: int) -> None:
+    settings = _settings(scheme, steps)
+    if any(row["scheme"] == scheme and row["techniques"] == steps and row["seeds"] >= seeds for row in rows):
+        return
+    correct, seconds = [], []
+    for seed in range(seeds):
+        calibration = subject.calibration(seed, settings.kind == "static")
+        started = time.perf_counter()
+        variant = quantize(subject.fp32, calibration, settings)
+        seconds.append(time.perf_counter() - started)
+        correct.append(subject.correct(variant))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "variant.pth"
+        save_variant(path, variant, load_checkpoint(layout.model(subject.name, "fp32")), scheme)
+        size = path.stat().st_size / 1e6
+    facts = {"mean_bits": stored(variant)["weight_bits"], "size_mb": size, "seconds": statistics.mean(seconds)}
+    _put(rows, subject, {"scheme": scheme, "techniques": steps, "post_training": True}, correct, facts)
+
+
+def _settings(scheme: str, steps: list[str]) -> Any:
+    """Return the method's row of a scheme with some techniques; weight-only ones have no activation range."""
+    row = dict(SCHEMES[scheme])
+    for step in steps:
+        row |= STEPS[step]
+    if row["kind"] == "weight_only":
+        row.pop("activation_range", None)
+    return TypeAdapter(P.Method).validate_python(row)
+
+
+def _add_trained(rows: list[Row], subject: Subject, scheme: str, variant: str) -> None:
+    path, curve = layout.model(subject.name, variant), layout.curve(subject.name, variant)
+    model = load_variant(path)
+    images = read_json(layout.training_summary(subject.name, variant))["train_images"]
+    with curve.open(encoding="utf-8") as file:
+        rates = [float(row["images_per_second"]) for row in csv.DictReader(file) if row["images_per_second"]]
+    facts = {
+        "mean_bits": stored(model)["weight_bits"],
+        "size_mb": path.stat().st_size / 1e6,
+        "seconds": sum(images / rate for rate in rates),
+    }
+    _put(
+        rows,
+        subject,
+        {"scheme": scheme, "techniques": [variant], "post_training": False},
+        [subject.correct(model)],
+        facts,
+    )
+
+
+def _put(
+    rows: list[Row], subject: Subject, facts: dict[str, Any], correct: list[np.ndarray], more: dict[str, Any]
+) -> None:
+    """Add a row, in the place of one of the same scheme and techniques; its p-value is against the row above."""
+    fp32 = subject.right["fp32"]
+    drops = [100 * float(fp32.mean() - found.mean()) for found in correct]
+    above = subject.right.get(facts["scheme"])
+    subject.right[facts["scheme"]] = correct[0]
+    row = {
+        **facts,
+        "seeds": len(drops),
+        "top1": 100 * float(fp32.mean()) - statistics.mean(drops),
+        "top1_ci95": wilson_half_width(int(correct[0].sum()), len(fp32)),
+        "top1_drop": statistics.mean(drops),
+        "top1_drop_std": statistics.stdev(drops) if len(drops) > 1 else None,
+        "p_above": None if above is None else mcnemar_exact_p(above, correct[0]),
+        **more,
+    }
+    same = [(old["scheme"], old["techniques"]) == (row["scheme"], row["techniques"]) for old in rows]
+    if any(same):
+        rows[same.index(True)] = row
+    else:
+        rows.append(row)
+    print(f"{row['scheme']} {row['techniques']}: drop {row['top1_drop']:+.2f}, {row['seconds']:.0f} s", flush=True)
+
+
+def _write(rows: list[Row], subject: Subject, file: Path) -> None:
+    order = list(SCHEMES) + [name for name in TRAINED if name not in SCHEMES]
+    rows.sort(key=lambda row: (order.index(row["scheme"]), not row["post_training"], len(row["techniques"])))
+    write_json(file, rows)
+    note = (
+        f"`{subject.name}`: fp32 {100 * subject.right['fp32'].mean():.2f} % on {len(subject.test)} test images; "
+        f"{subject.images} calibration images a draw. {describe_machine()}."
+    )
+    write_text(file.with_suffix(".md"), markdown(rows) + "\n" + note + "\n")
+
+
+if __name__ == "__main__":
+    main()

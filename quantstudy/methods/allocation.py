@@ -1,0 +1,127 @@
+"""Which layer gets how many bits: an integer program, solved exactly.
+
+For each layer one width is chosen so that the sum of the losses is least and every budget holds:
+
+    minimize Σ loss[l, b] x[l, b]   subject to   Σ_b x[l, b] = 1,   Σ cost[l, b] x[l, b] <= limit,   x binary.
+
+HAWQ-V3 (Yao et al., *HAWQ-V3: Dyadic Neural Network Quantization*, ICML 2021, section 3.4) allocates bits in the same
+way; here branch and bound is scipy's `milp`, that is HiGHS, run to a gap of zero.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from quantstudy.errors import UserError
+from quantstudy.quantization.schemes import WeightScheme
+
+HALF = 16
+"""Bits of a layer that is not quantized but cast to a 16-bit float type."""
+_LARGEST_LOSS = 1e4
+"""Losses are scaled to this, far above the solver's absolute gap of 1e-6."""
+
+Losses = Mapping[str, Mapping[int, float]]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit on the sum of integer costs, by layer and bits: at most `limit` times `unit`.
+
+    `key` is the param that gives `limit`, and `unit` the cost that one of it stands for.
+    """
+
+    key: str
+    limit: float
+    unit: int
+    costs: Mapping[str, Mapping[int, int]]
+
+    @property
+    def most(self) -> int:
+        """The largest sum of costs within the budget."""
+        return math.floor(self.limit * self.unit * (1 + 1e-12))
+
+    def spent(self, bits: Mapping[str, int]) -> int:
+        """Return the sum of costs of an allocation."""
+        return sum(self.costs[layer][width] for layer, width in bits.items())
+
+
+def size_budget(
+    key: str, mean_bits: float, shapes: Mapping[str, torch.Size], group_size: int | None, widths: Sequence[int]
+) -> Budget:
+    """Return the budget of `mean_bits` stored bits a weight, scales included."""
+    costs = {layer: {bits: stored_bits(shape, bits, group_size) for bits in widths} for layer, shape in shapes.items()}
+    return Budget(key, mean_bits, sum(shape.numel() for shape in shapes.values()), costs)
+
+
+def operations_budget(key: str, share: float, macs: Mapping[str, int], widths: Sequence[int]) -> Budget:
+    """Return the budget of a `share` of fp32's bit-operations; activations have 16 bits, as in the mixed methods."""
+    costs = {layer: {bits: count * bits * HALF for bits in widths} for layer, count in macs.items()}
+    return Budget(key, share, sum(macs.values()) * 32 * 32, costs)
+
+
+def stored_bits(shape: torch.Size, bits: int, group_size: int | None) -> int:
+    """Return the bits that a weight of `shape` takes in a file: packed codes and scales, or 16 for each of it."""
+    if bits == HALF:
+        return HALF * shape.numel()
+    scheme = WeightScheme(bits, group_size)
+    scales = scheme.grouped(torch.empty(shape, device="meta")).shape[:2].numel()
+    return 8 * (-(-shape.numel() * bits // 8) + scales * scheme.scale_dtype.itemsize)
+
+
+def allocate(losses: Losses, budgets: Sequence[Budget]) -> dict[str, int]:
+    """Return the bits of each layer, of least summed loss within `budgets`.
+
+    Args:
+        losses: finite, by layer and bits; every layer has the same widths.
+        budgets: with a cost for every layer and width of `losses`.
+
+    Raises:
+        UserError: no allocation is within the budgets; the line names the smallest possible.
+    """
+    layers, widths = list(losses), list(next(iter(losses.values())))
+    for budget in budgets:
+        smallest = sum(min(budget.costs[layer][bits] for bits in widths) for layer in layers)
+        if smallest > budget.most:
+            possible = math.ceil(1e4 * smallest / budget.unit) / 1e4
+            raise UserError(f"{budget.key}: {budget.limit:g} is too small; the smallest possible is {possible:g}")
+    loss = np.array([[losses[layer][bits] for bits in widths] for layer in layers], dtype=float)
+    costs = [np.array([[b.costs[layer][bits] for bits in widths] for layer in layers]) for b in budgets]
+    chosen = _solve(loss, costs, [budget.most for budget in budgets])
+    if chosen is None:
+        keys = " and ".join(budget.key for budget in budgets)
+        raise UserError(f"{keys}: no choice of bits is within both; raise one of them")
+    return {layer: widths[index] for layer, index in zip(layers, chosen, strict=True)}
+
+
+def _solve(
+    loss: NDArray[np.float64], costs: Sequence[NDArray[np.int64]], limits: Sequence[int]
+) -> NDArray[np.int64] | None:
+    """Return the index of each row's choice; None where there is none within the limits."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    layers, widths = loss.shape
+    rows = np.arange(layers)
+    one_each = LinearConstraint(np.kron(np.eye(layers), np.ones(widths)), 1, 1)
+    scaled = loss.ravel() * (_LARGEST_LOSS / max(float(np.abs(loss).max()), 1e-300))
+    tightened = list(limits)
+    while True:
+        within = [LinearConstraint(c.ravel()[None], -np.inf, most) for c, most in zip(costs, tightened, strict=True)]
+        found = milp(
+            scaled,
+            integrality=np.ones(loss.size),
+            bounds=Bounds(0, 1),
+            constraints=[one_each, *within],
+            options={"mip_rel_gap": 0.0},
+        )
+        if found.x is None:
+            return None
+        chosen: NDArray[np.int64] = found.x.reshape(layers, widths).argmax(1)
+        excess = [int(c[rows, chosen].sum()) - most for c, most in zip(costs, limits, strict=True)]
+        if max(excess) <= 0:
+            return chosen
+        # The solver's tolerance on whole numbers can hide a few units of a large cost.
+        tightened = [now - max(over, 0) for now, over in zip(tightened, excess, strict=True)]

@@ -1,0 +1,118 @@
+"""Joint fine-tuning on the calibration images: every degree of freedom of a quantized network at once, without labels.
+
+Finkelstein, Fuchs, Tal, Grobman, Vosco and Meller, *QFT: Post-training Quantization via Fast Joint Finetuning of All
+Degrees of Freedom*, 2022. The fp32 network is the teacher; its pupil's weights, scales and biases learn together by
+Adam and straight-through gradients, starting from what the earlier steps of a method made: here codes, e.g. of GPTQ.
+All layers move with each pass over a batch, so that a few hundred steps on two cores do what layer-wise reconstruction
+needs thousands a layer for.
+
+A weight is s exp(t) clip(round(v)): v starts at its code and learns in units of the step, so that one learning rate
+suits layers of any size; t and the activation scales learn relative to their start. The loss is the Kullback-Leibler
+divergence of the predictions (the paper: features before the head). Images are flipped at random. Layers of more than
+`LARGE` weights keep their codes: Adam on a hundred million takes seconds a step.
+"""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quantstudy.methods.reconstruction import LARGE, progress_of
+from quantstudy.quantization.layers import ActivationQuantizer, quantized_layers
+from quantstudy.quantization.learned import LearnedActivation
+from quantstudy.quantization.schemes import WeightScheme
+
+STEPS = 500
+BATCH_SIZE = 64
+CODE_RATE, SCALE_RATE, BIAS_RATE = 0.03, 2e-3, 1e-3
+
+
+class MovingCodes(nn.Module):
+    """A weight quantizer whose codes and scales learn; it starts at those of a frozen layer."""
+
+    def __init__(self, codes: Tensor, scale: Tensor, scheme: WeightScheme) -> None:
+        super().__init__()
+        self.scheme, self.shape = scheme, codes.shape
+        self.start = scale
+        self.codes = nn.Parameter(scheme.grouped(codes.float()))
+        self.log_scale = nn.Parameter(torch.zeros_like(scale))
+
+    def scale(self) -> Tensor:
+        """Return the scales, float32 [O, groups]."""
+        return self.start * self.log_scale.exp()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the rounded weight; the argument, a layer's own, is not used."""
+        rounded = torch.fake_quantize_per_tensor_affine(self.codes, 1.0, 0, self.scheme.lowest, self.scheme.highest)
+        return self.scheme.ungrouped(rounded * self.scale().unsqueeze(2), self.shape)
+
+    @torch.no_grad()
+    def freeze(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the int8 codes and the scales."""
+        codes = self.codes.round().clamp(self.scheme.lowest, self.scheme.highest).to(torch.int8)
+        return self.scheme.ungrouped(codes, self.shape), self.scale()
+
+
+def finetune_jointly(reference: nn.Module, network: nn.Module, images: list[Tensor], seconds: float) -> None:
+    """Train `network`, whose layers are frozen, to predict what `reference` does; it is frozen again afterwards.
+
+    Args:
+        reference: the fp32 network.
+        network: the quantized one, in place.
+        images: batches of float32 [N, 3, S, S].
+        seconds: at most; the schedule is then shorter.
+    """
+    layers: dict[str, Any] = quantized_layers(network)
+    optimizer = torch.optim.Adam(_thaw(layers), fused=True)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    pixels = torch.cat(images)
+    with torch.no_grad():
+        taught = [torch.cat([reference(f(x)).log_softmax(1) for x in images]) for f in (lambda x: x, _flipped)]
+    generator = torch.Generator().manual_seed(0)
+    with torch.enable_grad():
+        for progress in progress_of(STEPS, time.monotonic() + seconds):
+            chosen = torch.randint(len(pixels), (min(BATCH_SIZE, len(pixels)),), generator=generator)
+            flip = int(torch.randint(2, (), generator=generator))
+            x = _flipped(pixels[chosen]) if flip else pixels[chosen]
+            x = x.contiguous(memory_format=torch.channels_last)
+            predicted = network(x).log_softmax(1)
+            loss = F.kl_div(predicted, taught[flip][chosen], log_target=True, reduction="batchmean")
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * (1 - progress)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    _freeze(layers)
+
+
+def _thaw(layers: dict[str, Any]) -> list[dict[str, Any]]:
+    """Make layers trainable and return what learns, with its rate."""
+    found: list[dict[str, Any]] = []
+    for layer in layers.values():
+        if layer.bias is not None:
+            found.append({"params": [layer.bias.requires_grad_(True)], "lr": BIAS_RATE})
+        activation: ActivationQuantizer = layer.activation
+        if activation.scheme.mode == "static":
+            learned = LearnedActivation(activation.scale, activation.zero_point, activation.scheme.highest)
+            activation.learned = learned
+            found.append({"params": [learned.scale], "lr": SCALE_RATE * activation.scale})
+        if layer.shape.numel() <= LARGE:
+            quantizer = MovingCodes(layer.weight_codes(), layer.weight_scale.float(), layer.scheme.weight)
+            layer.weight_quantizer = quantizer
+            found.append({"params": [quantizer.codes], "lr": CODE_RATE})
+            found.append({"params": [quantizer.log_scale], "lr": SCALE_RATE})
+    return found
+
+
+def _freeze(layers: dict[str, Any]) -> None:
+    for layer in layers.values():
+        layer.activation.settle()
+        if layer.weight_quantizer is not None:
+            layer.freeze()
+        layer.requires_grad_(False)
+
+
+def _flipped(x: Tensor) -> Tensor:
+    return x.flip(3)

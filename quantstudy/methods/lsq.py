@@ -1,0 +1,104 @@
+"""Quantization-aware training with learned step sizes, BatchNorm and all.
+
+Weights are quantized before BatchNorm is folded, which the usual schemes simulate at some cost (Krishnamoorthi 2018,
+*Quantizing Deep Convolutional Networks for Efficient Inference*, section 3.2). Here nothing needs simulating: with one
+scale for a channel or a part of it, folding multiplies the channel's scale by gamma / sigma and leaves its codes alone.
+Only a negative gamma would turn the grid [-2^(b-1), 2^(b-1) - 1] around, so that channels are negated first to have
+none.
+
+Schedule: weight scales start at the least squared error of the weights, activation scales where calibration puts them
+(`activation_range`); both learn from the first step, while zero points stay. After each epoch, before it is scored, the
+statistics of BatchNorm are estimated anew with its weights (Nagel, Fournarakis, Bondarenko and Blankevoort 2022,
+*Overcoming Oscillations in Quantization-Aware Training*, section 3). In the end weights are rounded and BatchNorm is
+folded into scales and biases.
+"""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantstudy.models import conv_norm_pairs
+from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
+from quantstudy.quantization.learned import LearnedActivation, LearnedWeight
+from quantstudy.quantization.ranges import ActivationRange, activation_range
+
+RE_ESTIMATION_BATCHES = 50
+
+
+def learnable(
+    model: nn.Module, statistics: dict[str, Any], schemes: dict[str, LayerScheme], how: ActivationRange
+) -> nn.Module:
+    """Return a copy of `model`, its BatchNorm not folded, whose layers quantize with learned scales.
+
+    `statistics` are the layers' of `observers.collect`, `schemes` name the layers, `how` their starting range.
+    """
+    network = copy.deepcopy(model)
+    for convolution, norm in conv_norm_pairs(network):
+        _make_gamma_positive(network.get_submodule(convolution), network.get_submodule(norm))
+    for name, layer in quantize_layers(network, schemes).items():
+        scheme = layer.scheme
+        layer.weight_quantizer = LearnedWeight(layer.weight.detach(), scheme.weight)  # type: ignore[union-attr]
+        if scheme.activation.mode == "static":
+            grid = scheme.activation.choose_qparams(*activation_range(statistics[name], scheme.activation, how))
+            layer.activation.learned = LearnedActivation(*grid, scheme.activation.highest)
+    return network
+
+
+@torch.no_grad()
+def _make_gamma_positive(convolution: Any, norm: Any) -> None:
+    sign = torch.where(norm.weight < 0, -1.0, 1.0)
+    convolution.weight.mul_(sign.view(-1, 1, 1, 1))
+    if convolution.bias is not None:
+        convolution.bias.mul_(sign)
+    norm.weight.mul_(sign)
+    norm.running_mean.mul_(sign)
+
+
+@torch.no_grad()
+def estimate_batchnorm(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Set the running mean and variance of every BatchNorm2d to their averages over some training batches, in place."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    network.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain average of all batches
+        norm.train()
+    for number, (images, _) in enumerate(batches):
+        if number == RE_ESTIMATION_BATCHES:
+            break
+        network(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    network.eval()
+
+
+@torch.no_grad()
+def freeze_learned(network: nn.Module, pairs: list[tuple[str, str]]) -> None:
+    """Round the weights of a trained network and fold BatchNorm, in place; `pairs` are `conv_norm_pairs`.
+
+    A gamma that became negative in training gives its channel the codes of the negated weight, the lowest one clipped.
+    """
+    for layer in quantized_layers(network).values():
+        layer.activation.settle()
+        layer.freeze()
+    for name, norm_name in pairs:
+        layer, norm = network.get_submodule(name), network.get_submodule(norm_name)  # type: ignore[assignment]
+        _fold(layer, norm)
+        network.set_submodule(norm_name, nn.Identity())
+
+
+def _fold(layer: Any, norm: Any) -> None:
+    factor = norm.weight / (norm.running_var + norm.eps).sqrt()
+    codes = layer.weight_codes().int() * torch.where(factor < 0, -1, 1).view(-1, 1, 1, 1)
+    scheme = layer.scheme.weight
+    layer.set_codes(
+        codes.clamp(scheme.lowest, scheme.highest).to(torch.int8), layer.weight_scale.float() * factor.abs()[:, None]
+    )
+    before = 0 if layer.bias is None else layer.bias
+    layer.bias = nn.Parameter((before - norm.running_mean) * factor + norm.bias, requires_grad=False)

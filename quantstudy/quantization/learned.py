@@ -1,0 +1,63 @@
+"""LSQ: step sizes that are learned like weights.
+
+Esser, McKinstry, Bablani, Appuswamy and Modha, *Learned Step Size Quantization*, ICLR 2020. With v = x / s, the
+gradient of round(clip(v)) s by s is round(v) - v inside the grid and the grid's end outside (equation 3), times 1 /
+sqrt(values * highest code) (section 2.2). Here a scale belongs to an output channel or a group of weights, and to a
+tensor of activations, whose zero point stays as calibrated; scales start at the least squared error instead of 2
+mean|x| / sqrt(highest code), and what rounds to the grid's end counts as inside. PyTorch's own learnable fake
+quantization computes both directions in one pass.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from quantstudy.quantization.schemes import SMALLEST_SCALE, WeightScheme
+
+
+class LearnedWeight(nn.Module):
+    """A weight quantizer with learned scales, float32 [O * groups]."""
+
+    def __init__(self, weight: Tensor, scheme: WeightScheme) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.scale = nn.Parameter(scheme.choose_scale(weight).flatten())
+        self.register_buffer("zero_point", torch.zeros_like(self.scale), persistent=False)
+        self.zero_point: Tensor
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the rounded weight, in the shape of `weight`."""
+        per_channel = self.scheme.group_size is None
+        rows = weight if per_channel else self.scheme.grouped(weight).flatten(0, 1)
+        factor = 1 / math.sqrt(rows[0].numel() * self.scheme.highest)
+        grid = (self.scheme.lowest, self.scheme.highest, factor)
+        scale = self.scale.clamp_min(SMALLEST_SCALE)
+        rounded: Tensor = torch._fake_quantize_learnable_per_channel_affine(rows, scale, self.zero_point, 0, *grid)
+        return rounded if per_channel else self.scheme.ungrouped(rounded.unflatten(0, (len(weight), -1)), weight.shape)
+
+    @torch.no_grad()
+    def freeze(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the int8 codes and the scales [O, groups]."""
+        scale = self.scheme.rounded(self.scale.detach().view(len(weight), -1))
+        return self.scheme.quantize(weight, scale), scale
+
+
+class LearnedActivation(nn.Module):
+    """The scale of an activation quantizer, learned; its zero point is a fixed code."""
+
+    def __init__(self, scale: float, zero_point: int, highest: int) -> None:
+        super().__init__()
+        self.highest = highest
+        self.scale = nn.Parameter(torch.tensor([scale]))
+        self.register_buffer("zero_point", torch.tensor([float(zero_point)]))
+        self.zero_point: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` rounded to the grid, in its dtype and memory format."""
+        factor = 1 / math.sqrt(x[0].numel() * self.highest)
+        scale = self.scale.clamp_min(SMALLEST_SCALE)
+        rounded: Tensor = torch._fake_quantize_learnable_per_tensor_affine(
+            x, scale, self.zero_point, 0, self.highest, factor
+        )
+        return rounded

@@ -1,0 +1,29 @@
+"""The table of `benchmarks/ablation.py`: what each technique adds to rounding to nearest, scheme by scheme."""
+
+from collections.abc import Sequence
+from typing import Any
+
+_HEADER = ("scheme", "techniques", "drop", "top-1 %", "seeds", "p, row above", "bits", "MB", "s")
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows of an ablation as a Markdown table; drops in percentage points against fp32."""
+    lines = ["| " + " | ".join(_HEADER) + " |", "|---|---|" + "---:|" * (len(_HEADER) - 2)]
+    for row in rows:
+        names = row["techniques"]
+        techniques = names[-1] if len(names) == 1 else f"+ {names[-1]}"
+        spread = "" if row["top1_drop_std"] is None else f" ± {row['top1_drop_std']:.2f}"
+        p = row["p_above"]
+        cells = (
+            row["scheme"],
+            techniques,
+            f"{round(row['top1_drop'], 2) + 0.0:+.2f}{spread}",
+            f"{row['top1']:.2f} ± {row['top1_ci95']:.2f}",
+            str(row["seeds"]),
+            "" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}",
+            f"{row['mean_bits']:.2f}",
+            f"{row['size_mb']:.2f}",
+            f"{row['seconds']:.0f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,95 @@
+"""What a git revision or an experiment holds: its params, its metrics, and the predictions that DVC keeps of it.
+
+Metrics lie in git, predictions and images in DVC's cache or a remote. A revision whose predictions were never pushed,
+or were removed by `dvc gc`, has its metrics all the same.
+"""
+
+import io
+import json
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from quantstudy import layout
+from quantstudy.errors import UserError, one_line
+from quantstudy.params import PARAMS_FILE
+
+WORKSPACE = "workspace"
+
+
+class Revision:
+    """A git revision, the name of an experiment, or `workspace`, which is the files as they lie there.
+
+    Raises:
+        UserError: there is no such revision, no DVC repository, or no params in it.
+    """
+
+    def __init__(self, name: str) -> None:
+        from dvc.api import DVCFileSystem
+        from dvc.exceptions import DvcException
+
+        self.name = name
+        self._files = DVCFileSystem(rev=None if name == WORKSPACE else name)
+        try:
+            content = self._read(str(PARAMS_FILE))
+        except DvcException as error:
+            self.close()
+            raise UserError(f"{name!r}: not a git revision or an experiment ({one_line(error)})") from None
+        if content is None:
+            raise UserError(f"{name!r}: has no {PARAMS_FILE}")
+        self.params: dict[str, Any] = yaml.safe_load(content)
+
+    def close(self) -> None:
+        """Let go of the repository."""
+        self._files.close()
+
+    @property
+    def variants(self) -> list[tuple[str, str]]:
+        """Every (study, variant) that the revision's params list, in their order."""
+        variants = ["fp32", *self.params["ptq"], *self.params["qat"]]
+        return [(study, variant) for study in self.params["run"] for variant in variants]
+
+    @property
+    def params_in_use(self) -> dict[str, Any]:
+        """The params without the studies and methods that are defined but not listed to run."""
+        methods = [*self.params["ptq"], *self.params["qat"]]
+        used = {"studies": self.params["run"], "methods": methods}
+        return {
+            section: {name: row for name, row in value.items() if name in used[section]} if section in used else value
+            for section, value in self.params.items()
+        }
+
+    def metrics(self, study: str, variant: str) -> dict[str, Any] | None:
+        """Return a variant's metrics; None when the revision's params do not list it or it was not measured."""
+        if (study, variant) not in self.variants:
+            return None
+        content = self._read(layout.metrics(study, variant).as_posix())
+        return None if content is None else json.loads(content)
+
+    def predictions(self, study: str, variant: str) -> NDArray[np.int16] | None:
+        """Return a variant's predicted classes, int16 [images]; None where the cache has lost them."""
+        content = self._read(layout.predictions(study, variant).as_posix())
+        return None if content is None else np.load(io.BytesIO(content))
+
+    def test_md5(self, study: str) -> str | None:
+        """Return the checksum by which DVC knows a study's test split; None when it does not."""
+        try:
+            return self._files.info(layout.split(study, "test").as_posix()).get("dvc_info", {}).get("md5")
+        except FileNotFoundError:
+            return None
+
+    def test_labels(self, study: str) -> NDArray[np.int64] | None:
+        """Return the true classes of a study's test split, int64 [images]; None where the cache has lost them."""
+        import torch
+
+        content = self._read(layout.split(study, "test").as_posix())
+        return None if content is None else torch.load(io.BytesIO(content), weights_only=True)["labels"].numpy()
+
+    def _read(self, path: str) -> bytes | None:
+        try:
+            with self._files.open(path) as file:
+                return file.read()
+        except FileNotFoundError:
+            return None

@@ -1,0 +1,47 @@
+"""Quantize a study's fp32 model after training, each layer in the bits that lose least within a method's budget."""
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+
+from quantstudy import layout, models
+from quantstudy.checkpoint import load_checkpoint
+from quantstudy.data.batches import Batches
+from quantstudy.data.container import load_split
+from quantstudy.device import set_up
+from quantstudy.errors import run_stage
+from quantstudy.files import read_json
+from quantstudy.methods.registry import mixed, settings_of
+from quantstudy.methods.sensitivity import allocate_within
+from quantstudy.params import BUDGET, load_params
+from quantstudy.quantization.variant import save_variant
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write models/<study>/ptq/<method>.pth."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
+    parser.add_argument("--method", required=True, help="a row of methods in params.yaml of kind mixed_budget")
+    arguments = parser.parse_args(argv)
+    name, method = arguments.study, arguments.method
+    params = load_params()
+    study, settings = params.study(name), settings_of(params, method, {BUDGET: mixed})
+    set_up(study.seed)
+
+    fp32 = layout.model(name, "fp32")
+    model, rows = models.load_fp32(fp32), read_json(layout.sensitivity(name, "json"))
+    bits = allocate_within(model, rows, settings, f"methods.{method}")
+    calibration = {}
+    if settings.needs_images:
+        split, seen = load_split(layout.split(name, "calibration")), models.load_preprocessing(fp32)
+        calibration["images"] = [images for images, _ in Batches(split, seen, study.calibration.batch_size, "cpu")]
+    variant = mixed(model, calibration, settings, bits)
+
+    path = layout.model(name, method)
+    save_variant(path, variant, load_checkpoint(fp32), method)
+    layers = ", ".join(f"{count} of {width} bits" for width, count in sorted(Counter(bits.values()).items()))
+    print(f"{path}: {path.stat().st_size / 1e6:.3f} MB, fp32 {fp32.stat().st_size / 1e6:.3f} MB; layers: {layers}")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,48 @@
+"""Quantize one layer of a study's fp32 model at a time, at each number of bits, and measure what it costs."""
+
+import argparse
+import itertools
+from collections.abc import Sequence
+
+from quantstudy import layout, models
+from quantstudy.data.batches import Batches
+from quantstudy.data.container import load_split
+from quantstudy.device import set_up
+from quantstudy.errors import run_stage
+from quantstudy.files import write_json
+from quantstudy.measure.operations import count_macs
+from quantstudy.methods.sensitivity import COLUMNS, measure_layers
+from quantstudy.params import load_params
+from quantstudy.report.heatmap import plot_sensitivity
+from quantstudy.report.tables import write_csv
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write reports/<study>/sensitivity.{json,csv,png}, from calibration images alone."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
+    name = parser.parse_args(argv).study
+    params = load_params()
+    study, settings = params.study(name), params.sensitivity
+    set_up(study.seed)
+
+    fp32 = layout.model(name, "fp32")
+    model, seen = models.load_fp32(fp32), models.load_preprocessing(fp32)
+    split = load_split(layout.split(name, "calibration"))
+    calibration = {"images": [images for images, _ in Batches(split, seen, study.calibration.batch_size, "cpu")]}
+    measured = split.subset(range(min(settings.images or len(split), len(split))))
+    batches = list(Batches(measured, seen, study.calibration.batch_size, "cpu"))
+    _, macs = count_macs(model, seen.image_size)
+    rows = measure_layers(model, calibration, batches, settings, macs)
+
+    write_json(layout.sensitivity(name, "json"), rows)
+    write_csv(layout.sensitivity(name, "csv"), COLUMNS, rows)
+    plot_sensitivity(layout.sensitivity(name, "png"), name, rows)
+    for bits, at in itertools.groupby(sorted(rows, key=lambda row: row["bits"]), key=lambda row: row["bits"]):
+        worst = min(at, key=lambda row: row["sqnr_db"])
+        cost = f"{worst['sqnr_db']:.1f} dB, top-1 {worst['top1_drop']:+.2f} points down"
+        print(f"{bits:2} bits: {worst['layer']} alone costs most: {cost}")
+
+
+if __name__ == "__main__":
+    run_stage(main)

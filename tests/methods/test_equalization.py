@@ -1,0 +1,107 @@
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantstudy import models
+from quantstudy.errors import UserError
+from quantstudy.export.onnx_model import to_onnx
+from quantstudy.methods.equalization import Pair, absorb_high_biases, equalize, find_pairs
+from quantstudy.quantization.layers import ChannelReLU
+
+
+def chain(activation: nn.Module) -> nn.Module:
+    """A dense, a depthwise and a grouped convolution, pooling, and a linear layer behind a flattened image."""
+    layers = (nn.Conv2d(3, 8, 3, padding=1), activation, nn.Conv2d(8, 8, 3, groups=8), type(activation)())
+    more = (nn.Conv2d(8, 12, 1, groups=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12 * 9, 5))
+    return nn.Sequential(*layers, *more).eval()
+
+
+def uneven(model: nn.Module) -> nn.Module:
+    """Give the channels of every layer very different ranges, and the activations values beyond 6."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            size = torch.logspace(-1, 1.5, len(layer.weight))[torch.randperm(len(layer.weight))]
+            layer.weight.data.mul_(size.view(-1, 1, 1, 1))
+    return model
+
+
+@pytest.fixture(params=[nn.ReLU, nn.ReLU6], ids=["relu", "relu6"])
+def network(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(0)
+    return uneven(chain(request.param()))
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def assert_same_function(found: nn.Module, wanted: nn.Module, images: Tensor) -> None:
+    with torch.no_grad():
+        y, other = wanted(images), found(images)
+    assert float((other - y).norm() / y.norm()) < 1e-4
+
+
+def test_the_function_stays(network: nn.Module, images: Tensor) -> None:
+    assert_same_function(equalize(network), network, images)
+
+
+def test_mobilenet_keeps_its_function() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 64, 64)
+    model = models.build("mobilenet_v2", 10).train()
+    with torch.no_grad():
+        for _ in range(10):
+            model(images)
+    folded = models.fold_batchnorm(model)
+    found = equalize(folded)
+    assert_same_function(found, folded, images)
+    bounded = sum(isinstance(module, ChannelReLU) for module in found.modules())
+    assert bounded == sum(isinstance(module, nn.ReLU6) for module in folded.modules()) == 35
+
+
+def test_ranges_are_equal_afterwards(network: nn.Module) -> None:
+    found = equalize(network)
+    first, second = found[0].weight.flatten(1).abs().amax(1), found[2].weight.flatten(1).abs().amax(1)
+    torch.testing.assert_close(first, second, rtol=1e-2, atol=0)
+    assert (network[0].weight.flatten(1).abs().amax(1) / network[2].weight.flatten(1).abs().amax(1)).max() > 1.5
+
+
+def test_pairs_end_where_a_value_is_read_twice() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(4, 4, 1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return self.c(torch.relu(self.b(y))) + y
+
+    assert find_pairs(Residual()) == [Pair("b", "c", None, True)]
+
+
+def test_a_network_that_cannot_be_traced_has_no_pairs() -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    assert find_pairs(Branch()) == []
+
+
+@torch.no_grad()
+def test_absorbing_biases_keeps_the_function_where_the_activation_stays_above_what_moved(images: Tensor) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1, groups=2)).eval()
+    network[0].bias[:3] = 20.0
+    before, wanted = network[0].bias.clone(), network(images)
+    absorb_high_biases(network, [images])
+    assert (network[0].bias[:3] < before[:3] - 10).all()
+    torch.testing.assert_close(network[0].bias[3:], before[3:])
+    assert float((network(images) - wanted).norm() / wanted.norm()) < 1e-3
+
+
+def test_a_network_with_bounds_per_channel_is_not_exported_as_if_it_had_none() -> None:
+    network = equalize(uneven(chain(nn.ReLU6())))
+    with pytest.raises(UserError, match="equalize: the network's ReLU6 have bounds per channel"):
+        to_onnx(network, onnx.ModelProto())

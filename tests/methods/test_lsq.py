@@ -1,0 +1,117 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantstudy import models
+from quantstudy.methods.lsq import estimate_batchnorm, freeze_learned, learnable
+from quantstudy.quantization.layers import LayerScheme, quantized_layers
+from quantstudy.quantization.learned import LearnedActivation, LearnedWeight
+from quantstudy.quantization.observers import collect, quantizable_layers
+from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
+
+
+def paper_gradient(v: Tensor, lowest: int, highest: int) -> Tensor:
+    """Equation 3 of the paper: of round(clip(v)) * s by s; what rounds to the grid's end still counts as inside."""
+    inside = (v.round() >= lowest) & (v.round() <= highest)
+    return torch.where(inside, v.round() - v, v.clamp(lowest, highest))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_weight_scale_has_the_gradient_of_the_paper(bits: int) -> None:
+    torch.manual_seed(0)
+    scheme, weight = WeightScheme(bits), torch.randn(5, 4, 3, 3)
+    quantizer = LearnedWeight(weight, scheme)
+    upstream = torch.randn_like(weight)
+    (quantizer(weight) * upstream).sum().backward()
+    v = weight / quantizer.scale.detach().view(-1, 1, 1, 1)
+    factor = 1 / math.sqrt(weight[0].numel() * scheme.highest)
+    wanted = (paper_gradient(v, scheme.lowest, scheme.highest) * upstream).flatten(1).sum(1) * factor
+    torch.testing.assert_close(quantizer.scale.grad, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_the_paper_formula_is_the_slope_where_codes_do_not_change() -> None:
+    """With the rounding error held fixed, as the straight-through estimator does: by finite differences."""
+    torch.manual_seed(0)
+    x, s, delta = torch.rand(1000, dtype=torch.float64) * 40 - 5, 0.7, 1e-6
+    code = (x / s).round()
+    inside = (code >= 0) & (code <= 15)
+
+    def surrogate(scale: float) -> Tensor:
+        error = code - x / s
+        return torch.where(inside, (x / scale + error) * scale, (x / s).clamp(0, 15) * scale)
+
+    slope = (surrogate(s + delta) - surrogate(s - delta)) / (2 * delta)
+    torch.testing.assert_close(slope, paper_gradient(x / s, 0, 15), rtol=1e-5, atol=1e-5)
+
+
+def test_the_activation_scale_has_the_gradient_of_the_paper() -> None:
+    torch.manual_seed(0)
+    x, zero_point, highest = torch.randn(6, 4, 5, 5), 5, 15
+    quantizer = LearnedActivation(0.3, zero_point, highest)
+    upstream = torch.randn_like(x)
+    (quantizer(x) * upstream).sum().backward()
+    wanted = (paper_gradient(x / 0.3, -zero_point, highest - zero_point) * upstream).sum()
+    wanted = wanted / math.sqrt(x[0].numel() * highest)
+    torch.testing.assert_close(quantizer.scale.grad, wanted[None], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("group_size", [None, 8], ids=["channel", "group"])
+def test_a_frozen_weight_is_the_trained_one(group_size: int | None) -> None:
+    torch.manual_seed(0)
+    scheme, weight = WeightScheme(4, group_size), torch.randn(5, 3, 3, 3)
+    quantizer = LearnedWeight(weight, scheme)
+    codes, scale = quantizer.freeze(weight)
+    torch.testing.assert_close(scheme.dequantize(codes, scale), quantizer(weight).detach())
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def network(images: Tensor) -> nn.Module:
+    torch.manual_seed(0)
+    model = models.build("mobilenet_v2", 10).train()
+    with torch.no_grad():
+        for _ in range(10):
+            model(images)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.copy_(torch.randn_like(module.weight))  # half of the gammas are negative
+    return model.eval()
+
+
+def test_folding_after_training_leaves_the_function(network: nn.Module, images: Tensor) -> None:
+    statistics = collect(models.fold_batchnorm(network), [(images, torch.zeros(16))], 256)["layers"]
+    scheme = LayerScheme(WeightScheme(4, weight_range="mse"), ActivationScheme("static", 8))
+    found = learnable(network, statistics, dict.fromkeys(quantizable_layers(network), scheme), "mse").eval()
+    with torch.no_grad():
+        trained = found(images)
+        freeze_learned(found, models.conv_norm_pairs(network))
+        frozen = found(images)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in found.modules())
+    assert len(quantized_layers(found)) == 53
+    assert float((frozen - trained).norm() / trained.norm()) < 2e-2  # float32 rounding moves a few codes of activations
+
+
+def test_batchnorm_is_estimated_as_the_average_of_the_batches() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.BatchNorm2d(3))
+    batches = [(torch.randn(8, 3, 4, 4) * 3 + 1, torch.zeros(8)) for _ in range(4)]
+    estimate_batchnorm(network, batches)
+    means = torch.stack([x.mean((0, 2, 3)) for x, _ in batches]).mean(0)
+    variances = torch.stack([x.var((0, 2, 3)) for x, _ in batches]).mean(0)
+    torch.testing.assert_close(network[0].running_mean, means)
+    torch.testing.assert_close(network[0].running_var, variances)
+    assert network[0].momentum == 0.1 and not network[0].training
+
+
+def test_a_network_without_batchnorm_is_left_alone() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 2, 1))
+    before = copy.deepcopy(network.state_dict())
+    estimate_batchnorm(network, [])
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())

@@ -1,0 +1,106 @@
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.mobilenetv2 import InvertedResidual
+
+from quantstudy.methods.reconstruction import Effort, SoftRounding, find_units, reconstruct
+from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
+from quantstudy.quantization.observers import quantizable_layers
+from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
+
+EFFORT = Effort(steps=150, batch_size=16, seconds=30)
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU6())
+    return nn.Sequential(
+        stem, InvertedResidual(8, 8, 1, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    ).eval()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def quantized(network: nn.Module, bits: int = 3, activation: ActivationScheme | None = None) -> nn.Module:
+    copied = copy.deepcopy(network)
+    scheme = LayerScheme(WeightScheme(bits), activation or ActivationScheme())
+    quantize_layers(copied, dict.fromkeys(quantizable_layers(network), scheme))
+    return copied.requires_grad_(False)
+
+
+def nearest(network: nn.Module) -> nn.Module:
+    copied = quantized(network)
+    for layer in quantized_layers(copied).values():
+        layer.freeze()
+    return copied
+
+
+@pytest.mark.parametrize("block", [False, True], ids=["layers", "blocks"])
+def test_the_output_is_closer_than_with_rounding_to_nearest(network: nn.Module, images: Tensor, block: bool) -> None:
+    found = quantized(network)
+    assert reconstruct(network, found, images, EFFORT, block) == []
+    with torch.no_grad():
+        y = network(images)
+        errors = [float((model(images) - y).norm()) for model in (found, nearest(network))]
+    assert errors[0] < 0.8 * errors[1]
+    assert all(layer.frozen for layer in quantized_layers(found).values())
+
+
+def test_no_layer_is_reconstructed_worse_than_by_rounding_to_nearest(images: Tensor) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 6, 3))
+    for steps in (1, 20, 200):
+        found = quantized(network)
+        reconstruct(network, found, images, Effort(steps=steps, batch_size=16, seconds=30), block=False)
+        with torch.no_grad():
+            y = network(images)
+            errors = [float((model(images) - y).square().mean()) for model in (found, nearest(network))]
+        assert errors[0] <= errors[1] * (1 + 1e-6)
+
+
+def test_each_code_is_the_one_below_or_above(network: nn.Module, images: Tensor) -> None:
+    found = quantized(network)
+    reconstruct(network, found, images, EFFORT, block=True)
+    for name, layer in quantized_layers(found).items():
+        weight = network.get_submodule(name).weight
+        scaled = weight.flatten(1) / layer.weight_scale
+        assert ((layer.weight_codes().flatten(1) - scaled).abs() <= 1 + 1e-4).all(), name
+
+
+def test_units_are_residual_blocks_and_layers_outside_of_them(network: nn.Module) -> None:
+    assert list(find_units(quantized(network))) == ["0.0", "1", "4"]
+
+
+def test_soft_rounding_starts_at_the_weight() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(4, 3, 3, 3)
+    soft = SoftRounding(weight, WeightScheme(4, 8))
+    with torch.no_grad():
+        difference = (soft(weight) - weight).abs().flatten(1)
+    inside = weight.flatten(1) <= 7 * soft.scale.amin()  # what lies above the highest code is clipped
+    assert float(difference[inside].max()) < 0.02 * float(soft.scale.amax())
+
+
+def test_a_time_limit_ends_the_search(network: nn.Module, images: Tensor) -> None:
+    import time
+
+    started = time.monotonic()
+    reconstruct(network, quantized(network), images, Effort(steps=100_000, seconds=2.0), block=True)
+    assert time.monotonic() - started < 10
+
+
+def test_what_is_too_large_is_named_and_left(
+    network: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantstudy.methods.reconstruction.LARGE", 100)
+    found = quantized(network)
+    skipped = reconstruct(network, found, images, EFFORT, block=False)
+    sizes = {name: layer.shape.numel() for name, layer in quantized_layers(found).items()}
+    assert skipped == [name for name, size in sizes.items() if size > 100]
+    assert all(layer.frozen == (name not in skipped) for name, layer in quantized_layers(found).items())

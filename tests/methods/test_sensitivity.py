@@ -1,0 +1,186 @@
+"""What one layer costs, and the variant that is made from it, on a small network."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantstudy import models
+from quantstudy.errors import UserError
+from quantstudy.methods.allocation import stored_bits
+from quantstudy.methods.registry import mixed
+from quantstudy.methods.sensitivity import allocate_within, assemble, losses, measure_layers, quantized_table
+from quantstudy.params import MixedBudget, Sensitivity
+from quantstudy.quantization.layers import quantized_layers
+from quantstudy.quantization.observers import quantizable_layers
+from quantstudy.quantization.variant import load_variant, save_variant
+
+WIDTHS = [2, 4, 8, 16]
+FP32 = {
+    "architecture": "mobilenet_v2",
+    "classes": 10,
+    "preprocessing": {"image_size": 32, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+}
+
+
+class Residual(nn.Module):
+    """Two paths that meet in place, as in a ResNet: what runs on one must not change the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.shortcut, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 4)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [N, 3, S, S] to logits [N, 4]."""
+        y = self.second(self.relu(self.first(x)))
+        y += self.shortcut(x)
+        return self.head(self.relu(y).mean((2, 3)))
+
+
+def settings_of(**keys: Any) -> Sensitivity:
+    return Sensitivity(bits=WIDTHS, **keys)
+
+
+@pytest.fixture
+def residual() -> nn.Module:
+    torch.manual_seed(0)
+    return Residual().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def batches() -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(1)
+    return [(torch.randn(count, 3, 8, 8), torch.randint(0, 4, (count,))) for count in (6, 5)]
+
+
+MACS = dict.fromkeys(("first", "second", "shortcut", "head"), 1)
+
+
+def test_each_row_is_that_of_the_network_with_one_layer_replaced(
+    residual: nn.Module, batches: list[tuple[Tensor, Tensor]]
+) -> None:
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    settings = settings_of(group_size=8)
+    rows = measure_layers(residual, {}, batches, settings, MACS)
+    table = quantized_table(residual, {}, settings, WIDTHS[:-1])
+    reference = residual(images)
+    assert [(row["layer"], row["bits"]) for row in rows] == [
+        (name, bits) for name in ("first", "second", "shortcut", "head") for bits in WIDTHS
+    ]
+    for row in rows[:3] + rows[8:11]:
+        network = copy.deepcopy(residual)
+        network.set_submodule(row["layer"], table[row["bits"]][row["layer"]])
+        logits = network(images)
+        sqnr = 20 * torch.log10(reference.norm() / (reference - logits).norm())
+        assert row["sqnr_db"] == pytest.approx(float(sqnr), abs=1e-3)
+        cross_entropy = nn.functional.cross_entropy
+        loss = cross_entropy(logits, labels) - cross_entropy(reference, labels)
+        assert row["loss_increase"] == pytest.approx(float(loss), abs=1e-5)
+        right, right_now = ((x.argmax(1) == labels).float().mean() for x in (reference, logits))
+        assert row["top1_drop"] == pytest.approx(float(100 * (right - right_now)), abs=1e-4)
+        assert row["kl_divergence"] >= 0 and row["images"] == 11
+        shape = residual.get_submodule(row["layer"]).weight.shape
+        assert row["bytes"] == stored_bits(shape, row["bits"], 8) // 8 and row["weights"] == shape.numel()
+
+
+def test_the_model_stays_untouched(residual: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
+    before = copy.deepcopy(residual.state_dict())
+    settings = settings_of(rounding="gptq", bias_correction=True)
+    measure_layers(residual, {"images": [images for images, _ in batches]}, batches, settings, MACS)
+    after = residual.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_layer_whose_weights_are_on_the_grid_costs_nothing(
+    residual: nn.Module, batches: list[tuple[Tensor, Tensor]]
+) -> None:
+    """Weights that are codes of 2 bits times a power of two are exact at every width."""
+    layer: Any = residual.second
+    codes = torch.randint(-2, 2, layer.weight.shape).float()
+    codes[:, 0, 0, 0] = -2  # the range is used, so that the scale is found again
+    layer.weight = nn.Parameter(codes / 8, requires_grad=False)
+    rows = [row for row in measure_layers(residual, {}, batches, settings_of(), MACS) if row["layer"] == "second"]
+    exact = [row for row in rows if row["bits"] in (2, 16)]
+    for row in exact:
+        assert row["sqnr_db"] == 200 and row["loss_increase"] == row["kl_divergence"] == row["top1_drop"] == 0
+    assert losses(exact)["second"] == {2: 1e-10, 16: 1e-10}
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    """A MobileNetV2 whose BatchNorm has seen images; folded."""
+    torch.manual_seed(0)
+    model = models.build("mobilenet_v2", 10).train()
+    with torch.no_grad():
+        for _ in range(10):
+            model(torch.randn(8, 3, 32, 32))
+    return models.fold_batchnorm(model).to(memory_format=torch.channels_last)
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    torch.manual_seed(2)
+    return torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture(scope="module")
+def rows(network: nn.Module, images: Tensor) -> list[dict[str, Any]]:
+    macs = dict.fromkeys(quantizable_layers(network), 100)
+    batch = (images, torch.zeros(8, dtype=torch.int64))
+    return measure_layers(network, {}, [batch], settings_of(group_size=32), macs)
+
+
+@pytest.mark.parametrize("mean_bits", [3.0, 4.0, 6.5])
+@torch.no_grad()
+def test_the_file_keeps_the_budget_and_loads_to_identical_logits(
+    mean_bits: float, network: nn.Module, images: Tensor, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    settings = MixedBudget(kind="mixed_budget", mean_bits=mean_bits, group_size=32, bias_correction=True)
+    bits = allocate_within(network, rows, settings, "methods.m")
+    variant = mixed(network, {"images": [images]}, settings, bits).eval()
+    path = tmp_path / "variant.pth"
+    save_variant(path, variant, FP32, "m")
+    loaded = load_variant(path)
+    assert torch.equal(loaded(images), variant(images))
+
+    tensors = torch.load(path, weights_only=True)["state_dict"]
+    kept = quantizable_layers(loaded.network)
+    stored = sum(t.nbytes for name, t in tensors.items() if name.endswith((".packed", ".weight_scale")))
+    stored += sum(tensors[f"{name}.weight"].nbytes for name in kept)
+    weights = sum(layer.weight.numel() for layer in quantizable_layers(network).values())
+    assert 0.99 * mean_bits < 8 * stored / weights <= mean_bits
+    assert {name for name, width in bits.items() if width == 16} == set(kept)
+    assert all(tensors[f"{name}.weight"].dtype == torch.float16 for name in kept)
+    found = {name: layer.scheme.weight.bits for name, layer in quantized_layers(loaded.network).items()}
+    assert found == {name: width for name, width in bits.items() if width < 16}
+
+
+def test_both_budgets_are_kept(network: nn.Module, rows: list[dict[str, Any]]) -> None:
+    settings = MixedBudget(kind="mixed_budget", mean_bits=5.0, bit_operations=0.04, group_size=32)
+    bits = allocate_within(network, rows, settings, "methods.m")
+    assert sum(bits.values()) * 16 <= 0.04 * len(bits) * 32 * 32  # every layer has the same MACs here
+    only_size = allocate_within(network, rows, settings.model_copy(update={"bit_operations": None}), "methods.m")
+    assert sum(bits.values()) < sum(only_size.values())
+
+
+def test_rows_of_another_network_are_one_line(network: nn.Module, rows: list[dict[str, Any]]) -> None:
+    settings = MixedBudget(kind="mixed_budget", mean_bits=5.0)
+    with pytest.raises(UserError, match=r"sensitivity.json has 1 layers, not the model's 53"):
+        allocate_within(network, rows[:4], settings, "methods.m")
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@torch.no_grad()
+def test_an_assembled_variant_is_the_one_made_whole(rounding: str, network: nn.Module, images: Tensor) -> None:
+    keys: Any = {"group_size": 32, "weight_range": "mse", "rounding": rounding, "bias_correction": True}
+    settings = MixedBudget(kind="mixed_budget", mean_bits=4.0, **keys)
+    bits = {name: WIDTHS[index % 4] for index, name in enumerate(quantizable_layers(network))}
+    calibration = {"images": [images]}
+    table = quantized_table(network, calibration, settings, WIDTHS[:-1])
+    whole = mixed(network, calibration, settings, bits)
+    assert torch.equal(assemble(network, table, bits, torch.float16)(images), whole(images))
