@@ -115,7 +115,9 @@ def test_the_page_of_plots_needs_no_network(first: set[str], run: Run, copy: Pat
     run("dvc", "plots", *command, "-o", "page")
     page = (copy / "page" / "index.html").read_text()
     assert not re.search(r"""<(script|link|img)[^>]+(src|href)=["']?http""", page)
-    assert "window.vegaEmbed=" in page and page.count("vegaEmbed('#") == 4  # two curves, trade-off, scaling law
+    assert (
+        "window.vegaEmbed=" in page and page.count("vegaEmbed('#") == 5
+    )  # two curves, trade-off, scaling law, sensitivity
     for title in ("tiny, fp32", "tiny, qat_int8", "tiny, accuracy against size and latency", "tiny, scaling law"):
         assert f'"text": "{title}"' in page
     assert "hist_features" in page

@@ -21,9 +21,9 @@ from quantstudy.params import Params, Static
 from quantstudy.quantization.ranges import activation_range
 from quantstudy.quantization.schemes import ActivationScheme
 from quantstudy.report.histograms import as_array, check_calibration, rebin
+from quantstudy.report.pareto import pareto_front, split_level
 from quantstudy.report.results import Result
 from quantstudy.report.tables import record, scaling_law
-from quantstudy.report.tradeoffs import pareto_front, split_level
 from quantstudy.report.verdict import sentence
 
 BINS = 64
