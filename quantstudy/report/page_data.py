@@ -61,7 +61,7 @@ def page_data(params: Params, study: str, results: Sequence[Result], test: Split
         "scaling_law": scaling_law(params, results),
         "layers": {result.variant: layer_columns(params, result) for result in results},
         "inputs": layer_inputs(params, study),
-        "sensitivity": read_json(sensitivity) if sensitivity.is_file() else [],
+        "sensitivity": shown_sensitivity(read_json(sensitivity)) if sensitivity.is_file() else [],
         "sensitivity_is_of_this_run": study in params.budget.studies,
         "classes": list(test.classes),
         "labels": joined(labels),
@@ -165,6 +165,11 @@ def layer_columns(params: Params, result: Result) -> dict[str, list[Any]]:
     if result.variant != "fp32" and getattr(params.method(result.variant), "equalize", False):
         columns["sqnr_db"] = [None] * len(rows)
     return columns
+
+
+def shown_sensitivity(rows: Sequence[Row]) -> list[Row]:
+    """Return the columns of the rows of a sensitivity file that the page shows."""
+    return [{key: row[key] for key in ("layer", "bits", "sqnr_db", "top1_drop")} for row in rows]
 
 
 def layer_inputs(params: Params, study: str) -> list[Row]:
