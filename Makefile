@@ -15,7 +15,7 @@ export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro results compare test check format front dag peers clean
+.PHONY: help setup repro results compare test browser check format front dag peers clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,12 @@ compare: setup  ## Which variants moved between two revisions or experiments: ma
 
 test: $(TOOLS)  ## Run the tests
 	python -m pytest
+
+browser:  ## Install the Chromium that the tests of the HTML report need, where this system lets us
+	@if command -v chromium chromium-browser google-chrome > /dev/null; then echo 'a Chromium is there'; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && apt-get update -qq && apt-get install -y -qq chromium; \
+	then echo 'installed Chromium'; \
+	else echo 'no Chromium, and none can be installed here; the tests of the HTML report will be skipped'; fi
 
 check: $(TOOLS)  ## Lint, formatting and types
 	ruff check .

@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         for study in load_params().run:
             print_results(study)
+        if layout.REPORT.is_file():
+            print(f"\nall of it on one page: {layout.REPORT}")
 
 
 def _add_quantize(parser: argparse.ArgumentParser) -> None:

@@ -38,9 +38,9 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON; raise `ValueError` for a NaN or an infinity, which break readers."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False, default=_plain) + "\n")
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Write `value` as JSON; raise `ValueError` for a NaN or an infinity, which break readers."""
+    write_text(path, json.dumps(value, indent=indent, allow_nan=False, default=_plain) + "\n")
 
 
 def save_tensors(path: Path, content: Any) -> None:

@@ -96,4 +96,17 @@ def training_summary(study: str, name: str) -> Path:
     return report(study) / "curves" / f"{name}.json"
 
 
+def activation_stats(study: str) -> Path:
+    """The outliers of every layer's input."""
+    return report(study) / "activation_stats.json"
+
+
+def page(study: str) -> Path:
+    """What the HTML report shows of a study."""
+    return Path("reports") / "pages" / f"{study}.json"
+
+
+REPORT = Path("reports") / "report.html"
+"""The HTML report of the studies in `run`."""
+
 ENVIRONMENT = Path("reports") / "environment.json"

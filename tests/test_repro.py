@@ -71,12 +71,12 @@ def first(run: Run) -> set[str]:
 
 
 def test_the_first_run_runs_every_cell(first: set[str]) -> None:
-    expected = {"code", "diagnose"}
+    expected = {"code", "diagnose", "report"}
     expected |= {
         f"{stage}@tiny"
         for stage in (
             *("download", "finetune", "calibrate", "outliers", "trace", "evaluate_fp32", "export_fp32", "plots"),
-            "sensitivity",
+            *("sensitivity", "page"),
         )
     }
     for kind, methods in (METHODS | {"budget": BUDGET}).items():
@@ -97,7 +97,7 @@ def test_a_changed_parameter_runs_just_its_cells(first: set[str], run: Run, copy
     params.write_text(before + "int4_weight_only:\n    kind" + after.replace("group_size: 32", "group_size: 64", 1))
     ran = stages_run(run("dvc", "repro"))
     cells = {f"{stage}@tiny-int4_weight_only" for stage in ("ptq", "evaluate_ptq", "export_ptq")}
-    assert ran == cells | {"plots@tiny"}
+    assert ran == cells | {"plots@tiny", "page@tiny", "report"}
     difference = run("dvc", "metrics", "diff")
     assert re.search(r"int4_weight_only\.json\s+size_mb", difference)
     assert not re.search(r"int8_static\.json", difference)
@@ -115,7 +115,9 @@ def test_the_page_of_plots_needs_no_network(first: set[str], run: Run, copy: Pat
     run("dvc", "plots", *command, "-o", "page")
     page = (copy / "page" / "index.html").read_text()
     assert not re.search(r"""<(script|link|img)[^>]+(src|href)=["']?http""", page)
-    assert "window.vegaEmbed=" in page and page.count("vegaEmbed('#") == 5  # two curves, trade-off, scaling law, sensitivity
+    assert (
+        "window.vegaEmbed=" in page and page.count("vegaEmbed('#") == 5
+    )  # two curves, trade-off, scaling law, sensitivity
     for title in ("tiny, fp32", "tiny, qat_int8", "tiny, accuracy against size and latency", "tiny, scaling law"):
         assert f'"text": "{title}"' in page
     assert "hist_features" in page

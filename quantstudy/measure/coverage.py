@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from quantstudy.attention import SelfAttention
+from quantstudy.measure.per_layer import weight_storage
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.variant import Variant
@@ -17,20 +18,13 @@ from quantstudy.quantization.variant import Variant
 
 def stored(model: nn.Module) -> dict[str, float]:
     """Count the layers of an fp32 network or a frozen `Variant`, and the mean bits that a weight of theirs takes."""
-    bits = weights = 0
-    replaced = quantized_layers(model)
-    for layer in replaced.values():
-        bits += 8 * (layer.packed.nbytes + layer.weight_scale.nbytes)
-        weights += layer.shape.numel()
-    rest: dict[str, Any] = quantizable_layers(model)
-    for module in rest.values():
-        bits += 8 * module.weight.nbytes
-        weights += module.weight.numel()
+    storage = weight_storage(model)
+    bits = 8 * sum(size for size, _ in storage.values())
     rest_is_16_bit = isinstance(model, Variant) and model.dtype.itemsize < 4
     return {
-        "weight_bits": bits / weights,
-        "layers_quantized": len(replaced) + (len(rest) if rest_is_16_bit else 0),
-        "layers_quantizable": len(replaced) + len(rest),
+        "weight_bits": bits / sum(weights for _, weights in storage.values()),
+        "layers_quantized": len(storage) if rest_is_16_bit else len(quantized_layers(model)),
+        "layers_quantizable": len(storage),
     }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quantstudy import layout, models
 from quantstudy import params as P
-from quantstudy.data.batches import run_on_split
+from quantstudy.data.batches import Batches, run_on_split
 from quantstudy.data.container import Split
 from quantstudy.device import DTYPES
 from quantstudy.errors import UserError, one_line
@@ -26,6 +26,7 @@ from quantstudy.measure.coverage import not_quantized, remark, stored
 from quantstudy.measure.latency import Timing, time_alternately
 from quantstudy.measure.memory import with_peak_memory_mb
 from quantstudy.measure.operations import count_macs, tera_bit_operations
+from quantstudy.measure.per_layer import LAYER_IMAGES, layer_sqnr_db, weight_storage
 from quantstudy.measure.statistics import mcnemar_exact_p, sqnr_db, wilson_half_width
 from quantstudy.quantization.variant import load_any
 from quantstudy.runtimes.executables import Executable, build_executable, worth_compiling
@@ -115,7 +116,7 @@ def evaluate(task: Task, test: Split, reference: Reference | None) -> tuple[Reco
     `reference` is fp32's on the same images; None when the variant is fp32 itself. Call it before the process has
     computed anything, so that the memory it measures is the variant's alone.
     """
-    (eager, counted, left), memory = with_peak_memory_mb(lambda: _eager_after_a_batch(task), task.device)
+    (eager, counted, storage, left), memory = with_peak_memory_mb(lambda: _eager_after_a_batch(task), task.device)
     if reference is None:
         total_macs, macs = count_macs(task.skeleton(), task.preprocessing.image_size)
     else:
@@ -132,7 +133,9 @@ def evaluate(task: Task, test: Split, reference: Reference | None) -> tuple[Reco
     if memory is None:
         failed["peak_memory_mb"] = "the system does not let a process reset its peak"
     metrics |= {"kernel_real": int(chosen.real), "peak_memory_mb": finite(memory), "seed": task.study.seed}
-    details = _details(task, chosen, timings, macs) | {"unavailable": failed, "not_quantized": left}
+    sqnr = {} if reference is None else _layer_sqnr(task, test)
+    details = _details(task, chosen, timings, _layer_rows(chosen, macs, storage, sqnr))
+    details |= {"unavailable": failed, "not_quantized": left}
     details["remarks"] += remark(left, counted["layers_quantizable"])
     details["agreement_with_eager"] = {
         runtime: 100 * float((found.argmax(1) == logits_of["eager"].argmax(1)).mean())
@@ -147,12 +150,12 @@ def run_on_test(executable: Executable, task: Task, test: Split) -> np.ndarray:
     return run_on_split(executable.run, test, task.preprocessing, size, task.device, executable.memory_format)
 
 
-def _eager_after_a_batch(task: Task) -> tuple[Executable, Record, Record]:
+def _eager_after_a_batch(task: Task) -> tuple[Executable, Record, dict[str, tuple[int, int]], Record]:
     model = task.load()
-    counted, left = stored(model), not_quantized(model)
+    counted, storage, left = stored(model), weight_storage(model), not_quantized(model)
     executable = build_executable(model, "eager", task.device)
     executable.run(task.noise(max(BATCH_SIZES)))
-    return executable, counted, left
+    return executable, counted, storage, left
 
 
 def _executables(task: Task, eager: Executable) -> tuple[list[Executable], list[Executable], dict[str, str]]:
@@ -257,8 +260,24 @@ def _latency(
     return found
 
 
-def _details(task: Task, chosen: Executable, timings: dict[int, dict[str, Timing]], macs: dict[str, int]) -> Record:
-    rows = [{"name": name, **asdict(bits), "macs": macs[name]} for name, bits in chosen.layers.items()]
+def _layer_sqnr(task: Task, test: Split) -> dict[str, float]:
+    few = test.subset(range(min(LAYER_IMAGES, len(test))))
+    images, _ = next(iter(Batches(few, task.preprocessing, len(few), task.device)))
+    fp32, variant = (task.load(name).to(task.device) for name in ("fp32", task.variant))
+    return layer_sqnr_db(fp32, variant, images.contiguous(memory_format=torch.channels_last))
+
+
+def _layer_rows(
+    chosen: Executable, macs: dict[str, int], storage: dict[str, tuple[int, int]], sqnr: dict[str, float]
+) -> list[Record]:
+    """One row a layer; `sqnr_db` is null for fp32, which is what the others are compared with."""
+    return [
+        {"name": name, **asdict(bits), "macs": macs[name], "bytes": storage[name][0], "sqnr_db": sqnr.get(name)}
+        for name, bits in chosen.layers.items()
+    ]
+
+
+def _details(task: Task, chosen: Executable, timings: dict[int, dict[str, Timing]], rows: list[Record]) -> Record:
     return {
         "variant": task.variant,
         "runtime": chosen.runtime,

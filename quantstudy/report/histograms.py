@@ -47,14 +47,14 @@ def layer_statistics(layer: Mapping[str, Any], percentiles: Sequence[float]) -> 
     """
     edges, counts = layer["edges"], layer["counts"]
     facts: dict[str, Any] = {key: float(layer[key]) for key in ("min", "max", "mean", "std")}
-    facts["kurtosis"] = _kurtosis(_array(edges), _array(counts))
+    facts["kurtosis"] = _kurtosis(as_array(edges), as_array(counts))
     facts["percentiles"] = {}
     for percentile in percentiles:
         low, high = histogram_percentile(edges, counts, percentile)
         facts["percentiles"][f"{percentile:g}"] = {
             "low": low,
             "high": high,
-            "outlier_fraction": _share_outside(_array(edges), _array(counts), low, high),
+            "outlier_fraction": _share_outside(as_array(edges), as_array(counts), low, high),
             "range_ratio": (facts["max"] - facts["min"]) / (high - low) if high > low else None,
         }
     return facts
@@ -77,7 +77,7 @@ def plot_histograms(folder: Path, layers: Mapping[str, Mapping[str, Any]], perce
 
 
 def _draw(axes: Axes, name: str, layer: Mapping[str, Any], percentiles: Sequence[float]) -> None:
-    edges, counts = _rebin(_array(layer["edges"]), _array(layer["counts"]))
+    edges, counts = rebin(as_array(layer["edges"]), as_array(layer["counts"]), DRAWN_BINS)
     axes.stairs(counts / max(counts.sum(), 1.0), edges, fill=True, color=BLUE, alpha=0.65, label="values")
     axes.set_yscale("log")
     axes.yaxis.set_minor_locator(NullLocator())
@@ -99,14 +99,17 @@ def _draw(axes: Axes, name: str, layer: Mapping[str, Any], percentiles: Sequence
     legend.set_alignment("left")
 
 
-def _rebin(edges: NDArray[np.float64], counts: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Merge neighbouring bins to about `DRAWN_BINS`: more than pixels can show only costs time."""
-    step = max(1, len(counts) // DRAWN_BINS)
+def rebin(
+    edges: NDArray[np.float64], counts: NDArray[np.float64], bins: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Merge neighbouring bins to about `bins`: more than pixels can show only costs time."""
+    step = max(1, len(counts) // bins)
     starts = np.arange(0, len(counts), step)
     return np.append(edges[starts], edges[-1]), np.add.reduceat(counts, starts)
 
 
-def _array(tensor: Tensor) -> NDArray[np.float64]:
+def as_array(tensor: Tensor) -> NDArray[np.float64]:
+    """Return a tensor as a float64 array on the CPU."""
     return tensor.detach().cpu().numpy().astype(np.float64)
 
 

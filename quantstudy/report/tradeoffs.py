@@ -4,7 +4,6 @@ Where a few variants collapse, the accuracy axis is broken so that the others ca
 band is fp32's 95 % interval: a variant inside it has not measurably lost accuracy.
 """
 
-import itertools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +17,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from quantstudy.report.labels import label_points
+from quantstudy.report.pareto import pareto_front, split_level
 from quantstudy.report.results import Result
 from quantstudy.report.style import FAMILIES, GREY, INK, message, plot_style, save
-
-SAME_COST = 0.01
-"""Relative difference of two sizes or latencies below which neither is the smaller."""
 
 
 def plot_accuracy_vs_size(path: Path, title: str, results: Sequence[Result]) -> None:
@@ -48,37 +45,6 @@ def plot_accuracy_vs_latency(path: Path, title: str, results: Sequence[Result]) 
             panel.draw(f"{title}: batch {batch}", f"latency of a batch of {batch}, ms", hollow=True)
         _legend(figure, [*_family_handles(results), *_mark_handles(results, hollow=True)])
         save(figure, path)
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the (cost, accuracy) points that no other beats, from the cheapest up.
-
-    Costs within `SAME_COST` of each other count as equal, so that a few bytes of file header do not decide.
-    """
-    front: list[tuple[float, float]] = []
-    for cost, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
-        if front and accuracy <= front[-1][1]:
-            continue
-        while front and front[-1][0] * (1 + SAME_COST) >= cost:
-            front.pop()
-        front.append((cost, accuracy))
-    return front
-
-
-def split_level(values: Sequence[float]) -> float | None:
-    """Return where to break an accuracy axis (percent), or None when one scale serves all `values`.
-
-    It is the middle of the first gap, from the top, that is wider than a quarter of the whole span and has at
-    least half of the values above it; an axis that spans less than 12 points is not broken.
-    """
-    ordered = sorted(values, reverse=True)
-    span = ordered[0] - ordered[-1] if ordered else 0.0
-    if span < 12:
-        return None
-    for above, (high, low) in enumerate(itertools.pairwise(ordered), start=1):
-        if high - low > span / 4 and above >= len(ordered) / 2:
-            return (high + low) / 2
-    return None
 
 
 class _Panel:

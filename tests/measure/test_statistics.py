@@ -7,6 +7,7 @@ from scipy.stats import binomtest
 from quantstudy.measure.statistics import (
     SQNR_LIMIT_DB,
     mcnemar_exact_p,
+    paired_drop_half_width,
     sqnr_db,
     wilson_half_width,
     wilson_interval,
@@ -52,6 +53,23 @@ def test_mcnemar_is_scipys_exact_binomial(both: int, only_a: int, only_b: int, n
 def test_mcnemar_known_values() -> None:
     assert mcnemar_exact_p(*pair(30, 12, 5, 40)) == 2 * (1 + 17 + 136 + 680 + 2380 + 6188) / 2**17
     assert mcnemar_exact_p(*pair(10, 0, 0, 10)) == 1.0
+
+
+def test_paired_drop_known_values() -> None:
+    share, other = 13 / 89, 6 / 89  # one image more of each kind, of two images more
+    expected = 100 * 1.959963984540054 * ((share + other - (share - other) ** 2) / 89) ** 0.5
+    assert paired_drop_half_width(*pair(30, 12, 5, 40)) == pytest.approx(expected)
+    assert paired_drop_half_width(*pair(98, 0, 0, 0)) == pytest.approx(100 * 1.959963984540054 * (0.02 / 100) ** 0.5)
+
+
+def test_paired_drop_covers_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    truth, covered, rounds = 0.06 - 0.02, 0, 2000
+    for _ in range(rounds):
+        kind = rng.choice(4, size=300, p=[0.8, 0.06, 0.02, 0.12])
+        a, b = (kind == 0) | (kind == 1), (kind == 0) | (kind == 2)
+        covered += abs(100 * (a.mean() - b.mean() - truth)) <= paired_drop_half_width(a, b)
+    assert 0.93 <= covered / rounds <= 0.98
 
 
 @pytest.mark.parametrize("counts", [(0, 10_000, 0, 0), (0, 5_000, 5_000, 0), (0, 12_000, 13_000, 0)])

@@ -20,9 +20,11 @@ from stages import (
     export,
     finetune,
     outliers,
+    page,
     plots,
     ptq,
     qat,
+    report,
     sensitivity,
     trace,
 )
@@ -65,6 +67,11 @@ def test_the_whole_study(trained: Project) -> None:
         found = layout.model("tiny", variant).stat().st_size
         assert records[variant]["size_mb"] == found / 1e6
     plots.main(["--study", "tiny"])
+    page.main(["--study", "tiny"])
+    report.main([])
+    shown = json.loads(layout.page("tiny").read_text())
+    assert len(shown["inputs"]) == len(shown["layers"]["int8_static"]["bytes"]) == 53 and layout.REPORT.is_file()
+    assert all(shown["layers"][variant]["sqnr_db"][-1] > 0 for variant in [*PTQ, *QAT])
 
     assert records["fp32"]["top1_drop"] == 0 and records["fp32"]["agreement"] == 100
     for variant in ("int8_static", "int8_dynamic", "int4_weight_only", "clip_int4_p99", "qat_int4", "fp16"):

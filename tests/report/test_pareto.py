@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from quantstudy.report.labels import label_points
-from quantstudy.report.tradeoffs import SAME_COST, pareto_front, split_level
+from quantstudy.report.pareto import SAME_COST, pareto_front, split_level
 
 POINTS = st.lists(st.tuples(st.floats(0.1, 1000), st.floats(0, 100)), min_size=1, max_size=25)
 

@@ -1,0 +1,70 @@
+"""What each layer costs and loses: the bytes that its weights are stored in, and how far its output is from fp32's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantstudy.measure.statistics import sqnr_db
+from quantstudy.quantization.layers import quantized_layers
+from quantstudy.quantization.observers import quantizable_layers
+from quantstudy.quantization.variant import Variant
+
+LAYER_IMAGES = 16
+"""Test images that the outputs of the layers are compared on."""
+
+
+def network_of(model: nn.Module) -> nn.Module:
+    """Return the network inside a variant; another model is its own network. Its layers have the fp32 model's names."""
+    return model.network if isinstance(model, Variant) else model
+
+
+def weight_storage(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return (bytes, weights) of every Conv2d and Linear by name, quantized or not; scales count, biases do not."""
+    network = network_of(model)
+    found: dict[str, tuple[int, int]] = {
+        name: (layer.packed.nbytes + layer.weight_scale.nbytes, layer.shape.numel())
+        for name, layer in quantized_layers(network).items()
+    }
+    rest: dict[str, Any] = quantizable_layers(network)
+    return found | {name: (layer.weight.nbytes, layer.weight.numel()) for name, layer in rest.items()}
+
+
+@torch.no_grad()
+def layer_sqnr_db(reference: nn.Module, model: nn.Module, images: Tensor) -> dict[str, float]:
+    """Return the SQNR in decibels of every layer's output, with all layers before it quantized too.
+
+    Both models run in eager mode, so a quantized layer simulates its arithmetic in floating point.
+
+    Args:
+        reference: the fp32 model, BatchNorm folded, so that its layers compute what the variant's do.
+        model: a variant of it.
+        images: float32 [N, 3, S, S], on the models' device; all layers' outputs on them are held in memory.
+    """
+    outputs: dict[str, Tensor] = {}
+    found: dict[str, float] = {}
+
+    def keep(name: str, value: Tensor) -> None:
+        outputs[name] = value.clone()  # the activation that follows may work in place
+
+    def compare(name: str, value: Tensor) -> None:
+        found[name] = sqnr_db(outputs.pop(name).float().cpu().numpy(), value.float().cpu().numpy())
+
+    _watch_outputs(reference, images, keep)
+    _watch_outputs(model, images, compare)
+    return found
+
+
+def _watch_outputs(model: nn.Module, images: Tensor, watch: Callable[[str, Tensor], None]) -> None:
+    network = network_of(model)
+    layers: dict[str, Any] = quantizable_layers(network) | quantized_layers(network)
+    handles = [
+        layer.register_forward_hook(lambda _, inputs, output, name=name: watch(name, output))
+        for name, layer in layers.items()
+    ]
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()

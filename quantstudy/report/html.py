@@ -1,0 +1,41 @@
+"""The HTML report: a template, a style sheet and scripts of `report/page/`, put into one file that needs no network."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import altair as alt
+import vl_convert
+
+from quantstudy.report.charts import SHAPES, specifications
+
+PAGE = Path(__file__).with_name("page")
+SCRIPTS = ("dom", "recommend", "state", "table", "charts", "layers", "confusion", "main")
+"""In the order that they are put together; they share one scope."""
+
+
+def build_page(studies: Sequence[dict[str, Any]]) -> str:
+    """Return the whole page.
+
+    Args:
+        studies: what `page_data` returned, one a study, in the order of `run`.
+    """
+    data = {"studies": list(studies), "charts": specifications(), "shapes": SHAPES}
+    version = alt.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0]
+    return Template(_read("page.html")).substitute(
+        style=_read("style.css"),
+        library=_inline(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version)),
+        script=_inline("\n".join(_read(f"{name}.js") for name in SCRIPTS)),
+        data=json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
+    )
+
+
+def _read(name: str) -> str:
+    return (PAGE / name).read_text(encoding="utf-8")
+
+
+def _inline(script: str) -> str:
+    """Return a script that no text in it ends early."""
+    return script.replace("</script", "<\\/script")

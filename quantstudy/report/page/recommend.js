@@ -1,0 +1,63 @@
+// Which variant to take under the reader's limits.
+
+const SAME_SIZE = 0.01;
+const SAME_LATENCY = 0.05;
+const ANY = Infinity;
+const DROP_LIMITS = [0, 0.1, 0.2, 0.5, 1, 2, 5, 10, ANY];
+const PREFERENCES = { speed: "fastest", size: "smallest", accuracy: "most accurate" };
+
+/** The steps of a slider: each variant's own value, rounded up, then no limit. */
+function limitSteps(values) {
+  return [...new Set(values.map(roundUp))].sort((a, b) => a - b).concat(ANY);
+}
+
+/** A simulated kernel's latency says nothing, so it meets no limit of latency. */
+function meets(variant, limits, batch) {
+  const latency = variant[`latency_ms_b${batch}`];
+  return (
+    variant.top1_drop <= limits.drop + 1e-9 &&
+    variant.size_mb <= limits.size &&
+    (limits.latency === ANY || (!variant.simulated && latency !== null && latency <= limits.latency))
+  );
+}
+
+/** Keep the rows within a share `tolerance` of the smallest value of `of`. */
+function nearSmallest(rows, of, tolerance) {
+  const smallest = Math.min(...rows.map(of));
+  return rows.filter((row) => of(row) <= smallest + Math.abs(smallest) * tolerance + 1e-9);
+}
+
+/**
+ * Return {pick, meeting}: the variant to take, or null, and all that meet the limits.
+ * Values nearly equal count as equal; then accuracy, then size decide, then the order of params.yaml.
+ */
+function recommend(variants, limits, batch, prefer) {
+  const meeting = variants.filter((variant) => meets(variant, limits, batch));
+  const latency = (row) => (row.simulated ? ANY : (row[`latency_ms_b${batch}`] ?? ANY));
+  const goals = {
+    speed: (rows) => nearSmallest(rows.filter((row) => latency(row) < ANY), latency, SAME_LATENCY),
+    accuracy: (rows) => nearSmallest(rows, (row) => row.top1_drop, 0),
+    size: (rows) => nearSmallest(rows, (row) => row.size_mb, SAME_SIZE),
+  };
+  let left = goals[prefer](meeting);
+  for (const goal of ["accuracy", "size"]) left = left.length ? goals[goal](left) : left;
+  return { pick: left[0] ?? null, meeting };
+}
+
+/** Say what the limits are and how many variants meet them. */
+function reason(found, limits, batch, prefer) {
+  const words = [
+    limits.drop === ANY ? null : `lose at most ${counted(limits.drop, "point")}`,
+    limits.size === ANY ? null : `take at most ${limits.size} MB`,
+    limits.latency === ANY ? null : `answer a batch of ${batch} within ${limits.latency} ms on a real kernel`,
+  ].filter(Boolean);
+  const limited = words.length ? ` that ${words.join(" and ")}` : "";
+  if (!found.pick) return `No variant${limited}${found.meeting.length ? " was timed on a real kernel" : ""}. Move a limit.`;
+  const others = found.meeting.length - 1;
+  return `The ${PREFERENCES[prefer]} of ${counted(others + 1, "variant")}${limited}; p ${pValue(found.pick)} against fp32.`;
+}
+
+function pValue(variant) {
+  const p = variant.top1_drop_p;
+  return p === null ? NOTHING : p < 0.001 ? "<0.001" : p.toFixed(3);
+}

@@ -1,0 +1,48 @@
+"""Bytes and SQNR of single layers."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from quantstudy import models
+from quantstudy.measure.per_layer import layer_sqnr_db, weight_storage
+from quantstudy.measure.statistics import SQNR_LIMIT_DB, sqnr_db
+from quantstudy.quantization.layers import LayerScheme, quantize_layers
+from quantstudy.quantization.schemes import WeightScheme
+from quantstudy.quantization.variant import Variant
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(72, 5)]
+    return nn.Sequential(*layers).eval()
+
+
+def with_rounded(network: nn.Module, bits: dict[str, int]) -> Variant:
+    network = copy.deepcopy(network)
+    for layer in quantize_layers(network, {name: LayerScheme(WeightScheme(n)) for name, n in bits.items()}).values():
+        layer.freeze()
+    return Variant(network)
+
+
+def test_layers_before_the_first_rounded_one_are_untouched_and_the_last_is_the_logits(network: nn.Module) -> None:
+    images, variant = torch.randn(2, 3, 8, 8), with_rounded(network, {"2": 4})
+    found = layer_sqnr_db(network, variant, images)
+    assert list(found) == ["0", "2", "4"]
+    assert found["0"] == SQNR_LIMIT_DB > found["2"]
+    with torch.no_grad():
+        assert found["4"] == sqnr_db(network(images).numpy(), variant(images).numpy())
+    assert found["2"] < layer_sqnr_db(network, with_rounded(network, {"2": 8}), images)["2"]
+
+
+def test_bytes_are_those_of_codes_and_scales(network: nn.Module) -> None:
+    found = weight_storage(with_rounded(network, {"0": 8, "4": 4}))
+    assert found == {"0": (108 + 4 * 4, 108), "2": (72 * 4, 72), "4": (180 + 5 * 4, 360)}
+
+
+def test_every_layer_of_a_folded_network_has_its_bytes() -> None:
+    found = weight_storage(models.skeleton("mobilenet_v2", 10))
+    assert len(found) == 53 and all(size == 4 * weights for size, weights in found.values())

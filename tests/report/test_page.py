@@ -1,0 +1,242 @@
+"""The HTML report in a real browser: headless Chromium, driven by Playwright, without a network."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from quantstudy import layout
+from quantstudy.files import write_json
+from quantstudy.params import load_params
+from stages import page as page_stage
+from stages import report as report_stage
+from tests.conftest import ROOT, TINY
+from tests.report.fabricate_page import LAYERS, fabricate_page, sensitivity_rows
+
+playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install '.[dev]'")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe: pip install '.[dev]'")
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; `make browser` installs it where it can be")
+
+WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The report of two made-up studies; the first has sensitivity."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["run"], params["studies"] = ["tiny", "other"], {"tiny": TINY, "other": TINY}
+    root = tmp_path_factory.mktemp("report")
+    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for study in ("tiny", "other"):
+            fabricate_page(load_params(), study)
+            if study == "tiny":
+                write_json(layout.sensitivity(study, "json"), sensitivity_rows())
+            page_stage.main(["--study", study])
+        report_stage.main([])
+    yield root / layout.REPORT
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def open_page(browser: Any, html: Path) -> Iterator[Any]:
+    """Open the report at a size and in a theme; afterwards nothing was asked of a network and nothing complained."""
+    complaints: list[str] = []
+    contexts = []
+
+    def call(viewport: dict[str, int] = WIDE, scheme: str = "light") -> Any:
+        context = browser.new_context(viewport=viewport, color_scheme=scheme, offline=True)
+        contexts.append(context)
+        context.set_default_timeout(60_000)  # a busy machine starves the browser
+        opened = context.new_page()
+        opened.on("console", lambda message: complaints.append(message.text))
+        opened.on("pageerror", lambda error: complaints.append(str(error)))
+        opened.on("request", lambda request: request.url.startswith("http") and complaints.append(request.url))
+        opened.goto(html.as_uri())
+        opened.wait_for_selector("html[data-ready]")
+        return opened
+
+    yield call
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+def rows(page: Any) -> list[str]:
+    return page.eval_on_selector_all("#variants tbody tr", "rows => rows.map(row => row.dataset.variant)")
+
+
+def column(page: Any, key: str) -> list[float | None]:
+    """Return a column of the table as numbers, in the order of its rows; None for a dash."""
+    place = page.eval_on_selector_all("#variants thead button", "all => all.map(one => one.dataset.key)").index(key)
+    cells = page.eval_on_selector_all("#variants tbody tr", f"rows => rows.map(row => row.cells[{place}].textContent)")
+    return [None if cell == "–" else float(cell.split(" ")[0]) for cell in cells]  # noqa: RUF001
+
+
+def marks(page: Any, chart: str) -> int:
+    return page.locator(f"#chart-{chart} svg .mark-symbol.role-mark path").count()
+
+
+def test_the_verdict_comes_first_and_the_facts_are_there(open_page: Any) -> None:
+    page = open_page()
+    verdict = page.inner_text("#verdict")
+    assert "smaller" in verdict and "faster at batch 16" in verdict and "±" in verdict and "points" in verdict
+    assert page.inner_text("h1") == "tiny" and page.inner_text("#facts dd >> nth=0") == "mobilenet_v2"
+    assert "No GPU latency" in page.inner_text("#remarks")
+    assert rows(page) == load_params(ROOT / "params.yaml").variants
+
+
+def test_a_slider_changes_the_recommendation(open_page: Any) -> None:
+    page = open_page()
+    before = page.inner_text("#verdict")
+    assert "lose at most 1 point;" in page.inner_text("#reason")
+    page.focus("#limit-size")
+    page.keyboard.press("Home")
+    assert page.inner_text("#verdict") != before and "take at most" in page.inner_text("#reason")
+    page.focus("#limit-drop")
+    page.keyboard.press("Home")
+    assert page.get_attribute("#limit-drop", "aria-valuetext") == "0 points"
+    page.focus("#limit-latency")
+    page.keyboard.press("Home")
+    assert page.inner_text("#verdict") == "Nothing here meets these limits."
+    page.focus("#limit-size")
+    page.keyboard.press("End")
+    page.focus("#limit-drop")
+    page.keyboard.press("End")
+    assert page.locator("tr.recommended").count() == 1
+    assert page.inner_text("#verdict").startswith(page.get_attribute("tr.recommended", "data-variant"))
+
+
+def test_a_preference_changes_the_recommendation_and_never_to_a_simulated_speed(open_page: Any) -> None:
+    page = open_page()
+    page.check("input[name=prefer][value=size]")
+    assert "The smallest of" in page.inner_text("#reason")
+    for batch in ("1", "16"):
+        page.check(f"input[name=batch][value='{batch}']")
+        page.check("input[name=prefer][value=speed]")
+        assert "◌" not in page.inner_text("tr.recommended") and f"at batch {batch}" in page.inner_text("#verdict")
+
+
+def test_a_sort_sorts_by_keyboard_and_puts_what_is_missing_last(open_page: Any) -> None:
+    page = open_page()
+    for key in ("size_mb", "speedup_b16", "top1_drop"):
+        page.focus(f"#variants thead button[data-key={key}]")
+        page.keyboard.press("Enter")
+        rising = column(page, key)
+        known = [value for value in rising if value is not None]
+        assert known == sorted(known) and rising[: len(known)] == known
+        page.keyboard.press("Enter")
+        falling = [value for value in column(page, key) if value is not None]
+        assert falling == sorted(known, reverse=True) and len(falling) > 3
+        assert page.locator("th[aria-sort=descending]").inner_text().endswith("▼")
+    assert None in column(page, "speedup_b16")
+
+
+def test_simulated_kernels_are_marked_and_have_no_speed_up(open_page: Any) -> None:
+    page = open_page()
+    simulated = page.locator("#variants tbody tr", has_text="◌ simulated")
+    assert 0 < simulated.count() < len(rows(page))
+    page.check("text=real kernels only")
+    assert page.locator("#variants tbody tr", has_text="◌").count() == 0
+    assert None not in column(page, "speedup_b1")
+
+
+def test_charts_have_a_mark_for_each_row_that_the_filters_leave(open_page: Any) -> None:
+    page = open_page()
+    page.uncheck("#zoom")
+    everything = len(rows(page))
+    for chart in ("size", "latency", "operations"):
+        assert marks(page, chart) == everything
+    assert marks(page, "scaling") == 8
+    page.fill("#search", "int4")
+    page.wait_for_function(
+        f"document.querySelectorAll('#chart-size svg .mark-symbol.role-mark path').length < {everything}"
+    )
+    assert marks(page, "size") == marks(page, "operations") == len(rows(page)) < everything
+    assert all("int4" in name for name in rows(page))
+    page.fill("#search", "no such variant")
+    assert rows(page) == [] and page.locator("#chart-size").is_hidden()
+    page.fill("#search", "")
+    page.wait_for_selector("#chart-size svg", state="visible")
+    assert marks(page, "size") == everything
+
+
+def test_a_click_on_a_mark_chooses_its_variant_everywhere(open_page: Any) -> None:
+    page = open_page()
+    page.fill("#search", "int8_weight_only")
+    page.wait_for_function("document.querySelectorAll('#chart-size svg .mark-symbol.role-mark path').length === 1")
+    page.locator("#chart-size svg .mark-symbol.role-mark path").click()
+    assert page.inner_text("tr.chosen th") == "int8_weight_only"
+    assert page.locator("span.chosen").all_inner_texts() == ["int8_weight_only"] * 2
+
+
+def test_layers_have_shares_sqnr_histogram_and_sensitivity(open_page: Any) -> None:
+    page = open_page()
+    page.click("#variants tbody tr[data-variant=int8_static] button")
+    assert page.locator("#chart-shares svg .mark-rect.role-mark path").count() == 2 * len(LAYERS)
+    assert marks(page, "sqnr") == len(LAYERS)
+    assert page.locator("#chart-histogram svg .mark-rect.role-mark path").count() > 30
+    assert page.locator("#chart-histogram svg .mark-rule.role-mark line").count() >= 2 * 4
+    assert page.locator("#chart-sensitivity svg .mark-rect.role-mark path").count() == 2 * len(LAYERS)
+    page.select_option("#layer", "features.3")
+    assert "int8_static keeps -6 to 6" in page.inner_text("#chart-histogram-figure figcaption")
+    page.click("summary")
+    assert "32.0" in page.inner_text("#layer-table") and "4 bits" in page.inner_text("#layer-table")
+    page.click("text=other")
+    assert page.inner_text("#not-taken") == "Not taken in this run: sensitivity."
+    assert page.locator("#chart-sensitivity-figure").is_hidden()
+
+
+def test_confusion_shows_the_images_that_changed(open_page: Any) -> None:
+    page = open_page()
+    page.select_option("#choose-confusion", load_params(ROOT / "params.yaml").ptq[2])  # its fourth image is wrong
+    text = page.inner_text("#agreement")
+    assert "gets 1 image wrong that fp32 gets right, and 0 the other way round" in text and "p 1.000" in text
+    assert page.locator("#galleries canvas").count() == 1
+    assert len(set(page.eval_on_selector("canvas", "c => [...c.getContext('2d').getImageData(0, 0, 8, 8).data]"))) > 9
+    page.select_option("#baseline", page.input_value("#choose-confusion"))
+    assert page.inner_text("#agreement") == "Choose two different variants."
+
+
+def test_the_keyboard_alone_reaches_and_chooses(open_page: Any) -> None:
+    page = open_page()
+    reached = []
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.id || document.activeElement.dataset.key || ''"))
+    assert {"theme", "limit-drop", "limit-size", "limit-latency", "search", "size_mb"} <= set(reached)
+    page.focus("#variants tbody tr[data-variant=fp16] button")
+    page.keyboard.press("Enter")
+    assert page.locator("span.chosen").first.inner_text() == "fp16"
+    assert page.evaluate("document.activeElement.textContent") == "fp16"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_both_themes_and_widths_fit_and_are_accessible(open_page: Any, viewport: dict[str, int], scheme: str) -> None:
+    page = open_page(viewport, scheme)
+    page.click("summary")
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+    paper, ink = page.evaluate(
+        "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+    )
+    assert (paper == "rgb(255, 255, 255)") == (scheme == "light") and paper != ink
+    found = axe.Axe().run(page).response["violations"]
+    assert [(rule["id"], [node["html"] for node in rule["nodes"]][:3]) for rule in found] == []
+    page.click("#theme")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != paper
+    page.wait_for_selector("#chart-size svg .mark-symbol.role-mark path")

@@ -1,0 +1,123 @@
+"""The data of the HTML report: computed from the study's files, honest about what was not measured."""
+
+import json
+
+import numpy as np
+import pytest
+
+from quantstudy import layout
+from quantstudy.params import load_params
+from quantstudy.report.results import load_results
+from quantstudy.report.verdict import sentence
+from stages import page, report
+from tests.conftest import Project
+from tests.report.fabricate_page import IMAGES, LAYERS, fabricate_page, sensitivity_rows
+
+
+@pytest.fixture
+def study(project: Project) -> Project:
+    fabricate_page(load_params(), "tiny")
+    return project
+
+
+def written() -> dict:
+    page.main(["--study", "tiny"])
+    return json.loads(layout.page("tiny").read_text())
+
+
+def test_it_has_every_variant_of_the_params_and_no_other(study: Project) -> None:
+    assert [row["variant"] for row in written()["variants"]] == load_params().variants
+    study.edit("export.ptq", ["int8_static"])
+    study.edit("ptq", ["fp16", "int8_static", "int4_static"])
+    data = written()
+    names = ["fp32", "fp16", "int8_static", "int4_static", *load_params().qat]
+    assert [row["variant"] for row in data["variants"]] == names
+    assert list(data["predictions"]) == list(data["layers"]) == names
+    assert "clip" not in layout.page("tiny").read_text().replace('"clips"', "").replace("clip_percentile", "")
+
+
+def test_a_simulated_kernel_gets_no_speed_up_and_no_place_on_a_latency_front(study: Project) -> None:
+    path = layout.metrics("tiny", "int4_static")
+    lying = json.loads(path.read_text()) | {"kernel_real": 0, "speedup_b1": 9.0, "speedup_b16": 9.0}
+    path.write_text(json.dumps(lying | {"latency_ms_b1": 1e-3, "latency_ms_b16": 1e-3, "top1": 99.0}))
+    row = next(row for row in written()["variants"] if row["variant"] == "int4_static")
+    assert row["speedup_b1"] is None and row["speedup_b16"] is None and row["simulated"]
+    assert not row["front_latency_ms_b1"] and not row["front_latency_ms_b16"] and row["front_size_mb"]
+    assert "no speed-up stated" in row["sentences"]["16"] and "faster" not in row["sentences"]["16"]
+
+
+def test_predictions_and_thumbnails_are_the_files(study: Project) -> None:
+    data = written()
+    for variant, text in data["predictions"].items():
+        assert text.split() == [str(found) for found in np.load(layout.predictions("tiny", variant))]
+    assert len(data["labels"].split()) == IMAGES and data["thumbnails"]["side"] == 8
+
+
+def test_only_free_images_are_copied_into_the_page(study: Project) -> None:
+    study.edit(
+        "studies.tiny.data",
+        {**load_params().study("tiny").data.model_dump(mode="json"), "source": "torchvision", "dataset": "Food101"},
+    )
+    assert written()["thumbnails"] is None
+
+
+def test_layers_have_their_facts_and_inputs_their_clips(study: Project) -> None:
+    data = written()
+    assert data["layers"]["int8_static"]["name"] == list(LAYERS)
+    assert data["layers"]["int8_static"]["bytes"] == [800] * 3 and data["layers"]["fp32"]["sqnr_db"] == [None] * 3
+    first = data["inputs"][0]
+    assert sum(first["shares"]) == pytest.approx(1, abs=1e-3) and len(first["edges"]) == len(first["shares"]) + 1
+    assert first["clips"]["int8_static"] == [-3.0, 3.0]
+    low, high = first["clips"]["clip_int8_p99"]
+    assert -3 < low < high < 3 and (low, high) == pytest.approx(
+        [first["percentiles"]["99"][end] for end in ("low", "high")], rel=1e-3
+    )
+    assert "int8_dynamic" not in first["clips"] and "qat_int8" not in first["clips"]
+
+
+def test_sensitivity_is_shown_where_it_was_taken(study: Project) -> None:
+    assert written()["sensitivity"] == []
+    layout.sensitivity("tiny", "json").write_text(json.dumps(sensitivity_rows()))
+    assert written()["sensitivity"] == sensitivity_rows() and not written()["sensitivity_is_of_this_run"]
+    study.edit("budget", {"studies": ["tiny"], "methods": []})
+    assert written()["sensitivity_is_of_this_run"]
+
+
+def test_an_equalized_variant_shows_no_sqnr_and_no_clip_of_other_histograms(study: Project) -> None:
+    study.edit("methods.int8_static.equalize", True)
+    data = written()
+    assert (
+        data["layers"]["int8_static"]["sqnr_db"] == [None] * 3
+        and data["layers"]["int8_dynamic"]["sqnr_db"] == [32.0] * 3
+    )
+    assert "int8_static" not in data["inputs"][0]["clips"] and "clip_int8" in data["inputs"][0]["clips"]
+
+
+def test_the_sentence(study: Project) -> None:
+    result = next(row for row in load_results(load_params(), "tiny") if row.variant == "int8_static")
+    result.metrics.update(compression=3.98, speedup_b16=3.14, speedup_b1=0.5, top1_drop=0.051, kernel_real=1)
+    assert sentence(result, 0.4, 16) == "3.98× smaller, 3.1× faster at batch 16, 0.05 ± 0.40 points lost"  # noqa: RUF001
+    assert "2.0× slower at batch 1," in sentence(result, 0.4, 1)  # noqa: RUF001
+    result.metrics.update(speedup_b16=1.02, top1_drop=-0.2)
+    assert sentence(result, 0.4, 16).endswith("as fast at batch 16, 0.20 ± 0.40 points gained")
+    result.metrics.update(speedup_b16=None)
+    assert "not timed here" in sentence(result, 0.4, 16)
+
+
+def test_predictions_of_other_images_are_one_line(study: Project) -> None:
+    np.save(layout.predictions("tiny", "fp16"), np.zeros(3, np.int16))
+    assert "predictions of 3 images, the test split has 60" in study.failure(page.main)
+    layout.predictions("tiny", "fp16").unlink()
+    assert "run evaluate for fp16 first" in study.failure(page.main)
+
+
+def test_the_page_needs_no_network_and_no_text_ends_a_script_early(study: Project) -> None:
+    page.main(["--study", "tiny"])
+    data = json.loads(layout.page("tiny").read_text())
+    data["facts"]["Network"] = "</script><b>"
+    layout.page("tiny").write_text(json.dumps(data))
+    report.main([])
+    html = layout.REPORT.read_text()
+    assert "</script><b>" not in html and html.count("</script>") == 3
+    assert ' src="' not in html.partition("<script>")[0] and '<link rel="stylesheet' not in html
+    assert layout.REPORT.stat().st_size < 3e6
