@@ -1,23 +1,12 @@
-"""`python -m quantstudy <command>`: results, compare, quantize, readme.
-
-README marks a place with `<!-- results: <study> -->` and `<!-- end -->`; what stands between is replaced by the
-study's `results.md`, so that no table there is typed by hand. `<!-- peers: <study> -->` is the place of the comparison
-with other tools.
-"""
+"""`python -m quantstudy <command>`: results, compare, quantize, readme."""
 
 import argparse
 import contextlib
-import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from quantstudy import layout
 from quantstudy.errors import UserError, run_stage
-from quantstudy.files import write_text
 from quantstudy.params import load_params
-
-README = Path("README.md")
-PLACE = re.compile(r"(<!-- (results|peers): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,14 +14,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m quantstudy", description="Quantize a vision model and compare.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("results", help="print the tables of the studies in `run`")
-    commands.add_parser("readme", help="put the tables into README.md")
+    commands.add_parser("readme", help="put the reports' tables into README.md and the pages of docs/")
     comparing = commands.add_parser("compare", help="print which variants moved between two revisions, as Markdown")
     comparing.add_argument("before", nargs="?", help="a git revision or an experiment; without one, print results")
     comparing.add_argument("after", nargs="?", default="workspace", help="another one; the workspace by default")
     _add_quantize(commands.add_parser("quantize", help="quantize one model file, without a pipeline"))
     arguments = parser.parse_args(argv)
     if arguments.command == "readme":
-        write_text(README, with_tables(README.read_text(encoding="utf-8")))
+        fill_pages()
     elif arguments.command == "quantize":
         from quantstudy.quantize import quantize
 
@@ -79,22 +68,24 @@ def print_comparison(before: str, after: str) -> None:
 def print_results(study: str) -> None:
     """Print a study's table and the paths of its plots."""
     folder = layout.report(study)
-    print(f"\n## {study}\n\n{table('results', study)}")
+    path = folder / "results.md"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; run `dvc repro` first")
+    print(f"\n## {study}\n\n{path.read_text(encoding='utf-8')}")
     print("plots:", *sorted(str(path) for path in folder.glob("*.png")), sep="\n  ")
     print(f"  {folder / 'outlier_quant_results'}/ (one histogram a layer)")
 
 
-def with_tables(readme: str) -> str:
-    """Return README's text with every marked table as the reports have it."""
-    return PLACE.sub(lambda found: f"{found[1]}{table(found[2], found[3])}{found[4]}", readme)
+def fill_pages() -> None:
+    """Put the reports' tables into README.md and the pages of docs/; none is written if one lacks a report."""
+    from quantstudy.files import write_text
+    from quantstudy.report import documents
 
-
-def table(kind: str, study: str) -> str:
-    """Return a study's result table, or that of the comparison with other tools, Markdown."""
-    path = layout.report(study) / "results.md" if kind == "results" else layout.peers(study, "md")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; run `{'dvc repro' if kind == 'results' else 'make peers'}` first")
-    return path.read_text(encoding="utf-8")
+    texts = {page: documents.read_utf8(page) for page in documents.pages()}
+    for page, text in {page: documents.filled(page, text) for page, text in texts.items()}.items():
+        if text != texts[page]:
+            write_text(page, text)
+            print(page)
 
 
 if __name__ == "__main__":

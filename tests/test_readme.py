@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from quantstudy import layout, models
-from quantstudy.__main__ import PLACE
+from quantstudy.report.documents import filled, pages, read_utf8
 from quantstudy.export.graph import network_graph
 from quantstudy.export.onnx_model import save_onnx, to_onnx
 from quantstudy.runtimes.sessions import why_missing
@@ -18,20 +18,19 @@ from tests.conftest import ROOT
 README = (ROOT / "README.md").read_text()
 
 
-def committed(path: str) -> str:
+def committed(path: Path) -> str:
     """Return a file as git has it: a run of one's own writes other timings."""
-    shown = subprocess.run(["git", "show", f":{path}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    shown = subprocess.run(["git", "show", f":{path.as_posix()}"], cwd=ROOT, capture_output=True, text=True, check=False)
     if shown.returncode:
         pytest.skip(f"git does not tell {path}: {shown.stderr.strip()}")
     return shown.stdout
 
 
-def test_the_tables_are_those_of_the_committed_reports() -> None:
-    found = PLACE.findall(README)
-    assert {kind for _, kind, _, _ in found} == {"results", "peers"}
-    for start, kind, study, _ in found:
-        path = f"reports/{study}/results.md" if kind == "results" else f"reports/peers/{study}.md"
-        assert f"{start}{committed(path)}<!-- end -->" in README
+def test_the_generated_parts_are_those_of_the_committed_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for page in pages():
+        text = read_utf8(page)
+        assert filled(page, text, committed) == text, f"{page}: run `python -m quantstudy readme`"
 
 
 @pytest.mark.skipif(why_missing("onnxruntime") is not None, reason="no onnxruntime")

@@ -1,0 +1,105 @@
+"""What is generated in README.md and the pages of `docs/`: tables and pictures of the committed reports.
+
+A page marks a place with `<!-- <kind>: <study> -->` and `<!-- end -->`, and what stands between is replaced, so that no
+number there is typed by hand. The kinds are
+
+- `results`: the study's result table; with names of variants behind the study, their rows alone;
+- `peers`: the comparison with other tools (`benchmarks/peers.py`);
+- `ablation`: what each technique adds (`benchmarks/ablation.py`);
+- `front`: accuracy against size for budgets of bits (`benchmarks/budget_front.py`).
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from quantstudy import layout
+from quantstudy.errors import UserError, unknown
+from quantstudy.report.ablation import markdown
+
+README, DOCS = Path("README.md"), Path("docs")
+PLACE = re.compile(r"(<!-- (results|peers|ablation|front): (\w+)((?: \w+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
+COMMANDS = {
+    "results": "dvc repro",
+    "peers": "make peers",
+    "ablation": "python -m benchmarks.ablation",
+    "front": "make front",
+}
+"""What writes the files of each kind."""
+
+Read = Callable[[Path], str]
+
+
+def read_utf8(path: Path) -> str:
+    """Return the text of a file."""
+    return path.read_text(encoding="utf-8")
+
+
+def pages() -> list[Path]:
+    """Return README.md and every page of `docs/`, relative to the project's root."""
+    return [README, *sorted(DOCS.rglob("*.md"))]
+
+
+def filled(page: Path, text: str, read: Read = read_utf8) -> str:
+    """Return the text of a page with every marked place as the reports have it.
+
+    Raises:
+        UserError: a report is missing, or a study has no variant of a name.
+    """
+
+    def place(found: re.Match[str]) -> str:
+        start, kind, study, variants, end = found.groups()
+        try:
+            return f"{start}{content(kind, study, variants.split(), page, read)}{end}"
+        except FileNotFoundError as error:
+            raise UserError(f"{page}: no file {error.filename}; run `{COMMANDS[kind]}` first") from None
+
+    return PLACE.sub(place, text)
+
+
+def content(kind: str, study: str, variants: Sequence[str], page: Path, read: Read) -> str:
+    """Return what stands in a marked place, Markdown."""
+    if kind == "peers":
+        return read(layout.peers(study, "md"))
+    if kind == "ablation":
+        rows, written = layout.report(study) / "ablation.json", layout.report(study) / "ablation.md"
+        _, note = read(written).split("\n\n", 1)
+        return f"{markdown(json.loads(read(rows)))}\n{note}"
+    if kind == "front":
+        return front(study, page, read)
+    table = read(layout.report(study) / "results.md")
+    return with_rows(table, variants) if variants else table
+
+
+def with_rows(table: str, variants: Sequence[str]) -> str:
+    """Return a table, and the text under it, with the rows of `variants` alone."""
+    lines = table.splitlines(keepends=True)
+    names = {line: line.strip("| ").split(" ", 1)[0] for line in lines[2:] if line.startswith("|")}
+    for variant in variants:
+        if variant not in names.values():
+            raise unknown("variant", variant, list(names.values()))
+    return "".join(line for line in lines if line not in names or names[line] in variants)
+
+
+def front(study: str, page: Path, read: Read) -> str:
+    """Return the picture of a study's front, and a table of what each choice of bits has at the same size."""
+    picture = layout.budget_front(study, "png")
+    if not picture.is_file():
+        raise FileNotFoundError(2, "no such file", str(picture))
+    lines = [
+        f"![{study}: accuracy against size for budgets of bits]({os.path.relpath(picture, page.parent)})\n",
+        "| bits chosen by | MB | bits a weight | top-1 % | mixed_budget has more | p |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for own in json.loads(read(layout.budget_front(study, "json")))["comparison"]:
+        lines.append(f"| mixed_budget, {own['label']} | {_numbers(own)} | | |")
+        for row in own["against"]:
+            against = f"{row['top1_less']:+.2f} | {row['p']:.3f}"
+            lines.append(f"| {row['series']}, {row['label']} | {_numbers(row)} | {against} |")
+    return "\n".join(lines) + "\n"
+
+
+def _numbers(row: dict[str, float]) -> str:
+    return f"{row['size_mb']:.2f} | {row['mean_bits']:.2f} | {row['top1']:.2f}"
