@@ -1,0 +1,1 @@
+"""The pages of `docs/`, and the code that draws their figures."""

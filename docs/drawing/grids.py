@@ -1,0 +1,117 @@
+"""Figures of how numbers are rounded: weights, activations, schemes, 16-bit types."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from docs.drawing.tiny import Example, figure
+from quantstudy import params as P
+from quantstudy.methods.registry import quantize
+from quantstudy.quantization.ranges import activation_range, squared_error
+from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
+from quantstudy.report import style
+
+LAYER = "1.body.6"
+"""The layer whose weight and input are shown: the projection that ends the inverted residual."""
+SHARES = torch.linspace(1.0, 0.3, 71)
+PERCENTILE = 99.0
+
+
+def rounding(example: Example) -> Figure:
+    """Draw the weights of one channel on a grid of 3 bits, and their error by the scale."""
+    weight = example.model.get_submodule(LAYER).weight[:1].detach()  # type: ignore[operator,union-attr,index]
+    drawn, (left, right) = figure(1, 2)
+    values = weight.flatten()
+    for how, colour, marker in (("minmax", style.BLUE, "o"), ("mse", style.VERMILLION, "s")):
+        scheme = WeightScheme(3, weight_range=how)  # type: ignore[arg-type]
+        scale = scheme.choose_scale(weight)
+        line = torch.linspace(float(values.min()), float(values.max()), 800).view(1, -1)
+        left.plot(line[0], scheme.dequantize(scheme.quantize(line, scale), scale)[0], color=colour, lw=1)
+        rounded = scheme.dequantize(scheme.quantize(weight, scale), scale).flatten()
+        left.plot(values, rounded, marker, color=colour, ms=4, label=f"{how}, scale {float(scale):.3f}")
+    left.set(xlabel="weight", ylabel="rounded weight", title="One channel at 3 bits")
+    left.legend(loc="upper left")
+    for bits, colour, marker in ((4, style.GREEN, "^"), (3, style.BLUE, "o"), (2, style.VERMILLION, "s")):
+        errors = [_weight_error(weight, WeightScheme(bits), float(share)) for share in SHARES]
+        right.plot(SHARES, errors, color=colour, label=f"{bits} bits")
+        best = int(np.argmin(errors))
+        right.plot(SHARES[best], errors[best], marker, color=colour)
+    right.set(xlabel="scale, as a share of the one that clips nothing", ylabel="squared error", yscale="log")
+    right.set_title("The least error clips a little")
+    right.legend()
+    return drawn
+
+
+def _weight_error(weight: Tensor, scheme: WeightScheme, share: float) -> float:
+    scale = scheme.choose_scale(weight) * share
+    return float((scheme.dequantize(scheme.quantize(weight, scale), scale) - weight).square().mean())
+
+
+def ranges(example: Example) -> Figure:
+    """Draw the histogram of a layer's input, and below it the range that each rule chooses at 4 bits."""
+    statistics = example.calibration["layers"][LAYER]
+    edges, counts = statistics["edges"].double(), statistics["counts"]
+    centers, scheme = (edges[1:] + edges[:-1]) / 2, ActivationScheme("static", 4)
+    rules: dict[str, tuple[Any, float | None]] = {
+        "entropy": ("entropy", None),
+        "mse": ("mse", None),
+        f"percentile {PERCENTILE:g}": ("minmax", PERCENTILE),
+        "moving average": ("moving_average", None),
+        "min-max": ("minmax", None),
+    }
+    drawn, (upper, lower) = figure(2, 1, height=3.6, sharex=True, height_ratios=(3, 2))
+    coarse = counts.view(-1, 16).sum(1)
+    upper.stairs(coarse, edges[::16], fill=True, color=style.SKY)
+    upper.set(yscale="log", ylabel="values", title="The input of one layer, and the ranges chosen for 4 bits")
+    for place, (name, (how, percentile)) in enumerate(rules.items()):
+        low, high = activation_range(statistics, scheme, how, percentile)
+        low, high = min(low, 0.0), max(high, 0.0)
+        error = squared_error(centers, counts, (low, high), scheme)
+        lower.plot([low, high], [place, place], color=style.BLUE, lw=2)
+        lower.plot(np.linspace(low, high, scheme.highest + 1), [place] * (scheme.highest + 1), "|", color=style.BLUE)
+        lower.text(high, place, f"  squared error {error:.4f}", va="center", fontsize=8, color=style.INK)
+    lower.set_yticks(range(len(rules)), list(rules))
+    lower.set(ylim=(-0.6, len(rules) - 0.4), xlabel="value; each tick is a code", xlim=(None, 1.3 * statistics["max"]))
+    lower.grid(False)
+    return drawn
+
+
+def schemes(example: Example) -> Figure:
+    """Draw the SQNR of the logits of each scheme by bits."""
+    drawn, axes = figure(1, 1)
+    widths = range(2, 9)
+    rows: dict[str, Any] = {
+        "weights alone, by channel": lambda b: P.WeightOnly(kind="weight_only", weight_bits=b),
+        "weights alone, groups of 16": lambda b: P.WeightOnly(kind="weight_only", weight_bits=b, group_size=16),
+        "static": lambda b: P.Static(kind="static", weight_bits=b, activation_bits=b),
+        "dynamic": lambda b: P.Dynamic(kind="dynamic", weight_bits=b, activation_bits=b),
+    }
+    looks = ((style.BLUE, "o"), (style.GREEN, "^"), (style.VERMILLION, "s"), (style.PURPLE, "D"))
+    for (name, row), (colour, marker) in zip(rows.items(), looks, strict=True):
+        ratios = [example.sqnr_db(quantize(example.model, example.calibration, row(bits))) for bits in widths]
+        axes.plot(widths, ratios, color=colour, marker=marker, ms=5, label=name)
+    axes.set(xlabel="bits of weights, and of activations where they are quantized", ylabel="SQNR of the logits, dB")
+    axes.set_title("About 6 dB a bit, rounded to nearest")
+    axes.legend()
+    return drawn
+
+
+def casts(example: Example) -> Figure:
+    """Draw the relative error of the two 16-bit types by magnitude, and where weights lie."""
+    drawn, (upper, lower) = figure(2, 1, height=3.6, sharex=True, height_ratios=(2, 1))
+    values = torch.logspace(-10, 6, 4001, dtype=torch.float64)
+    for dtype, colour in ((torch.float16, style.BLUE), (torch.bfloat16, style.VERMILLION)):
+        rounded = values.to(dtype).double()
+        error = ((rounded - values).abs() / values).clamp_max(1.0)
+        worst = error.view(-1)[:4000].view(-1, 20).amax(1)
+        upper.plot(values[:4000:20], worst, color=colour, label=str(dtype).removeprefix("torch."))
+    upper.set(xscale="log", yscale="log", ylabel="largest relative error")
+    upper.set_title("float16 is finer, bfloat16 reaches further")
+    upper.legend(loc="center right")
+    weights = torch.cat([p.flatten() for p in example.model.parameters()]).abs().numpy()
+    lower.hist(weights, bins=np.logspace(-10, 6, 81).tolist(), color=style.SKY)
+    lower.set(ylabel="parameters", xlabel="magnitude")
+    return drawn
