@@ -20,7 +20,7 @@ from quantstudy.quantization.schemes import WeightScheme
 from quantstudy.report import style
 
 BITS = 3
-MEANS_OF = "2"
+MEANS_OF = "4"
 """The layer whose channels' mean errors are shown: the strided convolution behind the residual."""
 
 

@@ -14,7 +14,7 @@ from quantstudy.quantization.ranges import activation_range, squared_error
 from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
 from quantstudy.report import style
 
-LAYER = "1.body.6"
+LAYER = "3.body.6"
 """The layer whose weight and input are shown: the projection that ends the inverted residual."""
 SHARES = torch.linspace(1.0, 0.3, 71)
 PERCENTILE = 99.0
