@@ -15,7 +15,7 @@ export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro results compare test browser check format front dag peers clean
+.PHONY: help setup repro results compare test browser check format front figures dag peers clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -64,6 +64,9 @@ format: $(TOOLS)  ## Format the code
 
 front: setup  ## Accuracy against size for budgets of bits: make front STUDY=...
 	python -m benchmarks.budget_front --study $(STUDY)
+
+figures: setup  ## Draw the figures of docs/
+	python -m docs.drawing
 
 dag: setup  ## Show the stages and what they depend on
 	dvc dag
