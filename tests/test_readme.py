@@ -1,26 +1,42 @@
-"""README keeps what it says: its tables are those of the committed reports, its links exist."""
+"""README keeps what it says: its generated parts are those of the committed reports, its outputs are true."""
 
+import os
 import re
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import networkx
+import numpy as np
 import pytest
-import yaml
+import torch
+from dvc.commands.status import CmdDataStatus
+from dvc.repo import Repo
+from PIL import Image
 
 from quantstudy import layout, models
-from quantstudy.report.documents import filled, pages, read_utf8
+from quantstudy.architectures import build
+from quantstudy.errors import UserError
 from quantstudy.export.graph import network_graph
 from quantstudy.export.onnx_model import save_onnx, to_onnx
+from quantstudy.report.documents import filled, pages, read_utf8
 from quantstudy.runtimes.sessions import why_missing
+from tests.blocks import Block, blocks, dialogues
 from tests.conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
+BLOCKS = [block for block in blocks() if block.page == ROOT / "README.md"]
+DIALOGUES = [dialogue for block in BLOCKS if block.kind == "console" for dialogue in dialogues(block)]
+MEASURED = re.compile(r"(?<=on )\d+\.\d\d(?= %)|(?<=SQNR )\d+\.\d")
+"""Numbers of an output that another checkpoint and other images change."""
 
 
 def committed(path: Path) -> str:
     """Return a file as git has it: a run of one's own writes other timings."""
-    shown = subprocess.run(["git", "show", f":{path.as_posix()}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    shown = subprocess.run(
+        ["git", "show", f":{path.as_posix()}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     if shown.returncode:
         pytest.skip(f"git does not tell {path}: {shown.stderr.strip()}")
     return shown.stdout
@@ -33,29 +49,93 @@ def test_the_generated_parts_are_those_of_the_committed_reports(monkeypatch: pyt
         assert filled(page, text, committed) == text, f"{page}: run `python -m quantstudy readme`"
 
 
+def test_a_place_without_its_report_is_an_error_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "results": layout.report("s") / "results.md",
+        "peers": layout.peers("s", "md"),
+        "ablation": layout.report("s") / "ablation.md",
+        "front": layout.budget_front("s", "png"),
+    }
+    for kind, path in files.items():
+        with pytest.raises(UserError, match=rf"docs/a.md: no file {path}; run `"):
+            filled(Path("docs/a.md"), f"<!-- {kind}: s -->\n<!-- end -->")
+
+
+def test_a_table_has_the_rows_that_are_asked_for() -> None:
+    table = "| variant | top-1 |\n|---|---|\n| fp32 | 9 |\n| fp16 | 8 |\n| bf16 | 7 |\n\nA note.\n"
+    start, end = "<!-- results: s bf16 fp32 -->\n", "<!-- end -->"
+    found = filled(Path("README.md"), f"a\n{start}old\n{end}\nb", lambda path: table)
+    assert found == f"a\n{start}| variant | top-1 |\n|---|---|\n| fp32 | 9 |\n| bf16 | 7 |\n\nA note.\n{end}\nb"
+    with pytest.raises(UserError, match="'int8' is unknown"):
+        filled(Path("README.md"), f"<!-- results: s int8 -->\n{end}", lambda path: table)
+
+
+def test_the_readme_is_short_and_has_one_table_of_results() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 220
+    assert text.count("<!-- end -->") == 1 and text.count("![") == 1
+
+
 @pytest.mark.skipif(why_missing("onnxruntime") is not None, reason="no onnxruntime")
-def test_the_onnx_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    block = re.search(r"```python\nimport numpy as np, onnxruntime\n(.*?)```", README, re.DOTALL)
-    assert block
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.kind == "python"], ids=str)
+def test_a_python_block_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     network = models.skeleton("mobilenet_v2", 10).to_empty(device="cpu")
     for tensor in network.state_dict().values():
         tensor.zero_()
     exported = to_onnx(network, network_graph("mobilenet_v2", 10, 32))
     save_onnx(layout.onnx("mobilenetv2_digits", "int8_static"), exported)
-    exec("import numpy as np, onnxruntime\n" + block[1], {})
+    exec(block.text, {})
     assert capsys.readouterr().out == "[0 0]\n"
 
 
-def test_links_to_files_exist() -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize(("command", "output"), DIALOGUES, ids=[command[:48] for command, _ in DIALOGUES])
+def test_an_output_is_what_the_command_prints(
+    command: str, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = [print_it for start, print_it in PRINTED.items() if command.startswith(start)]
+    assert len(known) == 1, f"no test of what `{command}` prints"
+    monkeypatch.chdir(tmp_path)
+    printed = known[0](command)
+    expected, found = (sorted(MEASURED.sub("#", text).splitlines()) for text in (output, printed))
+    for line, other in zip(expected, found, strict=True):
+        assert re.fullmatch(re.escape(line).replace("…", ".*"), other), f"{line}\n{other}"
 
 
-def test_the_example_row_is_valid() -> None:
-    from quantstudy.params import Study
+def stages_of_one_method(command: str) -> str:
+    """Return what DVC runs when a number of a method changes: the stages that track it, and all that rest on them."""
+    method = re.search(r"-S (methods\.\w+)", command)
+    assert method
+    with Repo(str(ROOT)) as repo:
+        graph = repo.index.graph
+        tracking = [s for s in graph if any(method[1] in getattr(dep, "params", ()) for dep in s.deps)]
+        found = set(tracking).union(*(networkx.ancestors(graph, stage) for stage in tracking))
+        return "\n".join(f"Running stage '{stage.addressing}':" for stage in found)
 
-    block = re.search(r"```yaml\nstudies:\n(.*?)```", README, re.DOTALL)
-    assert block
-    text = "studies:\n" + block[1].replace("<its SHA-256>", "ab" * 32)
-    Study.model_validate(yaml.safe_load(text)["studies"]["my_flowers"])
+
+def program(command: str) -> str:
+    """Run a module of the project in a folder with params.yaml, a ResNet-18 and 200 images; return what it printed."""
+    torch.manual_seed(0)
+    torch.save(build("resnet18", 10).state_dict(), "model.pth")
+    random = np.random.default_rng(0)
+    for number in range(200):
+        path = Path("imgs") / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    Path("params.yaml").write_text((ROOT / "params.yaml").read_text())
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, env=environment())
+    return (done.stdout + done.stderr).strip()
+
+
+def environment() -> dict[str, str]:
+    """Return the variables under which `python -m` finds the project and this interpreter."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+
+
+PRINTED: dict[str, Callable[[str], str]] = {
+    "python -m": program,
+    "dvc exp run -S methods.": stages_of_one_method,
+    "dvc repro": lambda command: CmdDataStatus.UP_TO_DATE_MSG,
+}

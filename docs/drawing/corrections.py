@@ -34,7 +34,9 @@ def gptq(example: Example) -> Figure:
     drawn, axes = figure(1, 1)
     errors = {how: layer_errors(example, weights_of(BITS, rounding=how)) for how in ("nearest", "gptq")}
     _dumbbells(axes, errors["nearest"], errors["gptq"], ("rounded to nearest", "GPTQ"))
-    axes.set(xscale="log", xlabel="squared error of the layer's output, relative", title=f"Each layer alone, {BITS} bits")
+    axes.set(
+        xscale="log", xlabel="squared error of the layer's output, relative", title=f"Each layer alone, {BITS} bits"
+    )
     return drawn
 
 
@@ -50,7 +52,9 @@ def adaround(example: Example) -> Figure:
     left.legend(loc="lower center")
     errors = {how: layer_errors(example, weights_of(BITS, rounding=how)) for how in ("nearest", "adaround")}
     _dumbbells(right, errors["nearest"], errors["adaround"], ("rounded to nearest", "AdaRound"))
-    right.set(xscale="log", xlabel="squared error of the layer's output, relative", title=f"Each layer alone, {BITS} bits")
+    right.set(
+        xscale="log", xlabel="squared error of the layer's output, relative", title=f"Each layer alone, {BITS} bits"
+    )
     return drawn
 
 

@@ -66,7 +66,7 @@ def ranges(example: Example) -> Figure:
     coarse = counts.view(-1, 16).sum(1)
     upper.stairs(coarse, edges[::16], fill=True, color=style.SKY)
     upper.set(yscale="log", ylabel="values", title="The input of one layer, and the ranges chosen for 4 bits")
-    for place, (name, (how, percentile)) in enumerate(rules.items()):
+    for place, (how, percentile) in enumerate(rules.values()):
         low, high = activation_range(statistics, scheme, how, percentile)
         low, high = min(low, 0.0), max(high, 0.0)
         error = squared_error(centers, counts, (low, high), scheme)

@@ -1,4 +1,4 @@
-"""A small network with every kind of layer that the figures of `docs/` need, trained in seconds on scikit-learn's digits.
+"""A small network with every kind of layer that the figures of `docs/` need, trained in seconds on digits.
 
 It is a MobileNet in miniature: a convolution, an inverted residual with a depthwise convolution, BatchNorm and ReLU6
 behind each, a linear head; about 8,000 weights on images of 8 by 8 pixels.
