@@ -110,7 +110,7 @@ def casts(example: Example) -> Figure:
         upper.plot(values[:4000:20], worst, color=colour, label=str(dtype).removeprefix("torch."))
     upper.set(xscale="log", yscale="log", ylabel="largest relative error")
     upper.set_title("float16 is finer, bfloat16 reaches further")
-    upper.legend(loc="center right")
+    upper.legend(loc="lower left")
     weights = torch.cat([p.flatten() for p in example.model.parameters()]).abs().numpy()
     lower.hist(weights, bins=np.logspace(-10, 6, 81).tolist(), color=style.SKY)
     lower.set(ylabel="parameters", xlabel="magnitude")
