@@ -25,6 +25,7 @@ from quantstudy.device import set_up
 from quantstudy.errors import UserError, unknown
 from quantstudy.measure.coverage import not_quantized, remark, stored
 from quantstudy.measure.statistics import sqnr_db
+from quantstudy.methods import registry
 from quantstudy.methods.registry import POST_TRAINING
 from quantstudy.quantization.observers import collect
 from quantstudy.quantization.variant import Variant, save_variant
@@ -141,7 +142,7 @@ def _quantized(model: nn.Module, images: Split, seen: P.Preprocessing, settings:
     calibration = collect(model, batches, P.Calibration().bins)
     if getattr(settings, "needs_images", False):
         calibration["images"] = [batch for batch, _ in batches]
-    return POST_TRAINING[settings.kind](model, calibration, settings)
+    return registry.quantize(model, calibration, settings)
 
 
 def _write(

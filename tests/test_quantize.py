@@ -16,7 +16,7 @@ from quantstudy import params as P
 from quantstudy.__main__ import main
 from quantstudy.architectures import build
 from quantstudy.errors import run_stage
-from quantstudy.quantization.layers import quantized_layers
+from quantstudy.quantization.layers import ChannelReLU, quantized_layers
 from quantstudy.quantization.variant import load_variant
 from tests.conftest import ROOT
 
@@ -69,6 +69,13 @@ def test_this_projects_file_becomes_onnx(folder: Path, capsys: pytest.CaptureFix
     types = {tensor.data_type for tensor in onnx.load("out.onnx").graph.initializer}
     assert onnx.TensorProto.INT4 in types
     assert Path("out.onnx").stat().st_size < 0.2 * Path("fp32.pth").stat().st_size
+
+
+def test_a_method_that_equalizes_does_so(folder: Path) -> None:
+    seen = P.Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    models.save_fp32(Path("fp32.pth"), build("mobilenet_v2", 5), "mobilenet_v2", 5, seen)
+    quantize("fp32.pth", architecture=None, method="int8_equalized")
+    assert any(isinstance(module, ChannelReLU) for module in load_variant(Path("out.pth")).modules())
 
 
 def test_mistakes_are_one_line_and_leave_no_file(folder: Path) -> None:
