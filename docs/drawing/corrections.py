@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch import Tensor, nn
 
 from docs.drawing.tiny import Example, figure
@@ -34,9 +35,7 @@ def gptq(example: Example) -> Figure:
     drawn, axes = figure(1, 1)
     errors = {how: layer_errors(example, weights_of(BITS, rounding=how)) for how in ("nearest", "gptq")}
     _dumbbells(axes, errors["nearest"], errors["gptq"], ("rounded to nearest", "GPTQ"))
-    axes.set(
-        xscale="log", xlabel="squared error of the layer's output, relative", title=f"Each layer alone, {BITS} bits"
-    )
+    axes.set(xlabel="squared error of the layer's output, relative", title=f"Each layer alone, {BITS} bits")
     return drawn
 
 
@@ -52,9 +51,7 @@ def adaround(example: Example) -> Figure:
     left.legend(loc="lower center")
     errors = {how: layer_errors(example, weights_of(BITS, rounding=how)) for how in ("nearest", "adaround")}
     _dumbbells(right, errors["nearest"], errors["adaround"], ("rounded to nearest", "AdaRound"))
-    right.set(
-        xscale="log", xlabel="squared error of the layer's output, relative", title=f"Each layer alone, {BITS} bits"
-    )
+    right.set(xlabel="squared error of the layer's output, relative", title=f"Each layer alone, {BITS} bits")
     return drawn
 
 
@@ -122,6 +119,8 @@ def _dumbbells(axes: Axes, before: dict[str, float], after: dict[str, float], la
     axes.plot(list(before.values()), places, "o", color=style.SKY, label=labels[0])
     axes.plot([after[name] for name in before], places, "s", color=style.VERMILLION, label=labels[1])
     axes.set_yticks(places, list(before))
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend(loc="best")
 
 
