@@ -41,8 +41,8 @@ repro: setup  ## Run what changed of the studies in params.yaml, then print the 
 results: setup  ## Print the result tables and where the plots are
 	@python -m quantstudy results
 
-compare: setup  ## Which variants moved between two revisions or experiments: make compare A=HEAD~1 B=HEAD
-	@python -m quantstudy compare $(A) $(B)
+compare: setup  ## Which variants moved between two revisions or experiments: make compare A=HEAD~1 [B=HEAD PAGE=moved.html]
+	@python -m quantstudy compare $(A) $(B) $(if $(PAGE),--page $(PAGE))
 
 test: $(TOOLS)  ## Run the tests
 	python -m pytest

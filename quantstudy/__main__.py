@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     comparing = commands.add_parser("compare", help="print which variants moved between two revisions, as Markdown")
     comparing.add_argument("before", nargs="?", help="a git revision or an experiment; without one, print results")
     comparing.add_argument("after", nargs="?", default="workspace", help="another one; the workspace by default")
+    comparing.add_argument("--page", type=Path, help="write the HTML report of the second one too, with what moved")
     _add_quantize(commands.add_parser("quantize", help="quantize one model file, without a pipeline"))
     arguments = parser.parse_args(argv)
     if arguments.command == "readme":
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         quantize(arguments)
     elif arguments.command == "compare" and arguments.before:
-        print_comparison(arguments.before, arguments.after)
+        print_comparison(arguments.before, arguments.after, arguments.page)
     else:
         for study in load_params().run:
             print_results(study)
@@ -56,13 +57,22 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def print_comparison(before: str, after: str) -> None:
-    """Print two revisions side by side, Markdown."""
-    from quantstudy.report.comparison import compare, to_markdown
+def print_comparison(before: str, after: str, page: Path | None) -> None:
+    """Print two revisions side by side, Markdown, and write the `page` of the second one with what moved."""
+    from quantstudy.report.comparison import compare, to_markdown, to_record
     from quantstudy.revisions import Revision
 
     with contextlib.closing(Revision(before)) as old, contextlib.closing(Revision(after)) as new:
-        print(to_markdown(old, new, compare(old, new)), end="")
+        rows = compare(old, new)
+        print(to_markdown(old, new, rows), end="")
+        if page is None:
+            return
+        from quantstudy.report.html import build_page
+
+        studies = {study: new.page(study) for study in new.params["run"]}
+        if missing := [str(layout.page(study)) for study, found in studies.items() if found is None]:
+            raise UserError(f"{after!r}: has no {', '.join(missing)}; run `dvc repro` there first")
+        write_text(page, build_page([found for found in studies.values() if found], to_record(old, new, rows)))
 
 
 def print_results(study: str) -> None:

@@ -48,14 +48,13 @@ class Revision:
     @property
     def variants(self) -> list[tuple[str, str]]:
         """Every (study, variant) that the revision's params list, in their order."""
-        variants = ["fp32", *self.params["ptq"], *self.params["qat"]]
+        variants = ["fp32", *self._methods]
         return [(study, variant) for study in self.params["run"] for variant in variants]
 
     @property
     def params_in_use(self) -> dict[str, Any]:
         """The params without the studies and methods that are defined but not listed to run."""
-        methods = [*self.params["ptq"], *self.params["qat"]]
-        used = {"studies": self.params["run"], "methods": methods}
+        used = {"studies": self.params["run"], "methods": self._methods}
         return {
             section: {name: row for name, row in value.items() if name in used[section]} if section in used else value
             for section, value in self.params.items()
@@ -66,6 +65,11 @@ class Revision:
         if (study, variant) not in self.variants:
             return None
         content = self._read(layout.metrics(study, variant).as_posix())
+        return None if content is None else json.loads(content)
+
+    def page(self, study: str) -> dict[str, Any] | None:
+        """Return what the HTML report shows of a study; None when it was not written."""
+        content = self._read(layout.page(study).as_posix())
         return None if content is None else json.loads(content)
 
     def predictions(self, study: str, variant: str) -> NDArray[np.int16] | None:
@@ -86,6 +90,12 @@ class Revision:
 
         content = self._read(layout.split(study, "test").as_posix())
         return None if content is None else torch.load(io.BytesIO(content), weights_only=True)["labels"].numpy()
+
+    @property
+    def _methods(self) -> list[str]:
+        """The methods that run; a revision may be older than those of a budget."""
+        budget = self.params.get("budget", {}).get("methods", [])
+        return [*self.params["ptq"], *budget, *self.params["qat"]]
 
     def _read(self, path: str) -> bytes | None:
         try:

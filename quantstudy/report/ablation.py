@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-_HEADER = ("scheme", "techniques", "drop", "top-1 %", "seeds", "p, row above", "bits", "MB", "s")
+_HEADER = ("scheme", "techniques", "drop", "top-1 %", "seeds", "images", "p, row above", "bits", "MB", "s")
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -20,6 +20,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             f"{round(row['top1_drop'], 2) + 0.0:+.2f}{spread}",
             f"{row['top1']:.2f} ± {row['top1_ci95']:.2f}",
             str(row["seeds"]),
+            str(row["images"]),
             "" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}",
             f"{row['mean_bits']:.2f}",
             f"{row['size_mb']:.2f}",

@@ -100,6 +100,26 @@ def to_markdown(before: Revision, after: Revision, rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def to_record(before: Revision, after: Revision, rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the comparison as plain JSON, for the HTML report."""
+    measured = ("top1", "size_mb", "latency_ms_b1", "latency_ms_b16")
+
+    def values(side: Metrics | None) -> Metrics | None:
+        return None if side is None else {key: side[key] for key in measured}
+
+    return {
+        "before": before.name,
+        "after": after.name,
+        "params": changed_params(before.params_in_use, after.params_in_use),
+        "rows": [
+            {"study": row.study, "variant": row.variant, "p": row.p, "verdict": row.verdict}
+            | {"before": values(row.before), "after": values(row.after)}
+            for row in rows
+        ],
+        "reading": _reading([row for row in rows if row.before and row.after]),
+    }
+
+
 def changed_params(before: Any, after: Any, prefix: str = "") -> list[tuple[str, str, str]]:
     """Return (key, old value, new value) of every param that differs; a dash stands for one that is not there."""
     if isinstance(before, dict) and isinstance(after, dict):

@@ -12,17 +12,18 @@ import vl_convert
 from quantstudy.report.charts import SHAPES, specifications
 
 PAGE = Path(__file__).with_name("page")
-SCRIPTS = ("dom", "recommend", "state", "table", "charts", "layers", "confusion", "main")
+SCRIPTS = ("dom", "recommend", "state", "table", "charts", "layers", "confusion", "comparison", "main")
 """In the order that they are put together; they share one scope."""
 
 
-def build_page(studies: Sequence[dict[str, Any]]) -> str:
+def build_page(studies: Sequence[dict[str, Any]], comparison: dict[str, Any] | None = None) -> str:
     """Return the whole page.
 
     Args:
         studies: what `page_data` returned, one a study, in the order of `run`.
+        comparison: what `comparison.to_record` returned, to show what moved since another revision.
     """
-    data = {"studies": list(studies), "charts": specifications(), "shapes": SHAPES}
+    data = {"studies": list(studies), "charts": specifications(), "shapes": SHAPES, "comparison": comparison}
     version = alt.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0]
     return Template(_read("page.html")).substitute(
         style=_read("style.css"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from quantstudy.errors import UserError
-from quantstudy.report.comparison import compare, to_markdown
+from quantstudy.report.comparison import compare, to_markdown, to_record
 
 IMAGES = 400
 LABELS = np.arange(IMAGES) % 10
@@ -53,6 +53,9 @@ def test_a_difference_of_few_images_moves_only_what_mcnemar_says() -> None:
     assert "90.00 → 92.50 | +2.50 (0.002)" in text
     assert "| a " in text and "| fp32 " not in text and "1 variants have the same accuracy and size" in text
     assert "Benjamini-Hochberg over 3" in text
+    record = to_record(before, after, rows)  # type: ignore[arg-type]
+    assert [(row["variant"], row["verdict"]) for row in record["rows"]] == [(row.variant, row.verdict) for row in rows]
+    assert record["rows"][2]["before"] == dict(top1=90.0, size_mb=1.0, latency_ms_b1=None, latency_ms_b16=2.0)
 
 
 def test_many_variants_raise_the_bar() -> None:

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from quantstudy import layout
-from quantstudy.files import write_json
+from quantstudy.files import read_json, write_json
 from quantstudy.params import load_params
+from quantstudy.report.html import build_page
 from stages import page as page_stage
 from stages import report as report_stage
 from tests.conftest import ROOT, TINY
@@ -21,8 +22,25 @@ axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no ax
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
+LATENCY = ("size_mb", "latency_ms_b1", "latency_ms_b16")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; `make browser` installs it where it can be")
 
+MOVED: dict[str, Any] = {
+    "before": "main",
+    "after": "workspace",
+    "params": [("methods.fp16.dtype", "bfloat16", "float16")],
+    "rows": [
+        {"study": "tiny", "variant": variant, "p": p, "verdict": verdict}
+        | {"before": None if before is None else {"top1": before} | dict.fromkeys(LATENCY, 2.0)}
+        | {"after": {"top1": 90.0} | dict.fromkeys(LATENCY, 2.5)}
+        for variant, before, p, verdict in (
+            ("fp32", 90.0, 1.0, "same"),
+            ("fp16", 80.0, 1e-5, "better"),
+            ("bf16", None, None, "only after"),
+        )
+    ],
+    "reading": "p: exact McNemar test.",
+}
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
 
@@ -41,6 +59,7 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 write_json(layout.sensitivity(study, "json"), sensitivity_rows())
             page_stage.main(["--study", study])
         report_stage.main([])
+        (root / layout.REPORT.with_name("moved.html")).write_text(build_page([read_json(layout.page("tiny"))], MOVED))
     yield root / layout.REPORT
 
 
@@ -58,7 +77,7 @@ def open_page(browser: Any, html: Path) -> Iterator[Any]:
     complaints: list[str] = []
     contexts = []
 
-    def call(viewport: dict[str, int] = WIDE, scheme: str = "light") -> Any:
+    def call(viewport: dict[str, int] = WIDE, scheme: str = "light", file: str = layout.REPORT.name) -> Any:
         context = browser.new_context(viewport=viewport, color_scheme=scheme, offline=True)
         contexts.append(context)
         context.set_default_timeout(60_000)  # a busy machine starves the browser
@@ -66,7 +85,7 @@ def open_page(browser: Any, html: Path) -> Iterator[Any]:
         opened.on("console", lambda message: complaints.append(message.text))
         opened.on("pageerror", lambda error: complaints.append(str(error)))
         opened.on("request", lambda request: request.url.startswith("http") and complaints.append(request.url))
-        opened.goto(html.as_uri())
+        opened.goto(html.with_name(file).as_uri())
         opened.wait_for_selector("html[data-ready]")
         return opened
 
@@ -210,6 +229,23 @@ def test_confusion_shows_the_images_that_changed(open_page: Any) -> None:
     assert len(set(page.eval_on_selector("canvas", "c => [...c.getContext('2d').getImageData(0, 0, 8, 8).data]"))) > 9
     page.select_option("#baseline", page.input_value("#choose-confusion"))
     assert page.inner_text("#agreement") == "Choose two different variants."
+
+
+def test_the_page_of_a_comparison_tells_what_moved(open_page: Any) -> None:
+    assert open_page().locator("#comparison").is_hidden()
+    page = open_page(NARROW, file="moved.html")
+    assert page.inner_text("#comparison-title") == "What moved since main"
+    assert page.inner_text("#comparison-verdict") == "2 of 3 variants: fp16 better, bf16 only after."
+    assert page.inner_text("#comparison-params") == "methods.fp16.dtype: bfloat16 → float16"
+    cells = page.eval_on_selector_all("#comparison-table tbody tr", "rows => rows.map(row => row.innerText.trim())")
+    assert [cell.split("\t") for cell in cells] == [
+        ["fp16", "80.00 → 90.00", "+10.00", "<0.001", *["2.00 → 2.50"] * 3, "better"],
+        ["bf16", "– → 90.00", "–", "–", *["– → 2.50"] * 3, "only after"],  # noqa: RUF001
+    ]
+    page.check("#comparison-all")
+    assert page.locator("#comparison-table tbody tr").count() == 3
+    assert page.evaluate("document.documentElement.scrollWidth") <= NARROW["width"]
+    assert axe.Axe().run(page).response["violations"] == []
 
 
 def test_the_keyboard_alone_reaches_and_chooses(open_page: Any) -> None:

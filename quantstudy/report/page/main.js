@@ -54,6 +54,7 @@ function buildStudy() {
   buildLimits();
   buildFilters();
   buildLayerOptions();
+  showComparison();
   return Promise.all([showRows(), showChosen()]);
 }
 
@@ -77,6 +78,7 @@ async function start() {
   for (const select of document.querySelectorAll("select.choose")) {
     select.addEventListener("change", (event) => choose(event.target.value));
   }
+  $("comparison-all").addEventListener("change", showComparison);
   $("layer").addEventListener("change", (event) => chooseLayer(event.target.value));
   $("baseline").addEventListener("change", (event) => { state.baseline = event.target.value; showConfusion(); });
   window.addEventListener("hashchange", buildStudy);
