@@ -135,7 +135,12 @@ def _add(rows: list[Row], subject: Subject, scheme: str, steps: list[str], seeds
         path = Path(folder) / "variant.pth"
         save_variant(path, variant, load_checkpoint(layout.model(subject.name, "fp32")), scheme)
         size = path.stat().st_size / 1e6
-    facts = {"mean_bits": stored(variant)["weight_bits"], "size_mb": size, "seconds": statistics.mean(seconds)}
+    facts = {
+        "images": subject.images,
+        "mean_bits": stored(variant)["weight_bits"],
+        "size_mb": size,
+        "seconds": statistics.mean(seconds),
+    }
     _put(rows, subject, {"scheme": scheme, "techniques": steps, "post_training": True}, correct, facts)
 
 
@@ -156,6 +161,7 @@ def _add_trained(rows: list[Row], subject: Subject, scheme: str, variant: str) -
     with curve.open(encoding="utf-8") as file:
         rates = [float(row["images_per_second"]) for row in csv.DictReader(file) if row["images_per_second"]]
     facts = {
+        "images": images,
         "mean_bits": stored(model)["weight_bits"],
         "size_mb": path.stat().st_size / 1e6,
         "seconds": sum(images / rate for rate in rates),
@@ -201,7 +207,7 @@ def _write(rows: list[Row], subject: Subject, file: Path) -> None:
     write_json(file, rows)
     note = (
         f"`{subject.name}`: fp32 {100 * subject.right['fp32'].mean():.2f} % on {len(subject.test)} test images; "
-        f"{subject.images} calibration images a draw. {describe_machine()}."
+        f"the images of a row are calibration images of a draw, or those it was trained on. {describe_machine()}."
     )
     write_text(file.with_suffix(".md"), markdown(rows) + "\n" + note + "\n")
 
