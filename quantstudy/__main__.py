@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 
 from quantstudy import layout
 from quantstudy.errors import UserError, run_stage
@@ -59,6 +60,7 @@ def _positive(text: str) -> int:
 
 def print_comparison(before: str, after: str, page: Path | None) -> None:
     """Print two revisions side by side, Markdown, and write the `page` of the second one with what moved."""
+    from quantstudy.files import write_text
     from quantstudy.report.comparison import compare, to_markdown, to_record
     from quantstudy.revisions import Revision
 

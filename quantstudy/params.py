@@ -99,6 +99,13 @@ class Training(Section):
     """Train on this many images, drawn once by seed; None: on all."""
 
 
+class Pace(Section):
+    """How long and how fast a method that learns its scales trains in one study."""
+
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+
+
 class Qat(Training):
     """Quantization-aware training: 2 epochs at 1e-5 unless the study says otherwise; the method sets the precision."""
 
@@ -106,6 +113,8 @@ class Qat(Training):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     schedule: Schedule = "constant"
     precision: Literal["fp32"] = "fp32"
+    methods: dict[Name, Pace] = Field(default_factory=dict)
+    """Of kind qat_lsq: what a method takes in this study instead of its own numbers."""
 
 
 class Calibration(Section):
@@ -263,12 +272,17 @@ class QatLsq(Static):
     schedule: Schedule = "cosine"
     epochs: Annotated[int, Field(ge=1)] | None = None
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """None: the study's, as `epochs`."""
+    """None: the study's, as `epochs`; a study's `qat.methods` goes before both."""
 
-    def of_study(self, row: Qat) -> Qat:
-        """Return a study's row with the method's own numbers in it."""
-        own = {"schedule": self.schedule, "epochs": self.epochs, "learning_rate": self.learning_rate}
-        return row.model_copy(update={key: value for key, value in own.items() if value is not None})
+    def of_study(self, row: Qat, name: str) -> Qat:
+        """Return a study's row with the numbers of the method, called `name`, in it."""
+        here = row.methods.get(name, Pace())
+        own = {
+            "schedule": self.schedule,
+            "epochs": here.epochs or self.epochs,
+            "learning_rate": here.learning_rate or self.learning_rate,
+        }
+        return row.model_copy(update={"methods": {}} | {key: value for key, value in own.items() if value is not None})
 
     @model_validator(mode="after")
     def _is_trained(self) -> "QatLsq":
@@ -461,6 +475,7 @@ def _check_lists(params: Params) -> None:
         if len(set(names)) < len(names):
             raise UserError(f"{key}: {names} lists a name twice")
     _check_names(params)
+    _check_paces(params)
     _check_percentiles(params)
     unmeasured = [study for study in params.run if study not in params.budget.studies]
     if params.budget.methods and unmeasured:
@@ -476,6 +491,14 @@ def _check_names(params: Params) -> None:
         if name.startswith("qat_") != trains:
             rule = "begins with qat_" if trains else "does not begin with qat_"
             raise UserError(f"methods.{name}: kind {row.kind} wants a name that {rule}; rename it")
+
+
+def _check_paces(params: Params) -> None:
+    learned = [name for name, row in params.methods.items() if row.kind == "qat_lsq"]
+    for study, row in params.studies.items():
+        for name in row.qat.methods:
+            if name not in learned:
+                raise unknown(f"studies.{study}.qat.methods", name, learned)
 
 
 def _check_percentiles(params: Params) -> None:

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     seen = models.load_preprocessing(fp32)
     split = load_split(layout.split(name, "train"))
-    rows = settings.of_study(study.qat) if is_lsq else study.qat
+    rows = settings.of_study(study.qat, method) if is_lsq else study.qat
     batches, validation = training.training_and_validation(split, seen, rows, study.seed, device)
     run = training.Run(
         name=f"{name} {method}",

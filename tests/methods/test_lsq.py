@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from quantstudy import models
 from quantstudy.methods.lsq import estimate_batchnorm, freeze_learned, learnable
+from quantstudy.params import Qat, QatLsq
 from quantstudy.quantization.layers import LayerScheme, quantized_layers
 from quantstudy.quantization.learned import LearnedActivation, LearnedWeight
 from quantstudy.quantization.observers import collect, quantizable_layers
@@ -115,3 +116,11 @@ def test_a_network_without_batchnorm_is_left_alone() -> None:
     before = copy.deepcopy(network.state_dict())
     estimate_batchnorm(network, [])
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+def test_the_pace_is_the_studys_for_the_method_then_the_methods_then_the_studys() -> None:
+    row = Qat(epochs=1, learning_rate=1e-5, methods={"qat_a": {"learning_rate": 3e-3}})  # type: ignore[dict-item]
+    method = QatLsq(kind="qat_lsq", weight_bits=4, activation_bits=8, epochs=7, learning_rate=2e-2)
+    plain = QatLsq(kind="qat_lsq", weight_bits=4, activation_bits=8)
+    found = [method.of_study(row, "qat_a"), method.of_study(row, "qat_b"), plain.of_study(row, "qat_b")]
+    assert [(pace.epochs, pace.learning_rate) for pace in found] == [(7, 3e-3), (7, 2e-2), (1, 1e-5)]

@@ -10,7 +10,7 @@ import pytest
 from quantstudy.data.container import Split, load_split
 from quantstudy.errors import UserError
 from stages import download
-from tests.conftest import HALVES
+from tests.conftest import HALVES, TINY
 
 SPLITS = ["data/tiny/calibration.pt", "data/tiny/test.pt", "data/tiny/train.pt"]
 
@@ -64,6 +64,12 @@ def test_a_mistake_in_the_params_is_one_line_and_writes_nothing(project, key: st
     project.edit(f"studies.tiny.data.{key}", value)
     assert project.failure(download.main).startswith(f"error: {line}")
     assert project.files() == []
+
+
+def test_a_pace_of_a_method_that_learns_no_scales_is_one_line(project) -> None:
+    project.edit("studies.tiny.qat", TINY["qat"] | {"methods": {"qat_int4": {"epochs": 1}}})
+    line = project.failure(download.main)
+    assert line.startswith("error: studies.tiny.qat.methods: 'qat_int4' is unknown") and "qat_w4a8" in line
 
 
 def test_a_failed_run_keeps_the_splits_of_the_last_one(project) -> None:
