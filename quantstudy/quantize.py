@@ -26,7 +26,6 @@ from quantstudy.errors import UserError, unknown
 from quantstudy.measure.coverage import not_quantized, remark, stored
 from quantstudy.measure.statistics import sqnr_db
 from quantstudy.methods import registry
-from quantstudy.methods.registry import POST_TRAINING
 from quantstudy.quantization.observers import collect
 from quantstudy.quantization.variant import Variant, save_variant
 from quantstudy.runtimes.executables import build_executable
@@ -69,7 +68,7 @@ def quantize(arguments: argparse.Namespace) -> None:
 
 def _settings(method: str) -> Any:
     methods = P.load_methods()
-    names = [name for name, row in methods.items() if row.kind in POST_TRAINING]
+    names = [name for name, row in methods.items() if row.kind in registry.POST_TRAINING]
     if method not in names:
         raise unknown("--method", method, names)
     return methods[method]

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from quantstudy.report.tables import p_value
+
 _HEADER = ("scheme", "techniques", "drop", "top-1 %", "seeds", "images", "p, row above", "bits", "MB", "s")
 
 
@@ -21,7 +23,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['top1']:.2f} ± {row['top1_ci95']:.2f}",
             str(row["seeds"]),
             str(row["images"]),
-            "" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}",
+            "" if p is None else p_value(p),
             f"{row['mean_bits']:.2f}",
             f"{row['size_mb']:.2f}",
             f"{row['seconds']:.0f}",

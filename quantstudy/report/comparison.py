@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from quantstudy.errors import UserError
 from quantstudy.measure.statistics import mcnemar_exact_p
-from quantstudy.report.tables import NOTHING, markdown_table
+from quantstudy.report.tables import NOTHING, markdown_table, p_value
 from quantstudy.revisions import Revision
 
 FALSE_DISCOVERIES = 0.05
@@ -150,7 +150,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     change = NOTHING
     if row.before and row.after:
         change = f"{row.after['top1'] - row.before['top1'] + 0.0:+.2f}"
-        change += "" if row.p is None else f" ({'<0.001' if row.p < 0.001 else f'{row.p:.3f}'})"
+        change += "" if row.p is None else f" ({p_value(row.p)})"
     measured = [_both(row, key) for key in ("top1", "size_mb", "latency_ms_b1", "latency_ms_b16")]
     verdict = f"**{row.verdict}**" if row.verdict in ("better", "worse") else row.verdict
     return (row.study, row.variant, measured[0], change, *measured[1:], verdict)

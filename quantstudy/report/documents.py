@@ -17,7 +17,7 @@ from pathlib import Path
 
 from quantstudy import layout
 from quantstudy.errors import UserError, unknown
-from quantstudy.report.ablation import markdown
+from quantstudy.report.tables import p_value
 
 README, DOCS = Path("README.md"), Path("docs")
 PLACE = re.compile(r"(<!-- (results|peers|ablation|front): (\w+)((?: \w+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -64,9 +64,7 @@ def content(kind: str, study: str, variants: Sequence[str], page: Path, read: Re
     if kind == "peers":
         return read(layout.peers(study, "md"))
     if kind == "ablation":
-        rows, written = layout.report(study) / "ablation.json", layout.report(study) / "ablation.md"
-        _, note = read(written).split("\n\n", 1)
-        return f"{markdown(json.loads(read(rows)))}\n{note}"
+        return read(layout.report(study) / "ablation.md")
     if kind == "front":
         return front(study, page, read)
     table = read(layout.report(study) / "results.md")
@@ -96,7 +94,7 @@ def front(study: str, page: Path, read: Read) -> str:
     for own in json.loads(read(layout.budget_front(study, "json")))["comparison"]:
         lines.append(f"| mixed_budget, {own['label']} | {_numbers(own)} | | |")
         for row in own["against"]:
-            against = f"{row['top1_less']:+.2f} | {row['p']:.3f}"
+            against = f"{row['top1_less']:+.2f} | {p_value(row['p'])}"
             lines.append(f"| {row['series']}, {row['label']} | {_numbers(row)} | {against} |")
     return "\n".join(lines) + "\n"
 

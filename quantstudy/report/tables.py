@@ -97,6 +97,11 @@ def markdown(results: Sequence[Result]) -> str:
     return markdown_table([HEADER, *(_cells(result) for result in results)], words=2)
 
 
+def p_value(p: float) -> str:
+    """Return a p-value as the tables show it."""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def markdown_table(rows: Sequence[Sequence[str]], words: int) -> str:
     """Return a padded Markdown table, its header first; the columns after the first `words` are aligned right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -140,7 +145,7 @@ def _drop(result: Result) -> str:
     shown = f"{round(drop, 2) + 0.0:+.2f}"  # no negative zero
     if p is None:
         return shown
-    return f"{shown} ({'<0.001' if p < 0.001 else f'{p:.3f}'})"
+    return f"{shown} ({p_value(p)})"
 
 
 def _speedups(result: Result) -> str:

@@ -1,14 +1,10 @@
 // What moved since another revision; the section is there only in the page of a comparison.
 
-function comparedRows() {
-  return DATA.comparison.rows.filter((row) => row.study === state.study.study);
-}
-
 function showComparison() {
   const compared = DATA.comparison;
   $("comparison").hidden = compared === null;
   if (compared === null) return;
-  const rows = comparedRows();
+  const rows = compared.rows.filter((row) => row.study === state.study.study);
   const moved = rows.filter((row) => row.verdict !== "same");
   replace("comparison-title", `What moved since ${compared.before}`);
   replace("comparison-verdict", `${moved.length} of ${counted(rows.length, "variant")}` +
@@ -30,8 +26,7 @@ function comparedRow(row) {
     return before === after ? after : `${before} → ${after}`;
   };
   const change = row.before && row.after ? row.after.top1 - row.before.top1 : null;
-  const p = row.p === null ? NOTHING : row.p < 0.001 ? "<0.001" : row.p.toFixed(3);
-  const cells = [both("top1"), (change > 0 ? "+" : "") + fixed(change, 2), p, both("size_mb"), both("latency_ms_b1"),
+  const cells = [both("top1"), (change > 0 ? "+" : "") + fixed(change, 2), pValue(row.p), both("size_mb"), both("latency_ms_b1"),
     both("latency_ms_b16"), row.verdict];
   return h("tr", {}, h("th", { scope: "row" }, row.variant), cells.map((cell) => h("td", {}, cell)));
 }

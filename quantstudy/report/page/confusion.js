@@ -80,7 +80,7 @@ function showConfusion() {
   replace("agreement", same ? "Choose two different variants." :
     `${state.chosen} gets ${counted(found.lost.length, "image")} wrong that ${state.baseline} gets right, and ` +
     `${found.gained.length} the other way round; both get ${found.moved.length} more wrong, each in its own way. ` +
-    `McNemar's exact p ${p < 0.001 ? "<0.001" : p.toFixed(3)}, of ${found.labels.length} test images.`);
+    `McNemar's exact p ${pValue(p)}, of ${found.labels.length} test images.`);
   replace("galleries", [
     gallery(`Lost: right with ${state.baseline}, wrong with ${state.chosen}`, found.lost, found),
     gallery(`Gained: wrong with ${state.baseline}, right with ${state.chosen}`, found.gained, found),

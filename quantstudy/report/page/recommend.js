@@ -54,10 +54,9 @@ function reason(found, limits, batch, prefer) {
   const limited = words.length ? ` that ${words.join(" and ")}` : "";
   if (!found.pick) return `No variant${limited}${found.meeting.length ? " was timed on a real kernel" : ""}. Move a limit.`;
   const others = found.meeting.length - 1;
-  return `The ${PREFERENCES[prefer]} of ${counted(others + 1, "variant")}${limited}; p ${pValue(found.pick)} against fp32.`;
+  return `The ${PREFERENCES[prefer]} of ${counted(others + 1, "variant")}${limited}; p ${pValue(found.pick.top1_drop_p)} against fp32.`;
 }
 
-function pValue(variant) {
-  const p = variant.top1_drop_p;
+function pValue(p) {
   return p === null ? NOTHING : p < 0.001 ? "<0.001" : p.toFixed(3);
 }

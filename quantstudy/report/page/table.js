@@ -19,7 +19,7 @@ const COLUMNS = [
 
 function dropCell(variant) {
   if (variant.variant === "fp32") return fixed(0, 2);
-  return `${fixed(variant.top1_drop, 2)} ± ${fixed(variant.drop_ci95, 2)} (p ${pValue(variant)})`;
+  return `${fixed(variant.top1_drop, 2)} ± ${fixed(variant.drop_ci95, 2)} (p ${pValue(variant.top1_drop_p)})`;
 }
 
 /** Whether the kernel is real, with the layers that run on a real one where only some do. */
