@@ -18,6 +18,7 @@ from tests.conftest import ROOT, TINY
 from tests.report.fabricate_page import LAYERS, fabricate_page, sensitivity_rows
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install '.[dev]'")
+playwright.expect.set_options(timeout=60_000)  # a busy machine starves the browser
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe: pip install '.[dev]'")
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -80,7 +81,7 @@ def open_page(browser: Any, html: Path) -> Iterator[Any]:
     def call(viewport: dict[str, int] = WIDE, scheme: str = "light", file: str = layout.REPORT.name) -> Any:
         context = browser.new_context(viewport=viewport, color_scheme=scheme, offline=True)
         contexts.append(context)
-        context.set_default_timeout(60_000)  # a busy machine starves the browser
+        context.set_default_timeout(60_000)
         opened = context.new_page()
         opened.on("console", lambda message: complaints.append(message.text))
         opened.on("pageerror", lambda error: complaints.append(str(error)))
@@ -106,8 +107,14 @@ def column(page: Any, key: str) -> list[float | None]:
     return [None if cell == "–" else float(cell.split(" ")[0]) for cell in cells]  # noqa: RUF001
 
 
-def marks(page: Any, chart: str) -> int:
-    return page.locator(f"#chart-{chart} svg .mark-symbol.role-mark path").count()
+def expect(page: Any, selector: str) -> Any:
+    """Return assertions that wait: charts are drawn, and links followed, after the click that asks for it."""
+    return playwright.expect(page.locator(selector))
+
+
+def expect_marks(page: Any, chart: str, count: int, kind: str = "symbol path") -> None:
+    group, shape = kind.split()
+    expect(page, f"#chart-{chart} svg .mark-{group}.role-mark {shape}").to_have_count(count)
 
 
 def test_the_verdict_comes_first_and_the_facts_are_there(open_page: Any) -> None:
@@ -179,45 +186,44 @@ def test_charts_have_a_mark_for_each_row_that_the_filters_leave(open_page: Any) 
     page.uncheck("#zoom")
     everything = len(rows(page))
     for chart in ("size", "latency", "operations"):
-        assert marks(page, chart) == everything
-    assert marks(page, "scaling") == 8
+        expect_marks(page, chart, everything)
+    expect_marks(page, "scaling", 8)
     page.fill("#search", "int4")
-    page.wait_for_function(
-        f"document.querySelectorAll('#chart-size svg .mark-symbol.role-mark path').length < {everything}"
-    )
-    assert marks(page, "size") == marks(page, "operations") == len(rows(page)) < everything
-    assert all("int4" in name for name in rows(page))
+    assert 0 < len(rows(page)) < everything and all("int4" in name for name in rows(page))
+    for chart in ("size", "operations"):
+        expect_marks(page, chart, len(rows(page)))
     page.fill("#search", "no such variant")
-    assert rows(page) == [] and page.locator("#chart-size").is_hidden()
+    assert rows(page) == []
+    expect(page, "#chart-size").to_be_hidden()
     page.fill("#search", "")
-    page.wait_for_selector("#chart-size svg", state="visible")
-    assert marks(page, "size") == everything
+    expect_marks(page, "size", everything)
 
 
 def test_a_click_on_a_mark_chooses_its_variant_everywhere(open_page: Any) -> None:
     page = open_page()
     page.fill("#search", "int8_weight_only")
-    page.wait_for_function("document.querySelectorAll('#chart-size svg .mark-symbol.role-mark path').length === 1")
+    expect_marks(page, "size", 1)
     page.locator("#chart-size svg .mark-symbol.role-mark path").click()
-    assert page.inner_text("tr.chosen th") == "int8_weight_only"
-    assert page.locator("span.chosen").all_inner_texts() == ["int8_weight_only"] * 2
+    expect(page, "#variants tr.chosen th").to_have_text("int8_weight_only")
+    expect(page, "span.chosen").to_have_text(["int8_weight_only"] * 2)
 
 
 def test_layers_have_shares_sqnr_histogram_and_sensitivity(open_page: Any) -> None:
     page = open_page()
     page.click("#variants tbody tr[data-variant=int8_static] button")
-    assert page.locator("#chart-shares svg .mark-rect.role-mark path").count() == 2 * len(LAYERS)
-    assert marks(page, "sqnr") == len(LAYERS)
+    expect_marks(page, "shares", 2 * len(LAYERS), "rect path")
+    expect_marks(page, "sqnr", len(LAYERS))
+    expect_marks(page, "sensitivity", 2 * len(LAYERS), "rect path")
+    expect_marks(page, "histogram", 2 * 4, "rule line")
     assert page.locator("#chart-histogram svg .mark-rect.role-mark path").count() > 30
-    assert page.locator("#chart-histogram svg .mark-rule.role-mark line").count() >= 2 * 4
-    assert page.locator("#chart-sensitivity svg .mark-rect.role-mark path").count() == 2 * len(LAYERS)
     page.select_option("#layer", "features.3")
     assert "int8_static keeps -6 to 6" in page.inner_text("#chart-histogram-figure figcaption")
     page.click("summary")
     assert "32.0" in page.inner_text("#layer-table") and "4 bits" in page.inner_text("#layer-table")
     page.click("text=other")
-    assert page.inner_text("#not-taken") == "Not taken in this run: sensitivity."
-    assert page.locator("#chart-sensitivity-figure").is_hidden()
+    expect(page, "h1").to_have_text("other")
+    expect(page, "#not-taken").to_have_text("Not taken in this run: sensitivity.")
+    expect(page, "#chart-sensitivity-figure").to_be_hidden()
 
 
 def test_confusion_shows_the_images_that_changed(open_page: Any) -> None:
@@ -257,7 +263,7 @@ def test_the_keyboard_alone_reaches_and_chooses(open_page: Any) -> None:
     assert {"theme", "limit-drop", "limit-size", "limit-latency", "search", "size_mb"} <= set(reached)
     page.focus("#variants tbody tr[data-variant=fp16] button")
     page.keyboard.press("Enter")
-    assert page.locator("span.chosen").first.inner_text() == "fp16"
+    expect(page, "span.chosen").to_have_text(["fp16"] * 2)
     assert page.evaluate("document.activeElement.textContent") == "fp16"
 
 
