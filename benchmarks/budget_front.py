@@ -1,7 +1,7 @@
 """Accuracy against size for budgets from 2 to 8 bits: `python -m benchmarks.budget_front --study mobilenetv2_digits`.
 
 Every point has the rounding of one method of kind mixed_budget and 16-bit floats beside its integers, so that only the
-choice of bits differs: by the integer program at the size of each uniform width and half-way between, uniform, by the
+choice of bits differs: within a budget at the size of each uniform width and half-way between, uniform, by the
 rule of linear layers, by the rule of lowest variance with more and more layers in int4. Sizes are those of the files;
 accuracy is that of the stored weights in float32 arithmetic, which a CPU without 16-bit matrices computes faster.
 The stage `sensitivity` has to have run: its calibration images choose, the test images only report.
@@ -10,14 +10,14 @@ The stage `sensitivity` has to have run: its calibration images choose, the test
 import argparse
 import itertools
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantstudy import layout, models
 from quantstudy import params as P
@@ -28,9 +28,18 @@ from quantstudy.device import DTYPES, set_up
 from quantstudy.errors import run_stage
 from quantstudy.files import read_json, write_json
 from quantstudy.measure.statistics import mcnemar_exact_p, sqnr_db, wilson_interval
-from quantstudy.methods.allocation import HALF, stored_bits
+from quantstudy.methods.allocation import HALF
 from quantstudy.methods.registry import mixed, settings_of
-from quantstudy.methods.sensitivity import Row, Table, allocate_within, assemble, quantized_table
+from quantstudy.methods.sensitivity import (
+    Allocation,
+    Row,
+    Table,
+    allocations_within,
+    assemble,
+    best_of,
+    mean_bits,
+    quantized_table,
+)
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.variant import cast, save_variant
 from quantstudy.report.front import plot_budget_front
@@ -41,8 +50,6 @@ SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 """Shares of layers in int4 at which the rule of lowest variance is drawn, beside those of matching size."""
 EAGER_BATCH = 64
 
-Allocation = Mapping[str, int]
-
 
 @dataclass(frozen=True)
 class Front:
@@ -52,6 +59,7 @@ class Front:
     settings: P.MixedBudget
     rows: Sequence[Row]
     table: Table
+    images: Sequence[Tensor]
     checkpoint: dict[str, Any]
     test: Split
     preprocessing: P.Preprocessing
@@ -63,28 +71,27 @@ class Front:
 
     def mean_bits(self, bits: Allocation) -> float:
         """Return the stored bits a weight, scales included."""
-        shapes = {name: layer.weight.shape for name, layer in self.layers.items()}
-        stored = sum(stored_bits(shapes[name], width, self.settings.group_size) for name, width in bits.items())
-        return stored / sum(shape.numel() for shape in shapes.values())
+        return mean_bits(self.model, bits, self.settings.group_size)
 
     def uniform(self, width: int) -> Allocation:
         """Return every layer at one width."""
         return dict.fromkeys(self.layers, width)
 
-    def budget(self, mean_bits: float) -> Allocation:
-        """Return the integer program's choice at a size."""
-        settings = self.settings.model_copy(update={"mean_bits": mean_bits, "bit_operations": None})
-        return allocate_within(self.model, self.rows, settings, "budget")
+    def budget(self, size: float) -> Allocation:
+        """Return what `mixed_budget` chooses at a size, in bits a weight."""
+        settings = self.settings.model_copy(update={"mean_bits": size, "bit_operations": None})
+        allocations = allocations_within(self.model, self.rows, settings, "budget")
+        return best_of(self.model, self.table, self.images, allocations)[0]
 
     def by_variance(self, count: int) -> Allocation:
         """Return the `count` layers of lowest weight variance in int4, the rest at 16 bits."""
         order = sorted(self.layers, key=lambda name: float(self.layers[name].weight.var()))
         return self.uniform(HALF) | dict.fromkeys(order[:count], INT4)
 
-    def by_variance_at(self, mean_bits: float) -> Allocation:
+    def by_variance_at(self, size: float) -> Allocation:
         """Return the choice of `by_variance`, not all layers, whose size is nearest."""
         choices = [self.by_variance(count) for count in range(1, len(self.layers))]
-        return min(choices, key=lambda bits: abs(self.mean_bits(bits) - mean_bits))
+        return min(choices, key=lambda bits: abs(self.mean_bits(bits) - size))
 
     def linear(self, width: int) -> Allocation:
         """Return the linear layers at one width, the rest at 16 bits."""
@@ -127,13 +134,13 @@ def accuracy(logits: np.ndarray, test: Split) -> Row:
     return {"top1": 100 * correct / len(test), "top1_low": low, "top1_high": high, "images": len(test)}
 
 
-def compare(front: Front, mean_bits: float, label: str) -> Row:
+def compare(front: Front, size: float, label: str) -> Row:
     """Return mixed_budget at a size beside uniform W4 and both rules at the size nearest to it."""
     labels = front.test.labels.numpy()
-    own, logits = front.measure("mixed_budget", label, front.budget(mean_bits))
+    own, logits = front.measure("mixed_budget", label, front.budget(size))
     others = (
         ("uniform", "W4", front.uniform(INT4)),
-        ("mixed_variance", "nearest size", front.by_variance_at(mean_bits)),
+        ("mixed_variance", "nearest size", front.by_variance_at(size)),
         ("mixed_linear", "W4", front.linear(INT4)),
     )
     rows = []
@@ -162,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     widths = sorted({*UNIFORM} | {row["bits"] for row in rows if row["bits"] < HALF})
     table = quantized_table(model, {"images": images}, settings, widths)
     test = load_split(layout.split(name, "test"))
-    front = Front(model, settings, rows, table, load_checkpoint(fp32), test, seen)
+    front = Front(model, settings, rows, table, images, load_checkpoint(fp32), test, seen)
 
     reference = front.logits(model)
     drawn = [{"series": "fp32", "label": "fp32", "size_mb": fp32.stat().st_size / 1e6} | accuracy(reference, test)]

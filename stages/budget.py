@@ -11,8 +11,9 @@ from quantstudy.data.container import load_split
 from quantstudy.device import set_up
 from quantstudy.errors import run_stage
 from quantstudy.files import read_json
+from quantstudy.methods.allocation import HALF
 from quantstudy.methods.registry import mixed, settings_of
-from quantstudy.methods.sensitivity import allocate_within
+from quantstudy.methods.sensitivity import allocations_within, best_of, quantized_table
 from quantstudy.params import BUDGET, load_params
 from quantstudy.quantization.variant import save_variant
 
@@ -30,17 +31,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     fp32 = layout.model(name, "fp32")
     model, rows = models.load_fp32(fp32), read_json(layout.sensitivity(name, "json"))
-    bits = allocate_within(model, rows, settings, f"methods.{method}")
-    calibration = {}
-    if settings.needs_images:
-        split, seen = load_split(layout.split(name, "calibration")), models.load_preprocessing(fp32)
-        calibration["images"] = [images for images, _ in Batches(split, seen, study.calibration.batch_size, "cpu")]
-    variant = mixed(model, calibration, settings, bits)
+    allocations = allocations_within(model, rows, settings, f"methods.{method}")
+    split, seen = load_split(layout.split(name, "calibration")), models.load_preprocessing(fp32)
+    images = [images for images, _ in Batches(split, seen, study.calibration.batch_size, "cpu")]
+    widths = sorted({width for bits in allocations for width in bits.values() if width < HALF})
+    table = quantized_table(model, {"images": images}, settings, widths)
+    bits, divergence = best_of(model, table, images, allocations)
+    variant = mixed(model, {"images": images}, settings, bits)
 
     path = layout.model(name, method)
     save_variant(path, variant, load_checkpoint(fp32), method)
     layers = ", ".join(f"{count} of {width} bits" for width, count in sorted(Counter(bits.values()).items()))
     print(f"{path}: {path.stat().st_size / 1e6:.3f} MB, fp32 {fp32.stat().st_size / 1e6:.3f} MB; layers: {layers}")
+    print(f"of {len(allocations)} allocations the one that diverges least on calibration images, {divergence:.3g} nats")
 
 
 if __name__ == "__main__":

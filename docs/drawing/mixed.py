@@ -8,9 +8,16 @@ from torch import nn
 
 from docs.drawing.tiny import Example, figure
 from quantstudy import params as P
-from quantstudy.methods.allocation import HALF, stored_bits
+from quantstudy.methods.allocation import HALF
 from quantstudy.methods.registry import mixed
-from quantstudy.methods.sensitivity import allocate_within, measure_layers
+from quantstudy.methods.sensitivity import (
+    Allocation,
+    allocations_within,
+    best_of,
+    mean_bits,
+    measure_layers,
+    quantized_table,
+)
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.report import style
 
@@ -26,9 +33,15 @@ def mixed_precision(example: Example) -> Figure:
     batches = list(zip(example.calibration["images"], example.train[1].split(64), strict=False))
     macs = dict.fromkeys(layers, 0)  # the budgets here are of size
     rows = measure_layers(example.model, example.calibration, batches, P.Sensitivity(bits=WIDTHS), macs)
-    chosen = {size: allocate_within(example.model, rows, _budget(size), "mean_bits") for size in BUDGETS}
+    table = quantized_table(example.model, example.calibration, _budget(SHOWN), WIDTHS[:-1])
+
+    def choose(size: float) -> Allocation:
+        allocations = allocations_within(example.model, rows, _budget(size), "mean_bits")
+        return best_of(example.model, table, example.calibration["images"], allocations)[0]
+
+    chosen = {size: choose(size) for size in BUDGETS}
     by_variance = sorted(layers, key=lambda name: float(layers[name].weight.var()))
-    series: dict[str, tuple[str, str, list[dict[str, int]]]] = {
+    series: dict[str, tuple[str, str, list[Allocation]]] = {
         "mixed_budget": (style.VERMILLION, "o", list(chosen.values())),
         "uniform": (style.BLUE, "s", [dict.fromkeys(layers, width) for width in WIDTHS[:-1]]),
         "mixed_variance": (style.ORANGE, "^", [_int4(layers, by_variance[:n]) for n in range(1, len(layers))]),
@@ -38,7 +51,7 @@ def mixed_precision(example: Example) -> Figure:
     left.barh(list(layers)[::-1], [chosen[SHOWN][name] for name in layers][::-1], color=style.VERMILLION)
     left.set(xlabel="bits", title=f"{SHOWN:g} bits a weight")
     for name, (colour, marker, allocations) in series.items():
-        points = sorted((_mean_bits(layers, bits), _ratio(example, bits)) for bits in allocations)
+        points = sorted((mean_bits(example.model, bits, None), _ratio(example, bits)) for bits in allocations)
         right.plot(*zip(*points, strict=True), marker=marker, ms=5, lw=1, color=colour, label=name)
     right.set(xlabel="stored bits a weight", ylabel="SQNR of the logits, dB", title="Error by size")
     right.legend()
@@ -49,15 +62,9 @@ def _budget(mean_bits: float) -> P.MixedBudget:
     return P.MixedBudget(kind="mixed_budget", mean_bits=mean_bits)
 
 
-def _int4(layers: Mapping[str, Any], chosen: list[str]) -> dict[str, int]:
+def _int4(layers: Mapping[str, Any], chosen: list[str]) -> Allocation:
     return dict.fromkeys(layers, HALF) | dict.fromkeys(chosen, INT4)
 
 
-def _ratio(example: Example, bits: Mapping[str, int]) -> float:
+def _ratio(example: Example, bits: Allocation) -> float:
     return example.sqnr_db(mixed(example.model, example.calibration, _budget(SHOWN), bits))
-
-
-def _mean_bits(layers: Mapping[str, Any], bits: Mapping[str, int]) -> float:
-    shapes = {name: layer.weight.shape for name, layer in layers.items()}
-    stored = sum(stored_bits(shapes[name], width, None) for name, width in bits.items())
-    return stored / sum(shape.numel() for shape in shapes.values())

@@ -12,11 +12,19 @@ from quantstudy import models
 from quantstudy.errors import UserError
 from quantstudy.methods.allocation import stored_bits
 from quantstudy.methods.registry import mixed
-from quantstudy.methods.sensitivity import allocate_within, assemble, losses, measure_layers, quantized_table
+from quantstudy.methods.sensitivity import (
+    LOSSES,
+    allocations_within,
+    assemble,
+    best_of,
+    mean_bits,
+    measure_layers,
+    quantized_table,
+)
 from quantstudy.params import MixedBudget, Sensitivity
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
-from quantstudy.quantization.variant import load_variant, save_variant
+from quantstudy.quantization.variant import cast, load_variant, save_variant
 
 WIDTHS = [2, 4, 8, 16]
 FP32 = {
@@ -108,7 +116,7 @@ def test_a_layer_whose_weights_are_on_the_grid_costs_nothing(
     exact = [row for row in rows if row["bits"] in (2, 16)]
     for row in exact:
         assert row["sqnr_db"] == 200 and row["loss_increase"] == row["kl_divergence"] == row["top1_drop"] == 0
-    assert losses(exact)["second"] == {2: 1e-10, 16: 1e-10}
+        assert [loss(row) for loss in LOSSES.values()] == pytest.approx([1e-10, 1e-20, 0])
 
 
 @pytest.fixture(scope="module")
@@ -135,13 +143,13 @@ def rows(network: nn.Module, images: Tensor) -> list[dict[str, Any]]:
     return measure_layers(network, {}, [batch], settings_of(group_size=32), macs)
 
 
-@pytest.mark.parametrize("mean_bits", [3.0, 4.0, 6.5])
+@pytest.mark.parametrize("size", [3.0, 4.0, 6.5])
 @torch.no_grad()
 def test_the_file_keeps_the_budget_and_loads_to_identical_logits(
-    mean_bits: float, network: nn.Module, images: Tensor, rows: list[dict[str, Any]], tmp_path: Path
+    size: float, network: nn.Module, images: Tensor, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    settings = MixedBudget(kind="mixed_budget", mean_bits=mean_bits, group_size=32, bias_correction=True)
-    bits = allocate_within(network, rows, settings, "methods.m")
+    settings = MixedBudget(kind="mixed_budget", mean_bits=size, group_size=32, bias_correction=True)
+    bits = allocations_within(network, rows, settings, "methods.m")[0]
     variant = mixed(network, {"images": [images]}, settings, bits).eval()
     path = tmp_path / "variant.pth"
     save_variant(path, variant, FP32, "m")
@@ -153,25 +161,51 @@ def test_the_file_keeps_the_budget_and_loads_to_identical_logits(
     stored = sum(t.nbytes for name, t in tensors.items() if name.endswith((".packed", ".weight_scale")))
     stored += sum(tensors[f"{name}.weight"].nbytes for name in kept)
     weights = sum(layer.weight.numel() for layer in quantizable_layers(network).values())
-    assert 0.99 * mean_bits < 8 * stored / weights <= mean_bits
+    assert 0.99 * size < 8 * stored / weights <= size
+    assert mean_bits(network, bits, 32) == pytest.approx(8 * stored / weights)
     assert {name for name, width in bits.items() if width == 16} == set(kept)
     assert all(tensors[f"{name}.weight"].dtype == torch.float16 for name in kept)
     found = {name: layer.scheme.weight.bits for name, layer in quantized_layers(loaded.network).items()}
     assert found == {name: width for name, width in bits.items() if width < 16}
 
 
-def test_both_budgets_are_kept(network: nn.Module, rows: list[dict[str, Any]]) -> None:
+def test_both_budgets_are_kept_by_every_allocation(network: nn.Module, rows: list[dict[str, Any]]) -> None:
     settings = MixedBudget(kind="mixed_budget", mean_bits=5.0, bit_operations=0.04, group_size=32)
-    bits = allocate_within(network, rows, settings, "methods.m")
-    assert sum(bits.values()) * 16 <= 0.04 * len(bits) * 32 * 32  # every layer has the same MACs here
-    only_size = allocate_within(network, rows, settings.model_copy(update={"bit_operations": None}), "methods.m")
-    assert sum(bits.values()) < sum(only_size.values())
+    found = allocations_within(network, rows, settings, "methods.m")
+    for bits in found:
+        assert sum(bits.values()) * 16 <= 0.04 * len(bits) * 32 * 32  # every layer has the same MACs here
+        assert mean_bits(network, bits, 32) <= 5.0
+    only_size = allocations_within(network, rows, settings.model_copy(update={"bit_operations": None}), "methods.m")
+    assert max(sum(bits.values()) for bits in found) < sum(only_size[0].values())
+
+
+def test_uniform_widths_within_the_budget_are_tried_too(network: nn.Module, rows: list[dict[str, Any]]) -> None:
+    settings = MixedBudget(kind="mixed_budget", mean_bits=4.5, group_size=32)
+    found = allocations_within(network, rows, settings, "methods.m")
+    uniform = [next(iter(bits.values())) for bits in found if len(set(bits.values())) == 1]
+    assert uniform == [2]  # scales of depthwise layers take half a bit and more: 4 bits are above the budget
+    assert len(found) > 1 and all(bits not in found[:number] for number, bits in enumerate(found))
+
+
+@torch.no_grad()
+def test_the_network_as_a_whole_decides(network: nn.Module, images: Tensor) -> None:
+    """The divergence is that of the assembled network's predictions, and the least of all allocations'."""
+    table = quantized_table(network, {}, MixedBudget(kind="mixed_budget", mean_bits=4.0), [2, 8])
+    layers = list(quantizable_layers(network))
+    spoilt, good = dict.fromkeys(layers, 2), dict.fromkeys(layers, 8)
+    bits, divergence = best_of(network, table, [images[:5], images[5:]], [spoilt, good, spoilt])
+    assert bits == good
+    variant = assemble(network, table, good, torch.float16)
+    logits = network(images), cast(variant.network, torch.float32)(images)
+    p, q = (x.double().softmax(1) for x in logits)
+    assert divergence == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=1e-2)
+    assert best_of(network, table, [images], [spoilt])[1] > divergence
 
 
 def test_rows_of_another_network_are_one_line(network: nn.Module, rows: list[dict[str, Any]]) -> None:
     settings = MixedBudget(kind="mixed_budget", mean_bits=5.0)
     with pytest.raises(UserError, match=r"sensitivity.json has 1 layers, not the model's 53"):
-        allocate_within(network, rows[:4], settings, "methods.m")
+        allocations_within(network, rows[:4], settings, "methods.m")
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
