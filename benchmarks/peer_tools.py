@@ -5,6 +5,7 @@ A tool is a function from a `Subject` to its `Candidate`s, in the settings its d
 
 import copy
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from quantstudy.runtimes.sessions import OpenVino, open_session
 
 BATCH_SIZES = (1, 16)
 CPU = torch.device("cpu")
+LOW_BITS = 4
+ADAROUND_ITERATIONS = 500
 
 
 @dataclass
@@ -43,8 +46,16 @@ class Candidate:
     size_mb: float
     quantize_s: float
     memory_format: torch.memory_format = torch.contiguous_format
-    top1: float = 0.0
+    is_simulated: bool = False
+    """Whether it rounds in float32 arithmetic, so that its latency would say nothing."""
+    right: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    """For each test image, whether its class was found."""
     latency: dict[int, list[float]] = field(default_factory=dict)
+
+    @property
+    def top1(self) -> float:
+        """Accuracy in percent."""
+        return 100 * float(self.right.mean())
 
 
 @dataclass(frozen=True)
@@ -186,12 +197,82 @@ def torchao(subject: Subject) -> Iterator[Candidate]:
         yield Candidate("torchao", name, "eager", model, size, taken, torch.channels_last)
 
 
+def brevitas(subject: Subject) -> Iterator[Candidate]:
+    """Brevitas's post-training flow: GPTQ, then bias correction, as in its ImageNet example."""
+    from brevitas.graph.quantize import preprocess_for_quantize
+    from brevitas_examples.imagenet_classification.ptq import ptq_common as flow
+
+    batches = [(images, torch.empty(0)) for images in subject.calibration]
+    size = subject.calibration[0].shape[-1]
+    source = copy.deepcopy(subject.fp32).to(memory_format=torch.contiguous_format)
+    started = time.perf_counter()
+    prepared = preprocess_for_quantize(source, equalize_iters=20, equalize_merge_bias=True, merge_bn=False)
+    model = flow.quantize_model(
+        prepared,
+        backend="fx",
+        weight_bit_width=LOW_BITS,
+        act_bit_width=8,
+        bias_bit_width=32,
+        weight_quant_granularity="per_channel",
+        act_quant_percentile=99.999,
+        act_quant_type="asym",
+        scale_factor_type="float_scale",
+        quant_format="int",
+        weight_param_method="mse",
+    )
+    model.eval()(torch.zeros(1, 3, size, size))
+    flow.calibrate(batches, model)
+    flow.apply_gptq(batches, model, act_order=True, create_weight_orig=True)
+    flow.apply_bias_correction(batches, model)
+    taken = time.perf_counter() - started
+    yield Candidate("brevitas", "GPTQ W4A8", "eager", model, math.nan, taken, is_simulated=True)
+
+
+def aimet(subject: Subject) -> Iterator[Candidate]:
+    """AIMET's AdaRound, with fewer iterations a layer than its documentation has (15,000 take hours on a CPU)."""
+    from aimet_torch.adaround.adaround_weight import Adaround, AdaroundParameters
+    from aimet_torch.common.defs import QuantScheme
+    from aimet_torch.common.quantsim_config import utils
+    from aimet_torch.model_preparer import prepare_model
+    from aimet_torch.quantsim import QuantizationSimModel
+
+    images, example = subject.calibration, subject.calibration[0][:1].contiguous()
+    source = prepare_model(copy.deepcopy(subject.fp32).to(memory_format=torch.contiguous_format))
+    parameters = AdaroundParameters(
+        images, len(images), ADAROUND_ITERATIONS, forward_fn=lambda model, batch: model(batch)
+    )
+    shared: Any = {"default_param_bw": LOW_BITS}
+    scheme, config = QuantScheme.post_training_tf_enhanced, utils.get_path_for_per_channel_config()
+    started = time.perf_counter()
+    with torch.enable_grad():
+        rounded = Adaround.apply_adaround(
+            source,
+            example,
+            parameters,
+            path=str(subject.folder),
+            filename_prefix="aimet",
+            default_quant_scheme=scheme,
+            default_config_file=config,
+            **shared,
+        )
+    simulated = QuantizationSimModel(
+        rounded, example, quant_scheme=scheme, default_output_bw=8, config_file=config, **shared
+    )
+    simulated.set_and_freeze_param_encodings(str(subject.folder / "aimet.encodings"))
+    simulated.compute_encodings(lambda model: [model(batch) for batch in images])
+    taken = time.perf_counter() - started
+    method = f"AdaRound W4A8, {ADAROUND_ITERATIONS} iterations"
+    yield Candidate("aimet", method, "eager", simulated.model, math.nan, taken, is_simulated=True)
+
+
 TOOLS: dict[str, Callable[[Subject], Iterator[Candidate]]] = {
     "quantstudy": quantstudy,
     "nncf": nncf,
     "onnxruntime": onnxruntime,
     "pt2e": pt2e,
     "torchao": torchao,
+    "brevitas": brevitas,
+    "aimet": aimet,
 }
 
 

@@ -3,10 +3,11 @@
     make peers STUDY=mobilenetv2_food10_224px
 
 Tools: NNCF (post-training, on OpenVINO), ONNX Runtime's `quantize_static` (QDQ, per channel, min-max), torchao's PT2E
-with `X86InductorQuantizer` (compiled by inductor), torchao's `quantize_` (linear layers, eager), and this project's
-methods on its runtimes. All start from models/<study>/fp32.pth, see the same calibration images and are measured on
-the same test images; each with the settings its documentation recommends for a CPU, OpenVINO always in float32 where
-it does not compute in int8.
+with `X86InductorQuantizer` (compiled by inductor), torchao's `quantize_` (linear layers, eager), Brevitas's GPTQ and
+AIMET's AdaRound with 4-bit weights and 8-bit activations (simulated, so not timed), and this project's methods on its
+runtimes. All start from models/<study>/fp32.pth, see the same calibration images and are measured on the same test
+images; each with the settings its documentation recommends for a CPU, OpenVINO always in float32 where it does not
+compute in int8.
 
 All candidates are loaded in one process and take turns; that is done three times for each batch size, and a latency is
 the median of the three medians. The ratio of this project's fastest int8_static to the fastest int8 model of another
@@ -15,6 +16,7 @@ tool is given with its extremes over the three.
 
 import argparse
 import functools
+import math
 import statistics
 import tempfile
 import warnings
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.peer_tools import BATCH_SIZES, CPU, TOOLS, Candidate, Subject, noise
 from quantstudy import layout, models
@@ -33,8 +36,10 @@ from quantstudy.errors import one_line
 from quantstudy.files import write_json, write_text
 from quantstudy.machine.hardware import describe_machine
 from quantstudy.measure.latency import time_alternately
+from quantstudy.measure.statistics import mcnemar_exact_p
 from quantstudy.params import Params, load_params
 from quantstudy.report.peers import RECORD_KEYS, plot_peers, table
+from quantstudy.report.tables import p_value
 
 RUNS = 3
 METHODS = ["int8_static", "int8_dynamic", "int8_weight_only", "int4_weight_only", "int4_gptq", "int4_finetuned"]
@@ -44,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write reports/peers/<study>.{json,md,png}."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", required=True, help="a row of studies whose fp32 model, data and graph are there")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of timing, for each run and batch size")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="of timing, for each run and batch size; 0 measures accuracy alone"
+    )
     parser.add_argument("--without", nargs="*", default=[], choices=list(TOOLS), help="tools to leave out")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="of this project")
     arguments = parser.parse_args(argv)
@@ -55,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         subject = _subject(arguments.study, params, Path(folder), arguments.methods)
         candidates, failed = _candidates(subject, [tool for tool in TOOLS if tool not in arguments.without])
         _measure_accuracy(candidates, subject)
-        _measure_latency(candidates, subject, arguments.seconds)
+        if arguments.seconds:
+            _measure_latency([c for c in candidates if not c.is_simulated], subject, arguments.seconds)
         _write(subject, candidates, {**failed, **dict.fromkeys(arguments.without, "left out of this run")})
 
 
@@ -86,15 +94,15 @@ def _candidates(subject: Subject, tools: list[str]) -> tuple[list[Candidate], di
 def _measure_accuracy(candidates: list[Candidate], subject: Subject) -> None:
     seen = models.load_preprocessing(layout.model(subject.name, "fp32"))
     size = max(BATCH_SIZES)
-    right = [0] * len(candidates)
+    right: list[list[Tensor]] = [[] for _ in candidates]
     for images, labels in Batches(subject.test, seen, size, CPU):
         missing = size - len(images)
         full = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
         for number, candidate in enumerate(candidates):
             logits = candidate.run(full.contiguous(memory_format=candidate.memory_format))[: len(images)]
-            right[number] += int((logits.argmax(1) == labels).sum())
-    for candidate, count in zip(candidates, right, strict=True):
-        candidate.top1 = 100 * count / len(subject.test)
+            right[number].append(logits.argmax(1) == labels)
+    for candidate, parts in zip(candidates, right, strict=True):
+        candidate.right = torch.cat(parts).numpy()
 
 
 def _measure_latency(candidates: list[Candidate], subject: Subject, seconds: float) -> None:
@@ -113,20 +121,22 @@ def _measure_latency(candidates: list[Candidate], subject: Subject, seconds: flo
 def _write(subject: Subject, candidates: list[Candidate], failed: dict[str, str]) -> None:
     rows = [_record(candidate, len(subject.test)) for candidate in candidates]
     write_json(layout.peers(subject.name, "json"), rows)
-    lines = [_ratio(candidates, batch) for batch in BATCH_SIZES]
+    lines = [_ratio(candidates, batch) for batch in BATCH_SIZES if any(c.latency for c in candidates)]
     lines += [f"{tool}: {reason}." for tool, reason in failed.items()]
     lines.append(
         f"{len(subject.test)} test images, {sum(map(len, subject.calibration))} for calibration. {_versions()}."
     )
     text = table(rows) + "\n" + "\n".join(f"- {line}" for line in lines) + "\n"
     write_text(layout.peers(subject.name, "md"), text)
-    plot_peers(layout.peers(subject.name, "png"), subject.name, rows)
+    if any(candidate.latency for candidate in candidates):
+        plot_peers(layout.peers(subject.name, "png"), subject.name, rows)
     print(text)
 
 
 def _record(candidate: Candidate, images: int) -> dict[str, Any]:
-    latency = [statistics.median(candidate.latency[batch]) for batch in BATCH_SIZES]
-    values = (candidate.tool, candidate.method, candidate.runtime, candidate.top1, images, candidate.size_mb)
+    latency = [statistics.median(candidate.latency[batch]) if candidate.latency else None for batch in BATCH_SIZES]
+    size = None if math.isnan(candidate.size_mb) else candidate.size_mb
+    values = (candidate.tool, candidate.method, candidate.runtime, candidate.top1, images, size)
     return dict(zip(RECORD_KEYS, (*values, candidate.quantize_s, *latency), strict=True))
 
 
@@ -136,22 +146,25 @@ def _ratio(candidates: list[Candidate], batch: int) -> str:
         (c for c in candidates if (c.tool, c.method) == ("quantstudy", "int8_static")),
         key=lambda c: statistics.median(c.latency[batch]),
     )
-    peers = [c for c in candidates if c.tool != "quantstudy"]
+    peers = [c for c in candidates if c.tool != "quantstudy" and c.latency]
     if not peers:
         return f"batch {batch}: no other tool ran."
     peer = min(peers, key=lambda c: statistics.median(c.latency[batch]))
     ratios = sorted(a / b for a, b in zip(own.latency[batch], peer.latency[batch], strict=True))
+    p = p_value(mcnemar_exact_p(own.right, peer.right))
     return (
         f"Batch {batch}: int8_static on {own.runtime} takes {statistics.median(ratios):.2f} ({ratios[0]:.2f} to "
-        f"{ratios[-1]:.2f}) times as long as {peer.tool} {peer.method}, at {own.top1 - peer.top1:+.1f} points of top-1."
+        f"{ratios[-1]:.2f}) times as long as {peer.tool} {peer.method}, at {own.top1 - peer.top1:+.1f} points of top-1 "
+        f"(McNemar's p {p})."
     )
 
 
 def _versions() -> str:
     from importlib import metadata
 
-    names = ("nncf", "onnxruntime", "openvino")
-    return f"{describe_machine()}, " + ", ".join(f"{name} {metadata.version(name)}" for name in names)
+    found = {part.metadata["Name"].lower().replace("_", "-"): part.version for part in metadata.distributions()}
+    names = ("nncf", "onnxruntime", "openvino", "brevitas", "aimet-torch")
+    return f"{describe_machine()}, " + ", ".join(f"{name} {found[name]}" for name in names if name in found)
 
 
 if __name__ == "__main__":

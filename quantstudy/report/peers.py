@@ -1,5 +1,6 @@
 """The table and the plot of `benchmarks/peers.py`: this project's models beside those of other tools."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from quantstudy.report.style import BLUE, GREY, ORANGE, plot_style, save
+from quantstudy.report.tables import NOTHING
 
 RECORD_KEYS = (
     *("tool", "method", "runtime", "top1", "images", "size_mb", "quantize_s"),
@@ -17,18 +19,21 @@ _HEADER = ("tool", "method", "runtime", "top-1 %", "size MB", "quantized in s", 
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the rows, dictionaries with `RECORD_KEYS`, as a Markdown table, the fastest at batch 16 first."""
+    """Return the rows, dictionaries with `RECORD_KEYS`, as a Markdown table.
+
+    The fastest at batch 16 come first, then what was not timed (None, as a simulation is), the most accurate first.
+    """
     lines = ["| " + " | ".join(_HEADER) + " |", "|" + "---|" * 3 + "---:|" * (len(_HEADER) - 3)]
     for row in _sorted(rows):
-        numbers = (f"{row['top1']:.1f}", f"{row['size_mb']:.2f}", f"{row['quantize_s']:.1f}")
-        latency = (f"{row['latency_ms_b1']:.2f}", f"{row['latency_ms_b16']:.1f}")
+        numbers = (f"{row['top1']:.1f}", _number(row["size_mb"], 2), f"{row['quantize_s']:.1f}")
+        latency = (_number(row["latency_ms_b1"], 2), _number(row["latency_ms_b16"], 1))
         lines.append("| " + " | ".join((row["tool"], row["method"], row["runtime"], *numbers, *latency)) + " |")
     return "\n".join(lines) + "\n"
 
 
 def plot_peers(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
     """Draw the latency of every row at batch 1 and 16 as bars, its accuracy beside them."""
-    rows = _sorted(rows)[::-1]
+    rows = [row for row in _sorted(rows) if row["latency_ms_b16"] is not None][::-1]
     names = [f"{row['tool']} {row['method']}, {row['runtime']}" for row in rows]
     with plot_style():
         figure = Figure(figsize=(12, 1.6 + 0.34 * len(rows)), layout="constrained")
@@ -54,7 +59,11 @@ def plot_peers(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _sorted(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(rows, key=lambda row: float(row["latency_ms_b16"]))
+    return sorted(rows, key=lambda row: (row["latency_ms_b16"] or math.inf, -row["top1"]))
+
+
+def _number(value: float | None, places: int) -> str:
+    return NOTHING if value is None else f"{value:.{places}f}"
 
 
 def _milliseconds(value: float) -> str:
