@@ -173,7 +173,12 @@ def sensitivity() -> Any:
         .encode(
             x=alt.X("index:O", axis=LAYER_AXIS),
             y=alt.Y("bits:O", title="bits", sort="descending"),
-            color=alt.Color("top1_drop:Q", title="points lost", legend=alt.Legend(orient="top", gradientLength=160)),
+            color=alt.Color(
+                "top1_drop:Q",
+                title="points lost",
+                scale=alt.Scale(domainMin=0, clamp=True),
+                legend=alt.Legend(orient="top", gradientLength=160),
+            ),
             tooltip=[
                 "layer:N",
                 "bits:O",

@@ -33,7 +33,8 @@ function nearSmallest(rows, of, tolerance) {
  */
 function recommend(variants, limits, batch, prefer) {
   const meeting = variants.filter((variant) => meets(variant, limits, batch));
-  const latency = (row) => (row.simulated ? ANY : (row[`latency_ms_b${batch}`] ?? ANY));
+  // Beside fp32 in the same process, so that how busy the machine was at the time of one variant does not choose.
+  const latency = (row) => (row.simulated ? ANY : 1 / (row[`speedup_b${batch}`] ?? 0));
   const goals = {
     speed: (rows) => nearSmallest(rows.filter((row) => latency(row) < ANY), latency, SAME_LATENCY),
     accuracy: (rows) => nearSmallest(rows, (row) => row.top1_drop, 0),
