@@ -122,6 +122,7 @@ def _write(subject: Subject, candidates: list[Candidate], failed: dict[str, str]
     rows = [_record(candidate, len(subject.test)) for candidate in candidates]
     write_json(layout.peers(subject.name, "json"), rows)
     lines = [_ratio(candidates, batch) for batch in BATCH_SIZES if any(c.latency for c in candidates)]
+    lines += _accuracy(candidates)
     lines += [f"{tool}: {reason}." for tool, reason in failed.items()]
     lines.append(
         f"{len(subject.test)} test images, {sum(map(len, subject.calibration))} for calibration. {_versions()}."
@@ -151,12 +152,28 @@ def _ratio(candidates: list[Candidate], batch: int) -> str:
         return f"batch {batch}: no other tool ran."
     peer = min(peers, key=lambda c: statistics.median(c.latency[batch]))
     ratios = sorted(a / b for a, b in zip(own.latency[batch], peer.latency[batch], strict=True))
-    p = p_value(mcnemar_exact_p(own.right, peer.right))
     return (
         f"Batch {batch}: int8_static on {own.runtime} takes {statistics.median(ratios):.2f} ({ratios[0]:.2f} to "
-        f"{ratios[-1]:.2f}) times as long as {peer.tool} {peer.method}, at {own.top1 - peer.top1:+.1f} points of top-1 "
-        f"(McNemar's p {p})."
+        f"{ratios[-1]:.2f}) times as long as {peer.tool} {peer.method}, at {own.top1 - peer.top1:+.1f} points of top-1."
     )
+
+
+def _accuracy(candidates: list[Candidate]) -> list[str]:
+    """Compare the top-1 of this project's best int8 and 4-bit methods with that of each other tool, image by image."""
+    lines = []
+    for method in ("int8_static", "w4a8_finetuned"):
+        own = [c for c in candidates if (c.tool, c.method) == ("quantstudy", method)]
+        peers = [c for c in candidates if c.tool != "quantstudy" and c.is_simulated == (method != "int8_static")]
+        if own and peers:
+            differences = (
+                f"{own[0].top1 - peer.top1:+.1f} against {peer.tool} {peer.method} "
+                f"(p {p_value(mcnemar_exact_p(own[0].right, peer.right))})"
+                for peer in peers
+            )
+            lines.append(
+                f"Points of top-1 of {method} on {own[0].runtime}: {', '.join(differences)}; exact McNemar test."
+            )
+    return lines
 
 
 def _versions() -> str:
