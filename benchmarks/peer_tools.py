@@ -5,7 +5,6 @@ A tool is a function from a `Subject` to its `Candidate`s, in the settings its d
 
 import copy
 import functools
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -43,7 +42,7 @@ class Candidate:
     method: str
     runtime: str
     run: Callable[[Tensor], Tensor]
-    size_mb: float
+    size_mb: float | None
     quantize_s: float
     memory_format: torch.memory_format = torch.contiguous_format
     is_simulated: bool = False
@@ -225,7 +224,7 @@ def brevitas(subject: Subject) -> Iterator[Candidate]:
     flow.apply_gptq(batches, model, act_order=True, create_weight_orig=True)
     flow.apply_bias_correction(batches, model)
     taken = time.perf_counter() - started
-    yield Candidate("brevitas", "GPTQ W4A8", "eager", model, math.nan, taken, is_simulated=True)
+    yield Candidate("brevitas", "GPTQ W4A8", "eager", model, None, taken, is_simulated=True)
 
 
 def aimet(subject: Subject) -> Iterator[Candidate]:
@@ -241,7 +240,6 @@ def aimet(subject: Subject) -> Iterator[Candidate]:
     parameters = AdaroundParameters(
         images, len(images), ADAROUND_ITERATIONS, forward_fn=lambda model, batch: model(batch)
     )
-    shared: Any = {"default_param_bw": LOW_BITS}
     scheme, config = QuantScheme.post_training_tf_enhanced, utils.get_path_for_per_channel_config()
     started = time.perf_counter()
     with torch.enable_grad():
@@ -251,18 +249,18 @@ def aimet(subject: Subject) -> Iterator[Candidate]:
             parameters,
             path=str(subject.folder),
             filename_prefix="aimet",
+            default_param_bw=LOW_BITS,
             default_quant_scheme=scheme,
             default_config_file=config,
-            **shared,
         )
     simulated = QuantizationSimModel(
-        rounded, example, quant_scheme=scheme, default_output_bw=8, config_file=config, **shared
+        rounded, example, quant_scheme=scheme, default_output_bw=8, default_param_bw=LOW_BITS, config_file=config
     )
     simulated.set_and_freeze_param_encodings(str(subject.folder / "aimet.encodings"))
     simulated.compute_encodings(lambda model: [model(batch) for batch in images])
     taken = time.perf_counter() - started
     method = f"AdaRound W4A8, {ADAROUND_ITERATIONS} iterations"
-    yield Candidate("aimet", method, "eager", simulated.model, math.nan, taken, is_simulated=True)
+    yield Candidate("aimet", method, "eager", simulated.model, None, taken, is_simulated=True)
 
 
 TOOLS: dict[str, Callable[[Subject], Iterator[Candidate]]] = {

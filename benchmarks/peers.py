@@ -16,7 +16,6 @@ tool is given with its extremes over the three.
 
 import argparse
 import functools
-import math
 import statistics
 import tempfile
 import warnings
@@ -136,8 +135,7 @@ def _write(subject: Subject, candidates: list[Candidate], failed: dict[str, str]
 
 def _record(candidate: Candidate, images: int) -> dict[str, Any]:
     latency = [statistics.median(candidate.latency[batch]) if candidate.latency else None for batch in BATCH_SIZES]
-    size = None if math.isnan(candidate.size_mb) else candidate.size_mb
-    values = (candidate.tool, candidate.method, candidate.runtime, candidate.top1, images, size)
+    values = (candidate.tool, candidate.method, candidate.runtime, candidate.top1, images, candidate.size_mb)
     return dict(zip(RECORD_KEYS, (*values, candidate.quantize_s, *latency), strict=True))
 
 
