@@ -10,14 +10,14 @@ The stage `sensitivity` has to have run: its calibration images choose, the test
 import argparse
 import itertools
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quantstudy import layout, models
 from quantstudy import params as P
@@ -36,7 +36,7 @@ from quantstudy.methods.sensitivity import (
     Table,
     allocations_within,
     assemble,
-    best_of,
+    divergence_from,
     mean_bits,
     quantized_table,
 )
@@ -59,7 +59,7 @@ class Front:
     settings: P.MixedBudget
     rows: Sequence[Row]
     table: Table
-    images: Sequence[Tensor]
+    divergence: Callable[[Allocation], float]
     checkpoint: dict[str, Any]
     test: Split
     preprocessing: P.Preprocessing
@@ -80,8 +80,7 @@ class Front:
     def budget(self, size: float) -> Allocation:
         """Return what `mixed_budget` chooses at a size, in bits a weight."""
         settings = self.settings.model_copy(update={"mean_bits": size, "bit_operations": None})
-        allocations = allocations_within(self.model, self.rows, settings, "budget")
-        return best_of(self.model, self.table, self.images, allocations)[0]
+        return min(allocations_within(self.model, self.rows, settings, "budget"), key=self.divergence)
 
     def by_variance(self, count: int) -> Allocation:
         """Return the `count` layers of lowest weight variance in int4, the rest at 16 bits."""
@@ -168,8 +167,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = [batch for batch, _ in Batches(split, seen, study.calibration.batch_size, "cpu")]
     widths = sorted({*UNIFORM} | {row["bits"] for row in rows if row["bits"] < HALF})
     table = quantized_table(model, {"images": images}, settings, widths)
-    test = load_split(layout.split(name, "test"))
-    front = Front(model, settings, rows, table, images, load_checkpoint(fp32), test, seen)
+    divergence, test = divergence_from(model, table, images), load_split(layout.split(name, "test"))
+    front = Front(model, settings, rows, table, divergence, load_checkpoint(fp32), test, seen)
 
     reference = front.logits(model)
     drawn = [{"series": "fp32", "label": "fp32", "size_mb": fp32.stat().st_size / 1e6} | accuracy(reference, test)]

@@ -13,7 +13,7 @@ from quantstudy.errors import run_stage
 from quantstudy.files import read_json
 from quantstudy.methods.allocation import HALF
 from quantstudy.methods.registry import mixed, settings_of
-from quantstudy.methods.sensitivity import allocations_within, best_of, quantized_table
+from quantstudy.methods.sensitivity import allocations_within, divergence_from, quantized_table
 from quantstudy.params import BUDGET, load_params
 from quantstudy.quantization.variant import save_variant
 
@@ -36,14 +36,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = [images for images, _ in Batches(split, seen, study.calibration.batch_size, "cpu")]
     widths = sorted({width for bits in allocations for width in bits.values() if width < HALF})
     table = quantized_table(model, {"images": images}, settings, widths)
-    bits, divergence = best_of(model, table, images, allocations)
+    divergence = divergence_from(model, table, images)
+    bits = min(allocations, key=divergence)
     variant = mixed(model, {"images": images}, settings, bits)
 
     path = layout.model(name, method)
     save_variant(path, variant, load_checkpoint(fp32), method)
     layers = ", ".join(f"{count} of {width} bits" for width, count in sorted(Counter(bits.values()).items()))
     print(f"{path}: {path.stat().st_size / 1e6:.3f} MB, fp32 {fp32.stat().st_size / 1e6:.3f} MB; layers: {layers}")
-    print(f"of {len(allocations)} allocations the one that diverges least on calibration images, {divergence:.3g} nats")
+    least = f"{divergence(bits):.3g} nats on calibration images"
+    print(f"of {len(allocations)} allocations the one that diverges least, {least}")
 
 
 if __name__ == "__main__":

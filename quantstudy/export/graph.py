@@ -2,7 +2,8 @@
 
 `torch.onnx.export` writes it once, from a network of random weights, so that no two of them are equal: its optimizer
 merges equal tensors, and the names by which the weights are filled in later would be lost. BatchNorm is folded. A
-weight that the optimizer stored transposed gets its own layout back, and a Transpose after it.
+weight that the optimizer stored transposed gets its own layout back, and a Transpose after it. Pooling over single
+pixels, which is what adaptive pooling comes to when the image already has the size that is asked for, is left out.
 """
 
 import logging
@@ -39,6 +40,7 @@ def network_graph(architecture: str, classes: int, image_size: int) -> onnx.Mode
             tensor.uniform_(0.5, 1.5, generator=generator)
     model = _exported(network, image_size)
     _strip(model)
+    _drop_poolings_of_one_pixel(model.graph)
     _restore_layouts(model, {name: tensor.numpy() for name, tensor in state.items()})
     for initializer in model.graph.initializer:
         if initializer.name in state:
@@ -88,6 +90,15 @@ def _strip(model: onnx.ModelProto) -> None:
     for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
         part.ClearField("doc_string")
         part.ClearField("metadata_props")
+
+
+def _drop_poolings_of_one_pixel(graph: onnx.GraphProto) -> None:
+    for node in [node for node in graph.node if node.op_type in ("AveragePool", "MaxPool")]:
+        window = {attribute.name: list(attribute.ints) for attribute in node.attribute}
+        if window["kernel_shape"] == [1, 1] and window.get("strides", [1, 1]) == [1, 1] and not any(window["pads"]):
+            for reader in graph.node:
+                reader.input[:] = [node.input[0] if name == node.output[0] else name for name in reader.input]
+            graph.node.remove(node)
 
 
 def _restore_layouts(model: onnx.ModelProto, state: dict[str, np.ndarray]) -> None:

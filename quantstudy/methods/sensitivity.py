@@ -15,6 +15,7 @@ accuracy on a few hundred images is mostly zero or noise.
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -142,26 +143,25 @@ def allocations_within(model: nn.Module, rows: Sequence[Row], settings: P.MixedB
 
 
 @torch.no_grad()
-def best_of(
-    model: nn.Module, table: Table, images: Sequence[Tensor], allocations: Sequence[Allocation]
-) -> tuple[Allocation, float]:
-    """Return the allocation whose predictions diverge least from those of `model`, and by how much, in nats.
+def divergence_from(model: nn.Module, table: Table, images: Sequence[Tensor]) -> Callable[[Allocation], float]:
+    """Return how far the predictions under an allocation diverge from those of `model`, in nats, as a function.
+
+    It runs the network once for each allocation, whatever the number of calls.
 
     Args:
         model: fp32, BatchNorm folded, eval mode.
         table: its layers at every width below 16 of the allocations.
         images: calibration batches, float32 [N, 3, S, S].
-        allocations: at least one.
     """
     reference = torch.cat([model(batch) for batch in images])
 
-    def divergence(bits: Allocation) -> float:
-        network = cast(assemble(model, table, bits, torch.float16).network, torch.float32)
+    @functools.cache
+    @torch.no_grad()
+    def measured(items: tuple[tuple[str, int], ...]) -> float:
+        network = cast(assemble(model, table, dict(items), torch.float16).network, torch.float32)
         return _divergence(reference, torch.cat([network(batch) for batch in images]))
 
-    divergences = [divergence(bits) for bits in allocations]
-    best = min(range(len(allocations)), key=divergences.__getitem__)
-    return allocations[best], divergences[best]
+    return lambda bits: measured(tuple(bits.items()))
 
 
 def mean_bits(model: nn.Module, bits: Allocation, group_size: int | None) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quantstudy import models
 from quantstudy import params as P
-from quantstudy.export.graph import load_graph, network_graph, save_graph
+from quantstudy.export.graph import INPUT, load_graph, network_graph, save_graph
 from quantstudy.export.onnx_model import save_onnx, to_onnx
 from quantstudy.methods.registry import POST_TRAINING
 from quantstudy.quantization.layers import quantized_layers
@@ -129,6 +129,15 @@ def test_a_graph_is_small_saved_and_loaded_unchanged(tmp_path: Path) -> None:
     save_graph(path, graph("mobilenet_v2"))
     assert path.stat().st_size < 30_000
     assert load_graph(path) == graph("mobilenet_v2")
+
+
+@pytest.mark.parametrize(("size", "poolings"), [(448, 1), (224, 0)])
+def test_pooling_over_single_pixels_is_left_out(size: int, poolings: int) -> None:
+    """VGG's pooling to 7 x 7 does nothing to an image of 224 pixels."""
+    nodes = network_graph("vgg11", CLASSES, size).graph.node
+    assert sum(node.op_type == "AveragePool" for node in nodes) == poolings
+    outputs = {INPUT} | {name for node in nodes for name in node.output}
+    assert all(node.input[0] in outputs for node in nodes if node.op_type in ("Conv", "MaxPool", "Reshape"))
 
 
 def test_the_graph_itself_is_not_changed() -> None:

@@ -1,7 +1,7 @@
 // Which variant to take under the reader's limits.
 
 const SAME_SIZE = 0.01;
-const SAME_LATENCY = 0.05;
+const SAME_TIME = 0.05;
 const ANY = Infinity;
 const DROP_LIMITS = [0, 0.1, 0.2, 0.5, 1, 2, 5, 10, ANY];
 const PREFERENCES = { speed: "fastest", size: "smallest", accuracy: "most accurate" };
@@ -34,9 +34,9 @@ function nearSmallest(rows, of, tolerance) {
 function recommend(variants, limits, batch, prefer) {
   const meeting = variants.filter((variant) => meets(variant, limits, batch));
   // Beside fp32 in the same process, so that how busy the machine was at the time of one variant does not choose.
-  const latency = (row) => (row.simulated ? ANY : 1 / (row[`speedup_b${batch}`] ?? 0));
+  const time = (row) => (row.simulated ? ANY : 1 / (row[`speedup_b${batch}`] ?? 0));
   const goals = {
-    speed: (rows) => nearSmallest(rows.filter((row) => latency(row) < ANY), latency, SAME_LATENCY),
+    speed: (rows) => nearSmallest(rows.filter((row) => time(row) < ANY), time, SAME_TIME),
     accuracy: (rows) => nearSmallest(rows, (row) => row.top1_drop, 0),
     size: (rows) => nearSmallest(rows, (row) => row.size_mb, SAME_SIZE),
   };
