@@ -47,6 +47,8 @@ class Candidate:
     memory_format: torch.memory_format = torch.contiguous_format
     is_simulated: bool = False
     """Whether it rounds in float32 arithmetic, so that its latency would say nothing."""
+    logits: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    """Of the test images, [N, classes]."""
     right: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     """For each test image, whether its class was found."""
     latency: dict[int, list[float]] = field(default_factory=dict)

@@ -35,7 +35,7 @@ from quantstudy.errors import one_line
 from quantstudy.files import write_json, write_text
 from quantstudy.machine.hardware import describe_machine
 from quantstudy.measure.latency import time_alternately
-from quantstudy.measure.statistics import mcnemar_exact_p
+from quantstudy.measure.statistics import mcnemar_exact_p, sqnr_db
 from quantstudy.params import Params, load_params
 from quantstudy.report.peers import RECORD_KEYS, plot_peers, table
 from quantstudy.report.tables import p_value
@@ -93,15 +93,16 @@ def _candidates(subject: Subject, tools: list[str]) -> tuple[list[Candidate], di
 def _measure_accuracy(candidates: list[Candidate], subject: Subject) -> None:
     seen = models.load_preprocessing(layout.model(subject.name, "fp32"))
     size = max(BATCH_SIZES)
-    right: list[list[Tensor]] = [[] for _ in candidates]
-    for images, labels in Batches(subject.test, seen, size, CPU):
+    logits: list[list[Tensor]] = [[] for _ in candidates]
+    for images, _ in Batches(subject.test, seen, size, CPU):
         missing = size - len(images)
         full = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
         for number, candidate in enumerate(candidates):
-            logits = candidate.run(full.contiguous(memory_format=candidate.memory_format))[: len(images)]
-            right[number].append(logits.argmax(1) == labels)
-    for candidate, parts in zip(candidates, right, strict=True):
-        candidate.right = torch.cat(parts).numpy()
+            found = candidate.run(full.contiguous(memory_format=candidate.memory_format))
+            logits[number].append(found[: len(images)].float())
+    for candidate, parts in zip(candidates, logits, strict=True):
+        candidate.logits = torch.cat(parts).numpy()
+        candidate.right = candidate.logits.argmax(1) == subject.test.labels.numpy()
 
 
 def _measure_latency(candidates: list[Candidate], subject: Subject, seconds: float) -> None:
@@ -121,7 +122,7 @@ def _write(subject: Subject, candidates: list[Candidate], failed: dict[str, str]
     rows = [_record(candidate, len(subject.test)) for candidate in candidates]
     write_json(layout.peers(subject.name, "json"), rows)
     lines = [_ratio(candidates, batch) for batch in BATCH_SIZES if any(c.latency for c in candidates)]
-    lines += _accuracy(candidates)
+    lines += _accuracy(candidates) + _faithfulness(candidates)
     lines += [f"{tool}: {reason}." for tool, reason in failed.items()]
     lines.append(
         f"{len(subject.test)} test images, {sum(map(len, subject.calibration))} for calibration. {_versions()}."
@@ -172,6 +173,18 @@ def _accuracy(candidates: list[Candidate]) -> list[str]:
                 f"Points of top-1 of {method} on {own[0].runtime}: {', '.join(differences)}; exact McNemar test."
             )
     return lines
+
+
+def _faithfulness(candidates: list[Candidate]) -> list[str]:
+    """Compare logits with fp32's: a measure that a few hundred images settle, as they do not settle top-1."""
+    reference = next(c.logits for c in candidates if c.method == "fp32")
+    found = {}
+    for c in candidates:
+        if c.method in ("int8_static", "w4a8_finetuned") or c.tool != "quantstudy":
+            same = 100 * float((c.logits.argmax(1) == reference.argmax(1)).mean())
+            text = f"{c.tool} {c.method} {sqnr_db(reference, c.logits):.1f} dB, {same:.1f} %"
+            found.setdefault((c.tool, c.method), text)
+    return [f"SQNR of the logits against fp32's, and images given the same class: {'; '.join(found.values())}."]
 
 
 def _versions() -> str:
