@@ -96,7 +96,7 @@ def quantstudy(subject: Subject) -> Iterator[Candidate]:
         needs_ranges = settings.kind == "static"
         batches = [(images, torch.empty(0)) for images in subject.calibration] if needs_ranges else []
         calibration = collect(subject.fp32, batches, 2048) if needs_ranges else {}
-        calibration["images"] = subject.calibration
+        calibration |= {"images": subject.calibration, "image_size": subject.calibration[0].shape[-1]}
         variant = quantize(subject.fp32, calibration, settings)
         taken = time.perf_counter() - started
         path = subject.folder / f"{method}.pth"

@@ -149,15 +149,15 @@ class Rounding(Section):
     rounding: Literal["nearest", "gptq", "adaround", "brecq"] = "nearest"
     seconds: Annotated[float, Field(gt=0)] = 480.0
     """The time that adaround, brecq and finetune may take each."""
-    bias_correction: bool = False
-    """Whether the mean error of each output channel on the calibration images goes into the bias."""
+    bias_correction: bool | Literal["analytic"] = False
+    """Whether the mean error of each output channel goes into the bias: on calibration images, or by BatchNorm."""
     finetune: bool = False
     """Whether weights, scales and biases then learn together to predict what fp32 does on the calibration images."""
 
     @property
     def needs_images(self) -> bool:
         """Whether the method looks at the calibration images again."""
-        return self.rounding != "nearest" or self.bias_correction or self.finetune
+        return self.rounding != "nearest" or self.bias_correction is True or self.finetune
 
     @field_validator("group_size")
     @classmethod
@@ -254,7 +254,7 @@ class QatStatic(Static):
 
     @model_validator(mode="after")
     def _is_plain(self) -> "QatStatic":
-        if self.needs_images or self.weight_range != "minmax":
+        if self.needs_images or self.bias_correction or self.weight_range != "minmax":
             keys = "equalize, weight_range, rounding, bias_correction or finetune"
             raise ValueError(f"a method that trains takes no {keys}; remove them")
         return self
@@ -286,7 +286,7 @@ class QatLsq(Static):
 
     @model_validator(mode="after")
     def _is_trained(self) -> "QatLsq":
-        if self.needs_images:
+        if self.needs_images or self.bias_correction:
             raise ValueError(
                 "a method that trains takes no equalize, rounding, bias_correction or finetune; remove them"
             )

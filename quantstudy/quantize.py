@@ -138,7 +138,7 @@ def _images(path: Path, image_size: int, arguments: argparse.Namespace) -> tuple
 
 def _quantized(model: nn.Module, images: Split, seen: P.Preprocessing, settings: Any, batch_size: int) -> Variant:
     batches = Batches(images, seen, batch_size, _CPU)
-    calibration = collect(model, batches, P.Calibration().bins)
+    calibration = collect(model, batches, P.Calibration().bins) | {"image_size": seen.image_size}
     if getattr(settings, "needs_images", False):
         calibration["images"] = [batch for batch, _ in batches]
     return registry.quantize(model, calibration, settings)

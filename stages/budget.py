@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = quantized_table(model, {"images": images}, settings, widths)
     divergence = divergence_from(model, table, images)
     bits = min(allocations, key=divergence)
-    variant = mixed(model, {"images": images}, settings, bits)
+    variant = mixed(model, {"images": images, "image_size": study.data.image_size}, settings, bits)
 
     path = layout.model(name, method)
     save_variant(path, variant, load_checkpoint(fp32), method)

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     fp32 = layout.model(name, "fp32")
     model = models.load_fp32(fp32)
-    calibration = load_tensors(layout.calibration(name))
+    calibration = load_tensors(layout.calibration(name)) | {"image_size": study.data.image_size}
     if getattr(settings, "needs_images", False):
         split, seen = load_split(layout.split(name, "calibration")), models.load_preprocessing(fp32)
         calibration["images"] = [images for images, _ in Batches(split, seen, study.calibration.batch_size, "cpu")]

@@ -71,15 +71,19 @@ def equalization(example: Example) -> Figure:
 
 
 def bias_correction(example: Example) -> Figure:
-    """Draw the mean error of each output channel of one layer, without and with correction."""
+    """Draw the mean error of each output channel of one layer, without and with both kinds of correction."""
     drawn, axes = figure(1, 1)
-    looks = ((False, style.SKY, "o", "rounded to nearest"), (True, style.VERMILLION, "s", "bias corrected"))
+    looks: tuple[tuple[Any, str, str, str], ...] = (
+        (False, style.SKY, "o", "rounded to nearest"),
+        ("analytic", style.BLUE, "^", "corrected without images"),
+        (True, style.VERMILLION, "s", "corrected from images"),
+    )
     for corrected, colour, marker, label in looks:
         variant = quantize(example.model, example.calibration, weights_of(BITS, bias_correction=corrected))
         found, wanted = (_output(net, MEANS_OF, example) for net in (variant.network, example.model))
         axes.plot((found - wanted).mean((0, 2, 3)), marker, color=colour, label=label)
     axes.set(xlabel="output channel", ylabel="mean error", title=f"One layer of a network at {BITS} bits")
-    axes.legend()
+    drawn.legend(loc="outside lower center", ncols=3)
     return drawn
 
 

@@ -13,7 +13,7 @@ from quantstudy.methods.registry import mixed
 from quantstudy.methods.sensitivity import (
     Allocation,
     allocations_within,
-    best_of,
+    divergence_from,
     mean_bits,
     measure_layers,
     quantized_table,
@@ -34,10 +34,10 @@ def mixed_precision(example: Example) -> Figure:
     macs = dict.fromkeys(layers, 0)  # the budgets here are of size
     rows = measure_layers(example.model, example.calibration, batches, P.Sensitivity(bits=WIDTHS), macs)
     table = quantized_table(example.model, example.calibration, _budget(SHOWN), WIDTHS[:-1])
+    divergence = divergence_from(example.model, table, example.calibration["images"])
 
     def choose(size: float) -> Allocation:
-        allocations = allocations_within(example.model, rows, _budget(size), "mean_bits")
-        return best_of(example.model, table, example.calibration["images"], allocations)[0]
+        return min(allocations_within(example.model, rows, _budget(size), "mean_bits"), key=divergence)
 
     chosen = {size: choose(size) for size in BUDGETS}
     by_variance = sorted(layers, key=lambda name: float(layers[name].weight.var()))

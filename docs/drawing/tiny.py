@@ -87,7 +87,10 @@ def example() -> Example:
     model = fold_batchnorm(network)
     shown = images[:CALIBRATION_IMAGES]
     batches = [(part, torch.empty(0)) for part in shown.split(BATCH_SIZE)]
-    calibration = collect(model, batches, BINS) | {"images": list(shown.split(BATCH_SIZE))}
+    calibration = collect(model, batches, BINS) | {
+        "images": list(shown.split(BATCH_SIZE)),
+        "image_size": shown.shape[-1],
+    }
     return Example(network, model, calibration, (images, labels), test)
 
 

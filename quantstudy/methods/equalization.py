@@ -41,13 +41,22 @@ class Pair:
     relu: bool
 
 
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, ChannelReLU) or super().is_leaf_module(m, module_qualified_name)
+
+
+def traced(model: nn.Module) -> fx.Graph:
+    """Return the graph of a model's operators, an empty one if it cannot be traced."""
+    try:
+        return _Tracer().trace(model)
+    except Exception:  # control flow on values: nothing is known about such a network
+        return fx.Graph()
+
+
 def find_pairs(model: nn.Module) -> list[Pair]:
     """Return the pairs of `model` that can be equalized, in the order of the graph; none if it cannot be traced."""
-    try:
-        graph = fx.Tracer().trace(model)
-    except Exception:  # control flow on values: nothing is known about such a network
-        return []
-    modules = dict(model.named_modules())
+    graph, modules = traced(model), dict(model.named_modules())
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
     found = []
     for node in graph.nodes:
@@ -100,28 +109,40 @@ def _equalize_pair(model: nn.Module, pair: Pair) -> float:
     """Equalize one pair in place and return the largest |log s|."""
     first: Any = model.get_submodule(pair.first)
     second: Any = model.get_submodule(pair.second)
-    columns = _by_input_channel(second, first.weight.shape[0])
+    columns = _by_input_channel(second.weight, first.weight.shape[0], getattr(second, "groups", 1))
     range_first, range_second = first.weight.flatten(1).abs().amax(1), columns.abs().amax((0, 2))
     usable = (range_first > 0) & (range_second > 0)
     s = torch.where(usable, (range_first * range_second).sqrt() / range_second, 1.0)
     first.weight.div_(s.view(-1, *[1] * (first.weight.ndim - 1)))
     if first.bias is not None:
         first.bias.div_(s)
+    if hasattr(first, "output_normal"):
+        first.output_normal.div_(s)
     if pair.clamp:
         model.get_submodule(pair.clamp).bound.div_(s)  # type: ignore[union-attr,operator]
     second.weight.copy_(_from_input_channels(columns * s[:, None], second))
     return float(s.log().abs().max())
 
 
-def _by_input_channel(layer: Any, channels: int) -> Tensor:
+def _by_input_channel(weight: Tensor, channels: int, groups: int) -> Tensor:
     """Return a layer's weight as [outputs of a group, channels, the rest]: the columns that read each channel.
 
     A linear layer behind a flattened image has several columns a channel.
     """
-    if isinstance(layer, nn.Linear):
-        return layer.weight.unflatten(1, (channels, -1))
-    grouped = layer.weight.unflatten(0, (layer.groups, -1))  # [groups, O / groups, I / groups, kH, kW]
+    if weight.ndim == 2:
+        return weight.unflatten(1, (channels, -1))
+    grouped = weight.unflatten(0, (groups, -1))  # [groups, O / groups, I / groups, kH, kW]
     return grouped.permute(1, 0, 2, 3, 4).flatten(1, 2).flatten(2)
+
+
+def mean_response(weight: Tensor, means: Tensor, groups: int = 1) -> Tensor:
+    """Return the mean of a layer's outputs, [O], where its input has `means`, [C], and the weight is all it has.
+
+    Padding is not looked at: it counts like the rest of an image.
+    """
+    columns = _by_input_channel(weight, len(means), groups)
+    reached = (columns.sum(2) * means).unflatten(1, (groups, -1)).sum(2)  # [O / groups, groups]
+    return reached.T.flatten()
 
 
 def _from_input_channels(columns: Tensor, layer: Any) -> Tensor:
@@ -162,9 +183,9 @@ def _can_absorb(model: nn.Module, pair: Pair) -> bool:
 def _absorb(model: nn.Module, pair: Pair, amount: Tensor) -> None:
     first: Any = model.get_submodule(pair.first)
     second: Any = model.get_submodule(pair.second)
-    columns = _by_input_channel(second, len(amount))  # [outputs of a group, channels, rest]
-    reached = (columns.sum(2) * amount).unflatten(1, (getattr(second, "groups", 1), -1)).sum(2)  # [O / groups, groups]
     first.bias.sub_(amount)
-    second.bias.add_(reached.T.flatten())
+    if hasattr(first, "output_normal"):
+        first.output_normal[0].sub_(amount)
+    second.bias.add_(mean_response(second.weight, amount, getattr(second, "groups", 1)))
     if pair.clamp:
         model.get_submodule(pair.clamp).bound.sub_(amount)  # type: ignore[union-attr,operator]

@@ -1,10 +1,10 @@
 """The methods: a `kind` in `params.yaml` picks a registered function.
 
-A function takes the fp32 model (BatchNorm folded, eval mode), the calibration statistics (with the calibration
-`images`, in batches, where the settings need them) and the method's row of the params, and returns a `Variant`. The
-functions named in `POST_TRAINING` return it finished; those in `TRAINED` return it ready to be trained, and `finish`
-turns it into what is stored. A new method is a class of its row in `params.py`, a function here and a row in
-`params.yaml`.
+A function takes the fp32 model (BatchNorm folded, eval mode), the calibration statistics (with the `image_size`, and
+the calibration `images`, in batches, where the settings need them) and the method's row of the params, and returns a
+`Variant`. The functions named in `POST_TRAINING` return it finished; those in `TRAINED` return it ready to be trained,
+and `finish` turns it into what is stored. A new method is a class of its row in `params.py`, a function here and a row
+in `params.yaml`.
 """
 
 import copy

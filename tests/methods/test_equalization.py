@@ -89,10 +89,14 @@ def test_a_network_that_cannot_be_traced_has_no_pairs() -> None:
     assert find_pairs(Branch()) == []
 
 
+@pytest.mark.parametrize("bound", [None, 20.5])
 @torch.no_grad()
-def test_absorbing_biases_keeps_the_function_where_the_activation_stays_above_what_moved(images: Tensor) -> None:
+def test_absorbing_biases_keeps_the_function_where_the_activation_stays_above_what_moved(
+    bound: float | None, images: Tensor
+) -> None:
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1, groups=2)).eval()
+    relu = nn.ReLU() if bound is None else ChannelReLU(torch.full((6,), bound))
+    network = nn.Sequential(nn.Conv2d(3, 6, 1), relu, nn.Conv2d(6, 4, 1, groups=2)).eval()
     network[0].bias[:3] = 20.0
     before, wanted = network[0].bias.clone(), network(images)
     absorb_high_biases(network, [images])

@@ -1,0 +1,190 @@
+"""Bias correction: what rounding adds to the mean of a layer's outputs is taken out of its bias again.
+
+Nagel, van Baalen, Blankevoort and Welling, *Data-Free Quantization Through Weight Equalization and Bias Correction*,
+ICCV 2019. The empirical kind (appendix D) compares the two networks on calibration images. The analytic kind (section
+4.2) needs none: an error E of the weights moves the mean output by E times the mean input, and the BatchNorm before a
+layer knows that, for it gives a channel the mean beta and the standard deviation |gamma|. Behind a ReLU it is the mean
+of a normal distribution that is clipped (appendix C). Means add where branches do; pooling over an average and dropout
+keep them. The layers whose input no BatchNorm tells (an image, what comes after a ReLU of a sum) are left as they are.
+"""
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from tqdm import tqdm
+
+from quantstudy.errors import UserError
+from quantstudy.methods.equalization import mean_response, traced
+from quantstudy.quantization.layers import ChannelReLU, QuantConv2d, quantized_layers
+from quantstudy.quantization.observers import QUANTIZABLE, run_watched
+
+_PIXELS = 64 * 224 * 224
+"""Of images that the empirical kind looks at together, for the sake of memory."""
+_KEEP_MEANS = (nn.Identity, nn.Dropout, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
+_KEEP_MEANS_CALLS = (torch.flatten, nn.functional.adaptive_avg_pool2d)
+
+
+@torch.no_grad()
+def correct_biases(model: nn.Module, network: nn.Module, images: Tensor) -> None:
+    """Add to the bias of each quantized layer what its mean output lacks, in place; `images` is [N, 3, S, S].
+
+    One pass does it: each layer is corrected before the next one sees its output. A linear layer without a bias keeps
+    none: in an ONNX graph there is no place for it.
+    """
+    images = images[: max(_PIXELS // images.shape[-1] ** 2, 1)]
+    means: dict[str, Tensor] = {}
+
+    def remember(name: str) -> Callable[[Any, Any, Tensor], None]:
+        def hook(_: Any, inputs: Any, y: Tensor) -> None:
+            means[name] = _mean(y)
+
+        return hook
+
+    def correct(name: str) -> Callable[[Any, Any, Tensor], Tensor]:
+        def hook(layer: Any, inputs: Any, y: Tensor) -> Tensor:
+            missing = means[name] - _mean(y)
+            _add_to_bias(layer, missing)
+            return y + (missing.view(-1, 1, 1) if y.ndim == 4 else missing)
+
+        return hook
+
+    layers = _correctable(network)
+    handles = [model.get_submodule(name).register_forward_hook(remember(name)) for name in layers]
+    try:
+        model(images)
+        handles += [layer.register_forward_hook(correct(name)) for name, layer in layers.items()]
+        network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def correct_biases_analytically(model: nn.Module, network: nn.Module, image_size: int) -> None:
+    """Add to the bias of each quantized layer what its weights' errors take from its mean output, in place.
+
+    Args:
+        model: fp32; each BatchNorm was folded by `fold_batchnorm`, which keeps what it says of its convolution.
+        network: a copy of it with frozen quantized layers.
+        image_size: side of the images in pixels, which tells how much of what a kernel reads is padding.
+
+    Raises:
+        UserError: no layer of the model reads what a BatchNorm tells the mean of.
+    """
+    means, layers = input_means(model), _correctable(network)
+    known = {name: layer for name, layer in layers.items() if name in means}
+    if not known:
+        raise UserError("bias_correction: analytic needs BatchNorm before the layers, and there is none; choose true")
+    inside = _shares_inside(model, set(known), image_size)
+    for name, layer in known.items():
+        scheme = layer.scheme.weight
+        rounded = scheme.dequantize(layer.weight_codes(), layer.weight_scale.float())
+        weight: Any = model.get_submodule(name).weight
+        missing = (weight - rounded) * inside.get(name, 1.0)
+        _add_to_bias(layer, mean_response(missing, means[name], getattr(layer, "groups", 1)))
+    if unknown := len(layers) - len(known):
+        tqdm.write(f"bias_correction: {unknown} of {len(layers)} left: no BatchNorm tells their input's mean")
+
+
+def _shares_inside(model: nn.Module, names: set[str], image_size: int) -> dict[str, Tensor]:
+    """Return how often each weight of a convolution's kernel reads the image, not padding: [kH, kW], 0 to 1."""
+    shares: dict[str, Tensor] = {}
+
+    def watch(name: str, x: Tensor) -> None:
+        layer: Any = model.get_submodule(name)
+        if isinstance(layer, nn.Conv2d):
+            taps = torch.eye(math.prod(layer.kernel_size)).view(-1, 1, *layer.kernel_size)
+            geometry: Any = (layer.stride, layer.padding, layer.dilation)
+            seen = nn.functional.conv2d(torch.ones_like(x[:1, :1]), taps, None, *geometry)
+            shares[name] = seen.mean((0, 2, 3)).view(layer.kernel_size)
+
+    image = torch.zeros(1, 3, image_size, image_size)
+    run_watched(model, {name: model.get_submodule(name) for name in names}, [image], watch)
+    return shares
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """The mean of each channel, [C], and the standard deviation where the distribution is normal."""
+
+    mean: Tensor
+    std: Tensor | None = None
+
+
+def input_means(model: nn.Module) -> dict[str, Tensor]:
+    """Return the mean of each channel of a layer's input, float32 [C], for the layers where BatchNorm tells it."""
+    graph, modules = traced(model), dict(model.named_modules())
+    known: dict[fx.Node, _Expected] = {}
+    means: dict[str, Tensor] = {}
+    for node in graph.nodes:
+        sources = [known[source] for source in node.all_input_nodes if source in known]
+        module = modules[str(node.target)] if node.op == "call_module" else None
+        if isinstance(module, QUANTIZABLE):
+            if sources:
+                means[str(node.target)] = sources[0].mean
+            normal = getattr(module, "output_normal", None)
+            found = None if normal is None else _Expected(normal[0], normal[1])
+        elif len(sources) == len(node.all_input_nodes) > 0:
+            found = _after(node, module, sources)
+        else:
+            found = None
+        if found:
+            known[node] = found
+    return means
+
+
+def _after(node: fx.Node, module: nn.Module | None, sources: list[_Expected]) -> _Expected | None:
+    """Return what is known behind an operator other than a layer."""
+    first = sources[0]
+    if node.target in (operator.add, operator.iadd, torch.add):
+        return _Expected(torch.stack([source.mean for source in sources]).sum(0)) if len(sources) == 2 else None
+    if isinstance(module, nn.Identity | nn.Dropout):
+        return first
+    if isinstance(module, _KEEP_MEANS) or node.target in _KEEP_MEANS_CALLS:
+        return _Expected(first.mean)
+    highest = _highest(node, module)
+    if highest is None or first.std is None:
+        return None
+    return _Expected(clipped_normal_mean(first.mean, first.std, highest))
+
+
+def _highest(node: fx.Node, module: nn.Module | None) -> Tensor | None:
+    """Return where a ReLU clips; None for any other operator."""
+    if isinstance(module, ChannelReLU):
+        return module.bound
+    if isinstance(module, nn.ReLU6):
+        return torch.tensor(6.0)
+    is_relu = isinstance(module, nn.ReLU) or node.target in (torch.relu, nn.functional.relu)
+    return torch.tensor(math.inf) if is_relu else None
+
+
+def clipped_normal_mean(mean: Tensor, std: Tensor, highest: Tensor) -> Tensor:
+    """Return the mean of min(max(x, 0), highest) for normal x (appendix C); all of one shape, `highest` may be inf."""
+    normal = torch.distributions.Normal(0.0, 1.0)
+    std = std.clamp_min(1e-12)
+    low, high = -mean / std, (highest - mean) / std
+    inside = normal.cdf(high) - normal.cdf(low)
+    above = torch.where(highest.isinf(), 0.0, highest * (1 - normal.cdf(high)))
+    return std * (normal.log_prob(low).exp() - normal.log_prob(high).exp()) + mean * inside + above
+
+
+def _correctable(network: nn.Module) -> dict[str, Any]:
+    return {
+        name: layer
+        for name, layer in quantized_layers(network).items()
+        if layer.bias is not None or isinstance(layer, QuantConv2d)
+    }
+
+
+def _add_to_bias(layer: Any, missing: Tensor) -> None:
+    layer.bias = nn.Parameter((0 if layer.bias is None else layer.bias) + missing, requires_grad=False)
+
+
+def _mean(y: Tensor) -> Tensor:
+    """Return the mean of a layer's output per channel: [N, C, H, W] or [..., C] to [C]."""
+    return y.mean((0, 2, 3)) if y.ndim == 4 else y.flatten(0, -2).mean(0)
