@@ -201,9 +201,15 @@ def _put(
     print(f"{row['scheme']} {row['techniques']}: drop {row['top1_drop']:+.2f}, {row['seconds']:.0f} s", flush=True)
 
 
+def _place(row: Row) -> tuple[int, bool, list[int]]:
+    """Order the rows of a scheme so that each stands under the one that it adds a technique to."""
+    schemes = list(SCHEMES) + [name for name in TRAINED if name not in SCHEMES]
+    steps = [list(STEPS).index(name) for name in row["techniques"]] if row["post_training"] else []
+    return schemes.index(row["scheme"]), not row["post_training"], steps
+
+
 def _write(rows: list[Row], subject: Subject, file: Path) -> None:
-    order = list(SCHEMES) + [name for name in TRAINED if name not in SCHEMES]
-    rows.sort(key=lambda row: (order.index(row["scheme"]), not row["post_training"], len(row["techniques"])))
+    rows.sort(key=_place)
     write_json(file, rows)
     note = (
         f"`{subject.name}`: fp32 {100 * subject.right['fp32'].mean():.2f} % on {len(subject.test)} test images; "
