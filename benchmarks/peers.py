@@ -41,6 +41,8 @@ from quantstudy.report.peers import RECORD_KEYS, plot_peers, table
 from quantstudy.report.tables import p_value
 
 RUNS = 3
+COMPARED = ("int8_static", "w4a8_finetuned")
+"""This project's best int8 and 4-bit methods, which are held against each other tool."""
 METHODS = ["int8_static", "int8_dynamic", "int8_weight_only", "int4_weight_only", "int4_gptq", "int4_finetuned"]
 
 
@@ -158,9 +160,9 @@ def _ratio(candidates: list[Candidate], batch: int) -> str:
 
 
 def _accuracy(candidates: list[Candidate]) -> list[str]:
-    """Compare the top-1 of this project's best int8 and 4-bit methods with that of each other tool, image by image."""
+    """Compare the top-1 of `COMPARED` with that of each other tool, image by image."""
     lines = []
-    for method in ("int8_static", "w4a8_finetuned"):
+    for method in COMPARED:
         own = [c for c in candidates if (c.tool, c.method) == ("quantstudy", method)]
         peers = [c for c in candidates if c.tool != "quantstudy" and c.is_simulated == (method != "int8_static")]
         if own and peers:
@@ -178,9 +180,9 @@ def _accuracy(candidates: list[Candidate]) -> list[str]:
 def _faithfulness(candidates: list[Candidate]) -> list[str]:
     """Compare logits with fp32's: a measure that a few hundred images settle, as they do not settle top-1."""
     reference = next(c.logits for c in candidates if c.method == "fp32")
-    found = {}
+    found: dict[tuple[str, str], str] = {}
     for c in candidates:
-        if c.method in ("int8_static", "w4a8_finetuned") or c.tool != "quantstudy":
+        if c.method in COMPARED or c.tool != "quantstudy":
             same = 100 * float((c.logits.argmax(1) == reference.argmax(1)).mean())
             text = f"{c.tool} {c.method} {sqnr_db(reference, c.logits):.1f} dB, {same:.1f} %"
             found.setdefault((c.tool, c.method), text)
