@@ -159,6 +159,11 @@ class Rounding(Section):
         """Whether the method looks at the calibration images again."""
         return self.rounding != "nearest" or self.bias_correction is True or self.finetune
 
+    def _refuse(self, *keys: str) -> None:
+        """Raise `ValueError` if one of `keys` is not its default."""
+        if any(getattr(self, key) != type(self).model_fields[key].default for key in keys):
+            raise ValueError(f"a method that trains takes no {', '.join(keys[:-1])} or {keys[-1]}; remove them")
+
     @field_validator("group_size")
     @classmethod
     def _group_size_divides(cls, value: int | None) -> int | None:
@@ -254,9 +259,7 @@ class QatStatic(Static):
 
     @model_validator(mode="after")
     def _is_plain(self) -> "QatStatic":
-        if self.needs_images or self.bias_correction or self.weight_range != "minmax":
-            keys = "equalize, weight_range, rounding, bias_correction or finetune"
-            raise ValueError(f"a method that trains takes no {keys}; remove them")
+        self._refuse("equalize", "weight_range", "rounding", "bias_correction", "finetune")
         return self
 
 
@@ -286,10 +289,9 @@ class QatLsq(Static):
 
     @model_validator(mode="after")
     def _is_trained(self) -> "QatLsq":
-        if self.needs_images or self.bias_correction:
-            raise ValueError(
-                "a method that trains takes no equalize, rounding, bias_correction or finetune; remove them"
-            )
+        self._refuse("equalize", "bias_correction", "finetune")
+        if self.rounding not in ("nearest", "gptq"):
+            raise ValueError(f"rounding is {self.rounding}; training starts from weights rounded by nearest or gptq")
         return self
 
 

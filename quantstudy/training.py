@@ -59,7 +59,7 @@ class Run:
     score_start: bool = False
     """Whether the untrained model competes as epoch 0, so that training can never lose on validation."""
     before_validation: Callable[[nn.Module], None] | None = None
-    """Called with the model after each epoch, before it is scored and kept."""
+    """Called with the model at the start and after each epoch, before it is scored and kept."""
     teacher: nn.Module | None = None
     distillation: float = 0.0
     """The share of the teacher's probabilities in the targets (Hinton et al. 2015, at temperature 1)."""
@@ -93,8 +93,7 @@ def train(model: nn.Module, training: Batches, validation: Batches, run: Run) ->
     saved_at = time.perf_counter()
     save_seconds = 0.0
     if run.score_start and not state.rows:
-        loss, top1 = evaluate(model, validation, run.dtype)
-        _keep(state, model, {"epoch": 0, "validation_loss": loss, "validation_top1": top1})
+        _score_start(state, model, validation, run)
     for epoch in range(state.epoch + 1, run.settings.epochs + 1):
         training.set_epoch(epoch)
         row = _one_epoch(averaging, training, optimizer, schedule, scaler, run, epoch)
@@ -120,11 +119,17 @@ def train(model: nn.Module, training: Batches, validation: Batches, run: Run) ->
 
 def _scored(model: nn.Module, validation: Batches, run: Run) -> State:
     state = State()
-    loss, top1 = evaluate(model, validation, run.dtype)
-    _keep(state, model, {"epoch": 0, "validation_loss": loss, "validation_top1": top1})
+    _score_start(state, model, validation, run)
     if not parallel.rank():
         _write_curve(run.curve, state.rows)
     return state
+
+
+def _score_start(state: State, model: nn.Module, validation: Batches, run: Run) -> None:
+    if run.before_validation:
+        run.before_validation(model)
+    loss, top1 = evaluate(model, validation, run.dtype)
+    _keep(state, model, {"epoch": 0, "validation_loss": loss, "validation_top1": top1})
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from quantstudy import layout, models, parallel, training
 from quantstudy.checkpoint import load_checkpoint, load_tensors
+from quantstudy.data.batches import Batches
 from quantstudy.data.container import load_split
 from quantstudy.device import DTYPES, describe, set_up, training_dtype
 from quantstudy.errors import run_stage
@@ -31,11 +32,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     fp32 = layout.model(name, "fp32")
     calibration = load_tensors(layout.calibration(name))
     is_cast, is_lsq = isinstance(settings, QatCast), isinstance(settings, QatLsq)
-    model = models.load_fp32(fp32, fold=not is_lsq)
+    model, seen = models.load_fp32(fp32, fold=not is_lsq), models.load_preprocessing(fp32)
+    if getattr(settings, "needs_images", False):
+        images = load_split(layout.split(name, "calibration"))
+        calibration["images"] = [x for x, _ in Batches(images, seen, study.calibration.batch_size, "cpu")]
     variant = TRAINED[settings.kind](model, calibration, settings)
     variant.requires_grad_(True).to(device)
 
-    seen = models.load_preprocessing(fp32)
     split = load_split(layout.split(name, "train"))
     rows = settings.of_study(study.qat, method) if is_lsq else study.qat
     batches, validation = training.training_and_validation(split, seen, rows, study.seed, device)

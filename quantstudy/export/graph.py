@@ -95,7 +95,11 @@ def _strip(model: onnx.ModelProto) -> None:
 def _drop_poolings_of_one_pixel(graph: onnx.GraphProto) -> None:
     for node in [node for node in graph.node if node.op_type in ("AveragePool", "MaxPool")]:
         window = {attribute.name: list(attribute.ints) for attribute in node.attribute}
-        if window["kernel_shape"] == [1, 1] and window.get("strides", [1, 1]) == [1, 1] and not any(window["pads"]):
+        if (
+            window["kernel_shape"] == [1, 1]
+            and window.get("strides", [1, 1]) == [1, 1]
+            and not any(window.get("pads", []))
+        ):
             for reader in graph.node:
                 reader.input[:] = [node.input[0] if name == node.output[0] else name for name in reader.input]
             graph.node.remove(node)

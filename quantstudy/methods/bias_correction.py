@@ -25,7 +25,7 @@ from quantstudy.quantization.observers import QUANTIZABLE, run_watched
 
 _PIXELS = 64 * 224 * 224
 """Of images that the empirical kind looks at together, for the sake of memory."""
-_KEEP_MEANS = (nn.Identity, nn.Dropout, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
+_KEEP_MEANS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
 _KEEP_MEANS_CALLS = (torch.flatten, nn.functional.adaptive_avg_pool2d)
 
 
@@ -82,10 +82,8 @@ def correct_biases_analytically(model: nn.Module, network: nn.Module, image_size
         raise UserError("bias_correction: analytic needs BatchNorm before the layers, and there is none; choose true")
     inside = _shares_inside(model, set(known), image_size)
     for name, layer in known.items():
-        scheme = layer.scheme.weight
-        rounded = scheme.dequantize(layer.weight_codes(), layer.weight_scale.float())
         weight: Any = model.get_submodule(name).weight
-        missing = (weight - rounded) * inside.get(name, 1.0)
+        missing = (weight - layer.dequantized()) * inside.get(name, 1.0)
         _add_to_bias(layer, mean_response(missing, means[name], getattr(layer, "groups", 1)))
     if unknown := len(layers) - len(known):
         tqdm.write(f"bias_correction: {unknown} of {len(layers)} left: no BatchNorm tells their input's mean")
@@ -145,6 +143,8 @@ def _after(node: fx.Node, module: nn.Module | None, sources: list[_Expected]) ->
         return _Expected(torch.stack([source.mean for source in sources]).sum(0)) if len(sources) == 2 else None
     if isinstance(module, nn.Identity | nn.Dropout):
         return first
+    if isinstance(module, nn.AvgPool2d) and module.count_include_pad and module.padding not in (0, (0, 0)):
+        return None
     if isinstance(module, _KEEP_MEANS) or node.target in _KEEP_MEANS_CALLS:
         return _Expected(first.mean)
     highest = _highest(node, module)

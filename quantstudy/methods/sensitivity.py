@@ -214,8 +214,7 @@ def _changed(layer: Any, quantized: Any) -> Iterator[None]:
     if quantized is None:
         dense = weight.half().float()
     else:
-        scheme = quantized.scheme.weight
-        dense = scheme.dequantize(quantized.weight_codes(), quantized.weight_scale.float())
+        dense = quantized.dequantized()
         layer.bias = quantized.bias
     laid_out_alike = torch.empty_like(weight).copy_(dense)  # so that the same numbers give the same logits
     layer.weight = nn.Parameter(laid_out_alike, requires_grad=False)

@@ -141,9 +141,13 @@ class _QuantLayer(nn.Module):
         """Return the int8 codes of a frozen layer, in the weight's shape."""
         return unpack(self.packed, self.scheme.weight.bits, self.shape)
 
+    def dequantized(self) -> Tensor:
+        """Return the weight of a frozen layer, float32."""
+        return self.scheme.weight.dequantize(self.weight_codes(), self.weight_scale.float())
+
     def unpack(self) -> None:
         """Make `dense_weight`, which eager mode multiplies with: dequantized, in the float type of the network."""
-        dense = self.scheme.weight.dequantize(self.weight_codes(), self.weight_scale.float())
+        dense = self.dequantized()
         dense = dense.to(self.dtype, memory_format=torch.channels_last if dense.ndim == 4 else torch.contiguous_format)
         self.register_buffer("dense_weight", dense, persistent=False)
 

@@ -5,6 +5,7 @@ compared on the same images from this file alone.
 """
 
 import base64
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,6 +57,7 @@ def page_data(params: Params, study: str, results: Sequence[Result], test: Split
         "study": study,
         "facts": facts(params, study, results, test),
         "remarks": list(dict.fromkeys(remark for result in results for remark in result.details.get("remarks", []))),
+        "timing_spread": timing_spread(results),
         "axis_floor": split_level([result.value("top1") for result in results]),
         "variants": variant_rows(params, results, predictions, labels),
         "scaling_law": scaling_law(params, results),
@@ -153,6 +155,27 @@ def quartiles(result: Result) -> dict[str, float | None]:
         for end, key in (("low", "lower_quartile_ms"), ("high", "upper_quartile_ms")):
             found[f"latency_ms_b{size}_{end}"] = timings[0][key] if timings else result[f"latency_ms_b{size}"]
     return found
+
+
+def timing_spread(results: Sequence[Result]) -> dict[str, float]:
+    """Return, by batch size, how far apart fp32's own timings lie, one beside each variant: a share of their median.
+
+    It is the distance of their quartiles, on the runtime where that is largest; 0 with fewer than four timings.
+    """
+    found: dict[str, dict[str, list[float]]] = {"1": {}, "16": {}}
+    for result in results:
+        for timing in result.details.get("timings", []):
+            if timing["executable"].startswith("fp32 ") and (size := str(timing["batch_size"])) in found:
+                found[size].setdefault(timing["executable"], []).append(timing["median_ms"])
+    return {
+        size: max((_spread(values) for values in of_runtimes.values() if len(values) >= 4), default=0.0)
+        for size, of_runtimes in found.items()
+    }
+
+
+def _spread(values: Sequence[float]) -> float:
+    lower, middle, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return significant((upper - lower) / middle)
 
 
 def layer_columns(params: Params, result: Result) -> dict[str, list[Any]]:

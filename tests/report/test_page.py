@@ -147,6 +147,18 @@ def test_a_slider_changes_the_recommendation(open_page: Any) -> None:
     assert page.inner_text("#verdict").startswith(page.get_attribute("tr.recommended", "data-variant"))
 
 
+def test_speeds_within_the_spread_of_timings_are_equal_so_accuracy_decides(open_page: Any) -> None:
+    rows = [
+        {"variant": "nearly as fast", "speedup_b16": 6.0, "top1_drop": 0.0, "size_mb": 1.0, "simulated": False},
+        {"variant": "fastest", "speedup_b16": 7.0, "top1_drop": 0.4, "size_mb": 1.0, "simulated": False},
+    ]
+    code = (ROOT / "quantstudy" / "report" / "page" / "recommend.js").read_text(encoding="utf-8")
+    study, limits = "{variants, timing_spread: {16: spread}}", "{drop: 1, size: ANY, latency: ANY}"
+    chosen = f"([variants, spread]) => {{ {code} return recommend({study}, {limits}, 16, 'speed').pick.variant; }}"
+    page = open_page()
+    assert page.evaluate(chosen, [rows, 0.2]) == "nearly as fast" and page.evaluate(chosen, [rows, 0.0]) == "fastest"
+
+
 def test_a_preference_changes_the_recommendation_and_never_to_a_simulated_speed(open_page: Any) -> None:
     page = open_page()
     page.check("input[name=prefer][value=size]")

@@ -7,6 +7,7 @@ import pytest
 
 from quantstudy import layout
 from quantstudy.params import load_params
+from quantstudy.report.page_data import significant, timing_spread
 from quantstudy.report.results import load_results
 from quantstudy.report.verdict import sentence
 from stages import page, report
@@ -91,6 +92,18 @@ def test_an_equalized_variant_shows_no_sqnr_and_no_clip_of_other_histograms(stud
         and data["layers"]["int8_dynamic"]["sqnr_db"] == [32.0] * 3
     )
     assert "int8_static" not in data["inputs"][0]["clips"] and "clip_int8" in data["inputs"][0]["clips"]
+
+
+def test_the_spread_of_timings_is_that_of_the_same_model_beside_each_variant(study: Project) -> None:
+    results = load_results(load_params(), "tiny")
+    for number, result in enumerate(results[:5]):
+        times = {"fp32 eager": 10.0 + number, f"{result.variant} eager": 7.0, "fp32 inductor": 5.0}
+        result.details["timings"] = [
+            {"executable": name, "batch_size": 16, "median_ms": ms} for name, ms in times.items()
+        ]
+    for result in results[5:]:
+        result.details["timings"] = []
+    assert timing_spread(results) == {"1": 0.0, "16": significant(2 / 12)}
 
 
 def test_the_sentence(study: Project) -> None:

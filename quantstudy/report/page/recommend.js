@@ -27,16 +27,21 @@ function nearSmallest(rows, of, tolerance) {
   return rows.filter((row) => of(row) <= smallest + Math.abs(smallest) * tolerance + 1e-9);
 }
 
+/** The share by which speeds must differ: no less than what fp32's own timings, one beside each variant, do. */
+function sameTime(study, batch) {
+  return Math.max(SAME_TIME, study.timing_spread[batch]);
+}
+
 /**
- * Return {pick, meeting}: the variant to take, or null, and all that meet the limits.
+ * Return {pick, meeting}: the variant of a study to take, or null, and all that meet the limits.
  * Values nearly equal count as equal; then accuracy, then size decide, then the order of params.yaml.
  */
-function recommend(variants, limits, batch, prefer) {
-  const meeting = variants.filter((variant) => meets(variant, limits, batch));
+function recommend(study, limits, batch, prefer) {
+  const meeting = study.variants.filter((variant) => meets(variant, limits, batch));
   // Beside fp32 in the same process, so that how busy the machine was at the time of one variant does not choose.
   const time = (row) => (row.simulated ? ANY : 1 / (row[`speedup_b${batch}`] ?? 0));
   const goals = {
-    speed: (rows) => nearSmallest(rows.filter((row) => time(row) < ANY), time, SAME_TIME),
+    speed: (rows) => nearSmallest(rows.filter((row) => time(row) < ANY), time, sameTime(study, batch)),
     accuracy: (rows) => nearSmallest(rows, (row) => row.top1_drop, 0),
     size: (rows) => nearSmallest(rows, (row) => row.size_mb, SAME_SIZE),
   };
@@ -46,7 +51,7 @@ function recommend(variants, limits, batch, prefer) {
 }
 
 /** Say what the limits are and how many variants meet them. */
-function reason(found, limits, batch, prefer) {
+function reason(study, found, limits, batch, prefer) {
   const words = [
     limits.drop === ANY ? null : `lose at most ${counted(limits.drop, "point")}`,
     limits.size === ANY ? null : `take at most ${limits.size} MB`,
@@ -55,7 +60,8 @@ function reason(found, limits, batch, prefer) {
   const limited = words.length ? ` that ${words.join(" and ")}` : "";
   if (!found.pick) return `No variant${limited}${found.meeting.length ? " was timed on a real kernel" : ""}. Move a limit.`;
   const others = found.meeting.length - 1;
-  return `The ${PREFERENCES[prefer]} of ${counted(others + 1, "variant")}${limited}; p ${pValue(found.pick.top1_drop_p)} against fp32.`;
+  const equal = prefer === "speed" ? ` Speeds within ${Math.round(100 * sameTime(study, batch))} % count as equal: fp32's own timings here are no nearer to each other.` : "";
+  return `The ${PREFERENCES[prefer]} of ${counted(others + 1, "variant")}${limited}; p ${pValue(found.pick.top1_drop_p)} against fp32.${equal}`;
 }
 
 function pValue(p) {

@@ -23,7 +23,7 @@ function variantOf(name) {
 }
 
 function recommendation() {
-  return recommend(state.study.variants, state.limits, state.batch, state.prefer);
+  return recommend(state.study, state.limits, state.batch, state.prefer);
 }
 
 /** The rows that the filters leave, in the order of params.yaml. */

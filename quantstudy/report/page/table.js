@@ -74,7 +74,7 @@ function showVerdict() {
   const found = recommendation();
   const text = found.pick ? `: ${found.pick.sentences[state.batch]}.` : "Nothing here meets these limits.";
   replace("verdict", found.pick ? h("b", {}, found.pick.variant) : "", text);
-  replace("reason", reason(found, state.limits, state.batch, state.prefer));
+  replace("reason", reason(state.study, found, state.limits, state.batch, state.prefer));
 }
 
 function slider(name, label, steps, unit) {
