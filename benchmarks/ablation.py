@@ -4,7 +4,7 @@
     python -m benchmarks.ablation --study mobilenetv2_food101_64px --schemes W4A8 --seeds 3
 
 Starts from models/<study>/fp32.pth. Calibration images are drawn from the training part of the training split, by
-seed, as many as the study's `ablation` row says; `--seeds` of them for the last row of a scheme, one for the rows
+seed, `--images` a draw; `--seeds` draws for the last row of a scheme, one for the rows
 before it. Top-1 is on the whole test split, simulated in eager mode. Variants trained by the pipeline, if their files
 are there, follow their scheme. Writes reports/<study>/ablation.json and .md; rows that are there already are kept, so
 that a run can be continued or extended; delete the file to begin anew.
@@ -52,9 +52,11 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "W3": {"kind": "weight_only", "weight_bits": 3, "group_size": 32},
     "W2": {"kind": "weight_only", "weight_bits": 2, "group_size": 32, "edge_bits": 8},
 }
+MSE_WEIGHTS = "mse weight ranges"
 STEPS: dict[str, dict[str, Any]] = {
     "nearest": {},
-    "mse ranges": {"weight_range": "mse", "activation_range": "mse"},
+    MSE_WEIGHTS: {"weight_range": "mse"},
+    "mse activation ranges": {"activation_range": "mse"},
     "bias correction": {"bias_correction": True},
     "GPTQ": {"rounding": "gptq"},
     "joint fine-tuning": {"finetune": True},
@@ -97,7 +99,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
     parser.add_argument("--seeds", type=int, default=3, help="calibration draws of each scheme's last row")
     parser.add_argument("--images", type=int, default=2048, help="calibration images of a draw")
-    parser.add_argument("--without", nargs="*", choices=list(STEPS), default=[], help="techniques to leave out")
+    parser.add_argument(
+        "--without", nargs="*", choices=list(STEPS), default=[MSE_WEIGHTS], help="techniques to leave out"
+    )
     arguments = parser.parse_args(argv)
     study = P.load_params().study(arguments.study)
     set_up(study.seed)
@@ -108,8 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     subject.right["fp32"] = subject.correct(subject.fp32)
     file = layout.report(arguments.study) / "ablation.json"
     rows: list[Row] = read_json(file) if file.is_file() else []
-    steps = [step for step in STEPS if step not in arguments.without]
     for scheme in arguments.schemes:
+        steps = [step for step in _steps(scheme) if step not in arguments.without]
         for number in range(1, len(steps) + 1):
             seeds = arguments.seeds if number == len(steps) else 1
             _add(rows, subject, scheme, steps[:number], seeds)
@@ -144,13 +148,17 @@ def _add(rows: list[Row], subject: Subject, scheme: str, steps: list[str], seeds
     _put(rows, subject, {"scheme": scheme, "techniques": steps, "post_training": True}, correct, facts)
 
 
+def _steps(scheme: str) -> list[str]:
+    """Return the techniques that a scheme can have: without quantized activations they need no range."""
+    is_static = SCHEMES[scheme]["kind"] == "static"
+    return [step for step, keys in STEPS.items() if is_static or "activation_range" not in keys]
+
+
 def _settings(scheme: str, steps: list[str]) -> Any:
-    """Return the method's row of a scheme with some techniques; weight-only ones have no activation range."""
+    """Return the method's row of a scheme with some techniques."""
     row = dict(SCHEMES[scheme])
     for step in steps:
         row |= STEPS[step]
-    if row["kind"] == "weight_only":
-        row.pop("activation_range", None)
     return TypeAdapter(P.Method).validate_python(row)
 
 

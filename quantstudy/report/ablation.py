@@ -11,13 +11,14 @@ _HEADER = ("scheme", "techniques", "drop", "top-1 %", "seeds", "images", "p, row
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Return the rows of an ablation as a Markdown table; drops in percentage points against fp32.
 
-    A row that adds one technique to those of the row above names it alone.
+    A row that adds techniques to those of the row above names only what it adds.
     """
     lines = ["| " + " | ".join(_HEADER) + " |", "|---|---|" + "---:|" * (len(_HEADER) - 2)]
     above: tuple[str, list[str]] = ("", [])
     for row in rows:
         names = row["techniques"]
-        techniques = f"+ {names[-1]}" if above == (row["scheme"], names[:-1]) else " + ".join(names)
+        same = len(above[1]) if above == (row["scheme"], names[: len(above[1])]) else 0
+        techniques = "+ " * (same > 0) + " + ".join(names[same:])
         above = (row["scheme"], names)
         spread = "" if row["top1_drop_std"] is None else f" ± {row['top1_drop_std']:.2f}"
         p = row["p_above"]
