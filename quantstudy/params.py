@@ -149,6 +149,8 @@ class Rounding(Section):
     rounding: Literal["nearest", "gptq", "adaround", "brecq"] = "nearest"
     seconds: Annotated[float, Field(gt=0)] = 480.0
     """The time that adaround, brecq and finetune may take each."""
+    gain_correction: bool = False
+    """Whether scales give back what rounding takes from the size of each output channel."""
     bias_correction: bool | Literal["analytic"] = False
     """Whether the mean error of each output channel goes into the bias: on calibration images, or by BatchNorm."""
     finetune: bool = False
@@ -157,7 +159,7 @@ class Rounding(Section):
     @property
     def needs_images(self) -> bool:
         """Whether the method looks at the calibration images again."""
-        return self.rounding != "nearest" or self.bias_correction is True or self.finetune
+        return self.rounding != "nearest" or self.gain_correction or self.bias_correction is True or self.finetune
 
     def _refuse(self, *keys: str) -> None:
         """Raise `ValueError` if one of `keys` is not its default."""
@@ -259,7 +261,7 @@ class QatStatic(Static):
 
     @model_validator(mode="after")
     def _is_plain(self) -> "QatStatic":
-        self._refuse("equalize", "weight_range", "rounding", "bias_correction", "finetune")
+        self._refuse("equalize", "weight_range", "rounding", "gain_correction", "bias_correction", "finetune")
         return self
 
 
@@ -289,7 +291,7 @@ class QatLsq(Static):
 
     @model_validator(mode="after")
     def _is_trained(self) -> "QatLsq":
-        self._refuse("equalize", "bias_correction", "finetune")
+        self._refuse("equalize", "gain_correction", "bias_correction", "finetune")
         if self.rounding not in ("nearest", "gptq"):
             raise ValueError(f"rounding is {self.rounding}; training starts from weights rounded by nearest or gptq")
         return self

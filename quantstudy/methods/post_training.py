@@ -3,8 +3,9 @@
 1. `equalize`: cross-layer equalization, then absorption of high biases (`methods.equalization`);
 2. the ranges: `weight_range`, and for static activations `activation_range` on histograms of the equalized network;
 3. `rounding`: nearest, `gptq`, or learned: `adaround` by the layer, `brecq` by the block (`methods.reconstruction`);
-4. `bias_correction` (`methods.bias_correction`);
-5. `finetune`: all of it at once on the calibration images, without labels (`methods.joint`).
+4. `gain_correction` (`methods.gain_correction`);
+5. `bias_correction` (`methods.bias_correction`);
+6. `finetune`: all of it at once on the calibration images, without labels (`methods.joint`).
 """
 
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 from quantstudy import params as P
 from quantstudy.methods.bias_correction import correct_biases, correct_biases_analytically
 from quantstudy.methods.equalization import absorb_high_biases, equalize
+from quantstudy.methods.gain_correction import correct_gains
 from quantstudy.methods.gptq import gptq_codes
 from quantstudy.methods.joint import finetune_jointly
 from quantstudy.methods.moments import input_moments
@@ -43,16 +45,19 @@ def freeze(model: nn.Module, network: nn.Module, calibration: dict[str, Any], se
     if settings.rounding in ("adaround", "brecq"):
         images = torch.cat(calibration["images"])
         reconstruct(model, network, images, Effort(seconds=settings.seconds), block=settings.rounding == "brecq")
-    waiting: dict[str, Any] = {name: layer for name, layer in quantized_layers(network).items() if not layer.frozen}
-    if settings.rounding == "nearest":
-        for layer in waiting.values():
+    layers: dict[str, Any] = quantized_layers(network)
+    waiting = {name: layer for name, layer in layers.items() if not layer.frozen}
+    seen = set(layers) if settings.gain_correction else set(waiting) if settings.rounding != "nearest" else set()
+    moments = calibration.get("moments") or (input_moments(model, calibration["images"], names=seen) if seen else {})
+    for name, layer in waiting.items():
+        if settings.rounding == "nearest":
             layer.freeze()
-    elif waiting:
-        moments = calibration.get("moments") or input_moments(model, calibration["images"], names=set(waiting))
-        for name, layer in waiting.items():
+        else:
             scheme, weight = layer.scheme.weight, layer.weight.detach()
             scale = scheme.choose_scale(weight)
             layer.set_codes(gptq_codes(weight, scale, scheme, moments[name]), scale)
+    if settings.gain_correction:
+        correct_gains(model, network, moments)
     if settings.bias_correction == "analytic":
         correct_biases_analytically(model, network, calibration["image_size"])
     elif settings.bias_correction:
