@@ -20,6 +20,7 @@ FIGURES: dict[str, Callable[[Example], Figure]] = {
     "mixed_precision": mixed.mixed_precision,
     "equalization": corrections.equalization,
     "bias_correction": corrections.bias_correction,
+    "gain_correction": corrections.gain_correction,
     "gptq": corrections.gptq,
     "adaround": corrections.adaround,
     "joint": corrections.joint,

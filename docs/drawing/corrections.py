@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from docs.drawing.tiny import Example, figure
 from quantstudy import params as P
 from quantstudy.methods.equalization import equalize, find_pairs
+from quantstudy.methods.gain_correction import output_gain
+from quantstudy.methods.moments import input_moments
 from quantstudy.methods.reconstruction import SoftRounding
 from quantstudy.methods.registry import quantize
 from quantstudy.quantization.layers import quantized_layers
@@ -84,6 +86,41 @@ def bias_correction(example: Example) -> Figure:
         axes.plot((found - wanted).mean((0, 2, 3)), marker, color=colour, label=label)
     axes.set(xlabel="output channel", ylabel="mean error", title=f"One layer of a network at {BITS} bits")
     drawn.legend(loc="outside lower center", ncols=3)
+    return drawn
+
+
+def gain_correction(example: Example) -> Figure:
+    """Draw the gains of each layer's channels by the range of the weights, and what correcting them does."""
+    drawn, (left, right) = figure(1, 2)
+    looks = (("minmax", style.BLUE, "o"), ("mse", style.VERMILLION, "s"))
+    moments = input_moments(example.model, example.calibration["images"])
+    for (how, colour, marker), shift in zip(looks, (-0.15, 0.15), strict=True):
+        layers = quantized_layers(
+            quantize(example.model, example.calibration, weights_of(BITS, weight_range=how)).network
+        )
+        for place, (name, layer) in enumerate(layers.items()):
+            weight: Any = example.model.get_submodule(name).weight
+            gains = output_gain(weight.detach(), layer.dequantized(), moments[name])
+            label = how if place == 0 else None
+            left.plot(gains, np.full(len(gains), place + shift), marker, ms=4, alpha=0.6, color=colour, label=label)
+    left.set_yticks(range(len(layers)), list(layers))
+    left.invert_yaxis()
+    left.axvline(1, color=style.GREY, lw=1)
+    left.set(xlabel="gain of an output channel", title=f"Rounded to nearest, {BITS} bits")
+    left.legend()
+    widths = (2, 3, 4)
+    for how, colour, marker in looks:
+        for corrected, line in ((False, "--"), (True, "-")):
+            rows = [weights_of(bits, weight_range=how, gain_correction=corrected) for bits in widths]
+            variants = [quantize(example.model, example.calibration, row) for row in rows]
+            found = [_divergence(example.model, variant, example.test[0]) for variant in variants]
+            label = f"{how}, corrected" if corrected else how
+            right.plot(widths, found, marker, ls=line, color=colour, label=label)
+    right.set_xticks(widths)
+    right.set(
+        xlabel="bits of the weights", ylabel="KL divergence, nats", yscale="log", title="Predictions, test images"
+    )
+    right.legend()
     return drawn
 
 

@@ -57,7 +57,7 @@ def quantized_table(model: nn.Module, calibration: Calibration, settings: P.Roun
     """
     rounding = {key: getattr(settings, key) for key in P.Rounding.model_fields}
     rounding |= {"bias_correction": False, "finetune": False}
-    if settings.rounding == "gptq":
+    if settings.rounding == "gptq" or settings.gain_correction:
         calibration = {**calibration, "moments": input_moments(model, calibration["images"])}
     table: Table = {}
     for bits in widths:
