@@ -114,7 +114,7 @@ class Qat(Training):
     schedule: Schedule = "constant"
     precision: Literal["fp32"] = "fp32"
     methods: dict[Name, Pace] = Field(default_factory=dict)
-    """Of kind qat_lsq: what a method takes in this study instead of its own numbers."""
+    """What a method that trains with its scales takes in this study instead of its own numbers."""
 
 
 class Calibration(Section):
@@ -265,15 +265,12 @@ class QatStatic(Static):
         return self
 
 
-class QatLsq(Static):
-    """The static scheme, fine-tuned with learned scales; BatchNorm is folded after training."""
+class QatWithScales(Static):
+    """What the two methods share that train a static scheme with its scales, at a pace of their own."""
 
-    kind: Literal["qat_lsq"]  # type: ignore[assignment]
     weight_range: Literal["minmax", "mse"] = "mse"
     activation_range: Literal["minmax", "moving_average", "mse", "entropy"] = "mse"
     """Where the learned scales start, as `weight_range` is."""
-    distillation: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """The share of the fp32 model's predictions in what is learned, beside the labels."""
     schedule: Schedule = "cosine"
     epochs: Annotated[int, Field(ge=1)] | None = None
     learning_rate: Annotated[float, Field(gt=0)] | None = None
@@ -289,12 +286,31 @@ class QatLsq(Static):
         }
         return row.model_copy(update={"methods": {}} | {key: value for key, value in own.items() if value is not None})
 
+
+class QatLsq(QatWithScales):
+    """The static scheme, fine-tuned with learned scales; BatchNorm is folded after training."""
+
+    kind: Literal["qat_lsq"]  # type: ignore[assignment]
+    distillation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The share of the fp32 model's predictions in what is learned, beside the labels."""
+
     @model_validator(mode="after")
     def _is_trained(self) -> "QatLsq":
         self._refuse("equalize", "gain_correction", "bias_correction", "finetune")
         if self.rounding not in ("nearest", "gptq"):
             raise ValueError(f"rounding is {self.rounding}; training starts from weights rounded by nearest or gptq")
         return self
+
+
+class QatJoint(QatWithScales):
+    """Joint fine-tuning on the training images: a post-training result learns to predict what fp32 does.
+
+    It starts from what its keys make of the model after training, and needs no labels but to choose the best epoch.
+    """
+
+    kind: Literal["qat_joint"]  # type: ignore[assignment]
+    learning_rate: Annotated[float, Field(gt=0)] | None = 0.03
+    """Of the codes, in steps of the grid."""
 
 
 class QatCast(Section):
@@ -305,7 +321,17 @@ class QatCast(Section):
 
 
 Method = Annotated[
-    Cast | WeightOnly | Dynamic | Static | MixedLinear | MixedVariance | MixedBudget | QatStatic | QatLsq | QatCast,
+    Cast
+    | WeightOnly
+    | Dynamic
+    | Static
+    | MixedLinear
+    | MixedVariance
+    | MixedBudget
+    | QatStatic
+    | QatLsq
+    | QatJoint
+    | QatCast,
     Field(discriminator="kind"),
 ]
 BUDGET = "mixed_budget"
@@ -498,7 +524,7 @@ def _check_names(params: Params) -> None:
 
 
 def _check_paces(params: Params) -> None:
-    learned = [name for name, row in params.methods.items() if row.kind == "qat_lsq"]
+    learned = [name for name, row in params.methods.items() if isinstance(row, QatWithScales)]
     for study, row in params.studies.items():
         for name in row.qat.methods:
             if name not in learned:

@@ -60,6 +60,8 @@ class Run:
     """Whether the untrained model competes as epoch 0, so that training can never lose on validation."""
     before_validation: Callable[[nn.Module], None] | None = None
     """Called with the model at the start and after each epoch, before it is scored and kept."""
+    groups: list[dict[str, Any]] | None = None
+    """What Adam trains, each group at its rate, in eval mode; None: all parameters, as the settings say."""
     teacher: nn.Module | None = None
     distillation: float = 0.0
     """The share of the teacher's probabilities in the targets (Hinton et al. 2015, at temperature 1)."""
@@ -85,7 +87,7 @@ def train(model: nn.Module, training: Batches, validation: Batches, run: Run) ->
         return _scored(model, validation, run)
     device = next(model.parameters()).device
     averaging = parallel.averaging(model)
-    optimizer = _optimizer(model, run.settings, fused=run.dtype != torch.float16)
+    optimizer = _optimizer(model, run, fused=run.dtype != torch.float16)
     schedule = _schedule(optimizer, run.settings, len(training))
     scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
@@ -155,7 +157,7 @@ def _one_epoch(
     run: Run,
     epoch: int,
 ) -> dict[str, float]:
-    model.train()
+    model.train(run.groups is None)
     device = next(model.parameters()).device
     total_loss = torch.zeros((), device=device)
     correct = torch.zeros((), device=device)
@@ -204,11 +206,14 @@ def _loss(logits: Tensor, images: Tensor, labels: Tensor, run: Run) -> Tensor:
     return (1 - run.distillation) * loss + run.distillation * F.cross_entropy(logits, taught)
 
 
-def _optimizer(model: nn.Module, settings: P.Training, fused: bool) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, run: Run, fused: bool) -> torch.optim.Optimizer:
     """Weight decay applies to matrices and kernels, not to biases and BatchNorm.
 
     Beside a gradient scaler it is not fused: the fused step on a CPU does not skip gradients that overflowed.
     """
+    if run.groups is not None:
+        return torch.optim.Adam(run.groups, fused=fused)
+    settings = run.settings
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
@@ -226,7 +231,7 @@ def _schedule(optimizer: torch.optim.Optimizer, settings: P.Training, steps_per_
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     if settings.schedule == "one_cycle":
         return torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, settings.learning_rate, total_steps=steps + 1, cycle_momentum=False
+            optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps + 1, cycle_momentum=False
         )
     return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 

@@ -10,9 +10,10 @@ from quantstudy.data.container import load_split
 from quantstudy.device import DTYPES, describe, set_up, training_dtype
 from quantstudy.errors import run_stage
 from quantstudy.files import sha256, write_json
+from quantstudy.methods.joint import parameter_groups
 from quantstudy.methods.lsq import estimate_batchnorm
 from quantstudy.methods.registry import TRAINED, finish, settings_of
-from quantstudy.params import QatCast, QatLsq, load_params
+from quantstudy.params import QatCast, QatJoint, QatLsq, load_params
 from quantstudy.quantization.variant import save_variant
 
 
@@ -30,8 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = parallel.join(set_up(study.seed))
 
     fp32 = layout.model(name, "fp32")
-    calibration = load_tensors(layout.calibration(name))
-    is_cast, is_lsq = isinstance(settings, QatCast), isinstance(settings, QatLsq)
+    calibration = load_tensors(layout.calibration(name)) | {"image_size": study.data.image_size}
+    is_cast, is_lsq, is_joint = (isinstance(settings, kind) for kind in (QatCast, QatLsq, QatJoint))
+    distillation = settings.distillation if is_lsq else float(is_joint)
     model, seen = models.load_fp32(fp32, fold=not is_lsq), models.load_preprocessing(fp32)
     if getattr(settings, "needs_images", False):
         images = load_split(layout.split(name, "calibration"))
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     variant.requires_grad_(True).to(device)
 
     split = load_split(layout.split(name, "train"))
-    rows = settings.of_study(study.qat, method) if is_lsq else study.qat
+    rows = settings.of_study(study.qat, method) if is_lsq or is_joint else study.qat
     batches, validation = training.training_and_validation(split, seen, rows, study.seed, device)
     run = training.Run(
         name=f"{name} {method}",
@@ -54,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype=DTYPES[settings.dtype] if is_cast else training_dtype("fp32", device),
         score_start=True,
         before_validation=(lambda model: estimate_batchnorm(model, batches)) if is_lsq else None,
-        teacher=models.load_fp32(fp32).to(device) if is_lsq and settings.distillation else None,
-        distillation=settings.distillation if is_lsq else 0.0,
+        groups=parameter_groups(variant.network, rows.learning_rate) if is_joint else None,
+        teacher=models.load_fp32(fp32).to(device) if distillation else None,
+        distillation=distillation,
     )
     state = training.train(variant, batches, validation, run)
     if parallel.rank():

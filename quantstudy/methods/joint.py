@@ -26,7 +26,9 @@ from quantstudy.quantization.schemes import WeightScheme
 
 STEPS = 500
 BATCH_SIZE = 64
-CODE_RATE, SCALE_RATE, BIAS_RATE = 0.03, 2e-3, 1e-3
+CODE_RATE = 0.03
+SCALE_SHARE, BIAS_SHARE = 1 / 15, 1 / 30
+"""The rates of scales, relative to their start, and of biases, as shares of that of codes."""
 
 
 class MovingCodes(nn.Module):
@@ -35,7 +37,8 @@ class MovingCodes(nn.Module):
     def __init__(self, codes: Tensor, scale: Tensor, scheme: WeightScheme) -> None:
         super().__init__()
         self.scheme, self.shape = scheme, codes.shape
-        self.start = scale
+        self.register_buffer("start", scale, persistent=False)
+        self.start: Tensor
         self.codes = nn.Parameter(scheme.grouped(codes.float()))
         self.log_scale = nn.Parameter(torch.zeros_like(scale))
 
@@ -64,8 +67,8 @@ def finetune_jointly(reference: nn.Module, network: nn.Module, images: list[Tens
         images: batches of float32 [N, 3, S, S].
         seconds: at most; the schedule is then shorter.
     """
-    layers: dict[str, Any] = quantized_layers(network)
-    optimizer = torch.optim.Adam(_thaw(layers), fused=True)
+    thaw(network)
+    optimizer = torch.optim.Adam(parameter_groups(network, CODE_RATE), fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     pixels = torch.cat(images)
     with torch.no_grad():
@@ -84,29 +87,42 @@ def finetune_jointly(reference: nn.Module, network: nn.Module, images: list[Tens
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    _freeze(layers)
+    settle(network)
 
 
-def _thaw(layers: dict[str, Any]) -> list[dict[str, Any]]:
-    """Make layers trainable and return what learns, with its rate."""
-    found: list[dict[str, Any]] = []
+def thaw(network: nn.Module) -> None:
+    """Make frozen layers trainable, in place: biases, activation scales, and the codes of those that are not LARGE."""
+    layers: dict[str, Any] = quantized_layers(network)
     for layer in layers.values():
         if layer.bias is not None:
-            found.append({"params": [layer.bias.requires_grad_(True)], "lr": BIAS_RATE})
+            layer.bias.requires_grad_(True)
         activation: ActivationQuantizer = layer.activation
         if activation.scheme.mode == "static":
-            learned = LearnedActivation(activation.scale, activation.zero_point, activation.scheme.highest)
-            activation.learned = learned
-            found.append({"params": [learned.scale], "lr": SCALE_RATE * activation.scale})
+            grid = (activation.scale, activation.zero_point, activation.scheme.highest)
+            activation.learned = LearnedActivation(*grid)
         if layer.shape.numel() <= LARGE:
-            quantizer = MovingCodes(layer.weight_codes(), layer.weight_scale.float(), layer.scheme.weight)
-            layer.weight_quantizer = quantizer
-            found.append({"params": [quantizer.codes], "lr": CODE_RATE})
-            found.append({"params": [quantizer.log_scale], "lr": SCALE_RATE})
+            layer.weight_quantizer = MovingCodes(layer.weight_codes(), layer.weight_scale.float(), layer.scheme.weight)
+
+
+def parameter_groups(network: nn.Module, rate: float) -> list[dict[str, Any]]:
+    """Return what learns in a thawed network, for Adam: codes at `rate`, all else in proportion to it."""
+    found: list[dict[str, Any]] = []
+    layers: dict[str, Any] = quantized_layers(network)
+    for layer in layers.values():
+        if layer.bias is not None:
+            found.append({"params": [layer.bias], "lr": rate * BIAS_SHARE})
+        if (learned := layer.activation.learned) is not None:
+            found.append({"params": [learned.scale], "lr": rate * SCALE_SHARE * layer.activation.scale})
+        if (quantizer := layer.weight_quantizer) is not None:
+            found.append({"params": [quantizer.codes], "lr": rate})
+            found.append({"params": [quantizer.log_scale], "lr": rate * SCALE_SHARE})
     return found
 
 
-def _freeze(layers: dict[str, Any]) -> None:
+@torch.no_grad()
+def settle(network: nn.Module) -> None:
+    """Freeze what `thaw` made trainable, in place."""
+    layers: dict[str, Any] = quantized_layers(network)
     for layer in layers.values():
         layer.activation.settle()
         if layer.weight_quantizer is not None:

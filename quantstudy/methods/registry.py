@@ -17,6 +17,7 @@ from torch import nn
 from quantstudy import params as P
 from quantstudy.device import DTYPES
 from quantstudy.errors import unknown
+from quantstudy.methods.joint import settle, thaw
 from quantstudy.methods.lsq import freeze_learned, learnable
 from quantstudy.methods.post_training import freeze, prepared
 from quantstudy.models import conv_norm_pairs
@@ -97,6 +98,14 @@ def trainable_steps(model: nn.Module, calibration: Calibration, settings: P.QatL
     return Variant(learnable(model, calibration["layers"], schemes, settings.activation_range, images))
 
 
+def trainable_jointly(model: nn.Module, calibration: Calibration, settings: P.QatJoint) -> Variant:
+    """Quantize as the settings say after training, then let codes, scales and biases learn (`methods.joint`)."""
+    model, calibration = prepared(model, calibration, settings)
+    variant = static(model, calibration, settings)
+    thaw(variant.network)
+    return variant
+
+
 def trainable_float(model: nn.Module, calibration: Calibration, settings: P.QatCast) -> Variant:
     """Copy the fp32 model for mixed-precision fine-tuning."""
     return Variant(copy.deepcopy(model))
@@ -108,6 +117,9 @@ def finish(variant: Variant, model: nn.Module, settings: Any) -> Variant:
         return cast(variant.network, DTYPES[settings.dtype])
     if isinstance(settings, P.QatLsq):
         freeze_learned(variant.network, conv_norm_pairs(model))
+        return variant
+    if isinstance(settings, P.QatJoint):
+        settle(variant.network)
         return variant
     return _frozen(variant)
 
@@ -123,6 +135,7 @@ POST_TRAINING: dict[str, Function] = {
 TRAINED: dict[str, Function] = {
     "qat_static": trainable_static,
     "qat_lsq": trainable_steps,
+    "qat_joint": trainable_jointly,
     "qat_cast": trainable_float,
 }
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from quantstudy.methods import joint
-from quantstudy.methods.joint import MovingCodes, finetune_jointly
+from quantstudy.methods.joint import MovingCodes, finetune_jointly, parameter_groups, settle, thaw
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
 
@@ -62,6 +62,24 @@ def test_codes_start_where_they_were() -> None:
     kept, same = quantizer.freeze(weight)
     assert torch.equal(kept, codes) and torch.equal(same, scale)
     torch.testing.assert_close(quantizer(weight).detach(), scheme.dequantize(codes, scale))
+
+
+def test_a_thawed_network_computes_what_it_did_and_settles_to_it(network: nn.Module, images: list[Tensor]) -> None:
+    found = quantized(network, ActivationScheme("static", 8))
+    with torch.no_grad():
+        before = found(images[0])
+        thaw(found)
+        torch.testing.assert_close(found(images[0]), before)
+        settle(found)
+        assert torch.equal(found(images[0]), before)
+    assert all(layer.frozen for layer in quantized_layers(found).values())
+
+
+def test_rates_are_in_proportion_to_that_of_codes(network: nn.Module) -> None:
+    found = quantized(network, ActivationScheme("static", 8))
+    thaw(found)
+    slow, fast = ([group["lr"] for group in parameter_groups(found, rate)] for rate in (0.01, 0.03))
+    assert len(slow) == 3 * 3 + 2 and [3 * rate for rate in slow] == pytest.approx(fast) and max(fast) == 0.03
 
 
 def test_layers_too_large_keep_their_codes(
