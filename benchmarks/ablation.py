@@ -52,13 +52,13 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "W3": {"kind": "weight_only", "weight_bits": 3, "group_size": 32},
     "W2": {"kind": "weight_only", "weight_bits": 2, "group_size": 32, "edge_bits": 8},
 }
-MSE_WEIGHTS = "mse weight ranges"
 STEPS: dict[str, dict[str, Any]] = {
     "nearest": {},
-    MSE_WEIGHTS: {"weight_range": "mse"},
-    "mse activation ranges": {"activation_range": "mse"},
     "bias correction": {"bias_correction": True},
+    "mse activation ranges": {"activation_range": "mse"},
     "GPTQ": {"rounding": "gptq"},
+    "gain correction": {"gain_correction": True},
+    "mse weight ranges": {"weight_range": "mse"},
     "joint fine-tuning": {"finetune": True},
 }
 TRAINED = {"W8A8": "qat_int8", "W4A8": "qat_w4a8", "W4A4": "qat_w4a4", "W2A8": "qat_w2a8"}
@@ -75,7 +75,8 @@ class Subject:
     test: Split
     images: int
     seed: int
-    right: dict[str, np.ndarray] = field(default_factory=dict)
+    right: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict)
+    """Whether each test image is predicted correctly, by scheme and techniques; fp32's at ()."""
 
     def calibration(self, seed: int, is_static: bool) -> dict[str, Any]:
         """Draw calibration images from what the fp32 model was trained on, never from the validation part."""
@@ -99,9 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
     parser.add_argument("--seeds", type=int, default=3, help="calibration draws of each scheme's last row")
     parser.add_argument("--images", type=int, default=2048, help="calibration images of a draw")
-    parser.add_argument(
-        "--without", nargs="*", choices=list(STEPS), default=[MSE_WEIGHTS], help="techniques to leave out"
-    )
+    parser.add_argument("--without", nargs="*", choices=list(STEPS), default=[], help="techniques to leave out")
     arguments = parser.parse_args(argv)
     study = P.load_params().study(arguments.study)
     set_up(study.seed)
@@ -109,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     splits = (load_split(layout.split(arguments.study, part)) for part in ("train", "test"))
     seen = models.load_preprocessing(path)
     subject = Subject(arguments.study, models.load_fp32(path), seen, *splits, arguments.images, study.seed)
-    subject.right["fp32"] = subject.correct(subject.fp32)
+    subject.right[()] = subject.correct(subject.fp32)
     file = layout.report(arguments.study) / "ablation.json"
     rows: list[Row] = read_json(file) if file.is_file() else []
     for scheme in arguments.schemes:
@@ -186,11 +185,14 @@ def _add_trained(rows: list[Row], subject: Subject, scheme: str, variant: str) -
 def _put(
     rows: list[Row], subject: Subject, facts: dict[str, Any], correct: list[np.ndarray], more: dict[str, Any]
 ) -> None:
-    """Add a row, in the place of one of the same scheme and techniques; its p-value is against the row above."""
-    fp32 = subject.right["fp32"]
+    """Add a row, in the place of one of the same scheme and techniques.
+
+    Its p-value is against the row without the last technique, above it, if that was measured in the same run.
+    """
+    fp32, name = subject.right[()], (facts["scheme"], *facts["techniques"])
     drops = [100 * float(fp32.mean() - found.mean()) for found in correct]
-    above = subject.right.get(facts["scheme"])
-    subject.right[facts["scheme"]] = correct[0]
+    above = subject.right.get(name[:-1])
+    subject.right[name] = correct[0]
     row = {
         **facts,
         "seeds": len(drops),
@@ -220,7 +222,7 @@ def _write(rows: list[Row], subject: Subject, file: Path) -> None:
     rows.sort(key=_place)
     write_json(file, rows)
     note = (
-        f"`{subject.name}`: fp32 {100 * subject.right['fp32'].mean():.2f} % on {len(subject.test)} test images; "
+        f"`{subject.name}`: fp32 {100 * subject.right[()].mean():.2f} % on {len(subject.test)} test images; "
         f"the images of a row are calibration images of a draw, or those it was trained on. {describe_machine()}."
     )
     write_text(file.with_suffix(".md"), markdown(rows) + "\n" + note + "\n")

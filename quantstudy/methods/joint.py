@@ -1,4 +1,4 @@
-"""Joint fine-tuning on the calibration images: every degree of freedom of a quantized network at once, without labels.
+"""Joint fine-tuning: every degree of freedom of a quantized network at once, without labels.
 
 Finkelstein, Fuchs, Tal, Grobman, Vosco and Meller, *QFT: Post-training Quantization via Fast Joint Finetuning of All
 Degrees of Freedom*, 2022. The fp32 network is the teacher; its pupil's weights, scales and biases learn together by
@@ -10,6 +10,9 @@ A weight is s exp(t) clip(round(v)): v starts at its code and learns in units of
 suits layers of any size; t and the activation scales learn relative to their start. The loss is the Kullback-Leibler
 divergence of the predictions (the paper: features before the head). Images are flipped at random. Layers of more than
 `LARGE` weights keep their codes: Adam on a hundred million takes seconds a step.
+
+`finetune_jointly` is the last step of post-training methods, on the calibration images. The kind `qat_joint` trains the
+same way by the epoch, on the training images (`stages.qat`), between `thaw` and `settle`.
 """
 
 import time

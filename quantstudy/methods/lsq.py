@@ -6,11 +6,11 @@ scale for a channel or a part of it, folding multiplies the channel's scale by g
 Only a negative gamma would turn the grid [-2^(b-1), 2^(b-1) - 1] around, so that channels are negated first to have
 none.
 
-Schedule: weight scales start at the least squared error of the weights, activation scales where calibration puts them
-(`activation_range`); both learn from the first step, while zero points stay. After each epoch, before it is scored, the
-statistics of BatchNorm are estimated anew with its weights (Nagel, Fournarakis, Bondarenko and Blankevoort 2022,
-*Overcoming Oscillations in Quantization-Aware Training*, section 3). In the end weights are rounded and BatchNorm is
-folded into scales and biases.
+Schedule: weight scales start where `weight_range` puts them, activation scales where calibration does
+(`activation_range`), weights at fp32's or at those that GPTQ rounds; all learn from the first step, while zero points
+stay. At the start and after each epoch, before it is scored, the statistics of BatchNorm are estimated anew with its
+weights (Nagel, Fournarakis, Bondarenko and Blankevoort 2022, *Overcoming Oscillations in Quantization-Aware Training*,
+section 3). In the end weights are rounded and BatchNorm is folded into scales and biases.
 """
 
 import copy
