@@ -140,7 +140,7 @@ class Rounding(Section):
     """How weights become symmetric integers, per channel or per group, whatever their bits.
 
     What a post-training method does beyond rounding to nearest comes in the order of these keys; see
-    `methods.post_training`. A method that trains chooses its ranges and rounds to nearest in each step.
+    `methods.post_training`. Of the methods that train, qat_joint starts from all of it, qat_lsq from ranges and GPTQ.
     """
 
     group_size: int | None = None
@@ -164,7 +164,8 @@ class Rounding(Section):
     def _refuse(self, *keys: str) -> None:
         """Raise `ValueError` if one of `keys` is not its default."""
         if any(getattr(self, key) != type(self).model_fields[key].default for key in keys):
-            raise ValueError(f"a method that trains takes no {', '.join(keys[:-1])} or {keys[-1]}; remove them")
+            kind = getattr(self, "kind", "")
+            raise ValueError(f"kind {kind} takes no {', '.join(keys[:-1])} or {keys[-1]}; remove them")
 
     @field_validator("group_size")
     @classmethod
@@ -217,6 +218,14 @@ class Static(Scheme):
     activation_bits: Bits = 8
     activation_range: Literal["minmax", "moving_average", "mse", "entropy"] = "minmax"
     clip_percentile: Annotated[float, Field(gt=50, le=100)] | None = None
+
+    @model_validator(mode="after")
+    def _clips_one_way(self) -> "Static":
+        if self.clip_percentile is not None and self.activation_range != "minmax":
+            raise ValueError(
+                f"clip_percentile cuts the range minmax, not {self.activation_range}; remove one of the keys"
+            )
+        return self
 
 
 class MixedLinear(Scheme):
@@ -309,7 +318,7 @@ class QatJoint(QatWithScales):
     """
 
     kind: Literal["qat_joint"]  # type: ignore[assignment]
-    learning_rate: Annotated[float, Field(gt=0)] | None = 0.03
+    learning_rate: Annotated[float, Field(gt=0)] = 0.03
     """Of the codes, in steps of the grid."""
 
 

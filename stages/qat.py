@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         images = load_split(layout.split(name, "calibration"))
         calibration["images"] = [x for x, _ in Batches(images, seen, study.calibration.batch_size, "cpu")]
     variant = TRAINED[settings.kind](model, calibration, settings)
-    variant.requires_grad_(True).to(device)
+    if not is_joint:
+        variant.requires_grad_(True)
+    variant.to(device)
 
     split = load_split(layout.split(name, "train"))
     rows = settings.of_study(study.qat, method) if is_lsq or is_joint else study.qat
@@ -51,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         resume=layout.resume(name, method),
         fingerprint=training.fingerprint(
             *(rows, settings, study.seed, seen),
-            *(sha256(path) for path in (fp32, layout.calibration(name), layout.split(name, "train"))),
+            *(sha256(path) for path in (fp32, layout.calibration(name))),
+            *(sha256(layout.split(name, part)) for part in ("train", "calibration")),
         ),
         dtype=DTYPES[settings.dtype] if is_cast else training_dtype("fp32", device),
         score_start=True,

@@ -17,7 +17,9 @@ from quantstudy.methods.moments import Moments
 from quantstudy.quantization.layers import quantized_layers
 
 LEAST, MOST = 0.5, 2.0
-"""Gains beyond these are of channels that rounding has broken."""
+"""Gains beyond these are of channels that rounding has broken; they are corrected no further."""
+CONSTANT = 1e-4
+"""The share of its mean square below which an output's variance counts as none: in float32 it would be noise."""
 
 
 @torch.no_grad()
@@ -38,17 +40,21 @@ def correct_gains(model: nn.Module, network: nn.Module, moments: dict[str, Momen
 def output_gain(weight: Tensor, rounded: Tensor, moments: Moments) -> Tensor:
     """Return the slope of each output channel with weight `rounded` on that with `weight`, both float32 [O, ...]: [O].
 
-    It is 1 where the output of `weight` is constant.
+    It is 1 where the output of `weight` is constant, or where the slope falls: there is nothing to scale. Inputs in
+    different blocks of `moments` count as uncorrelated.
     """
     groups = moments.mean.shape[0]
     before, after = (w.float().flatten(1).unflatten(0, (groups, -1)) for w in (weight, rounded))  # [groups, O / g, K]
-    common, variance = torch.zeros(2, *before.shape[:2]).unbind()
+    common, variance, power = torch.zeros(3, *before.shape[:2]).unbind()
     start = 0
     for second in moments.second:
         columns = slice(start, start + second.shape[1])
         mean = moments.mean[:, columns]
-        response = before[:, :, columns] @ (second - mean[:, :, None] * mean[:, None, :])
+        part = before[:, :, columns]
+        response = part @ (second - mean[:, :, None] * mean[:, None, :])
         common = common + (response * after[:, :, columns]).sum(2)
-        variance = variance + (response * before[:, :, columns]).sum(2)
+        variance = variance + (response * part).sum(2)
+        power = power + ((part @ second) * part).sum(2)
         start = columns.stop
-    return torch.where(variance > 0, common / variance, 1.0).flatten()
+    slope = common / variance
+    return torch.where((variance > CONSTANT * power) & (slope > 0), slope, 1.0).flatten()

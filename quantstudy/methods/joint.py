@@ -40,7 +40,7 @@ class MovingCodes(nn.Module):
     def __init__(self, codes: Tensor, scale: Tensor, scheme: WeightScheme) -> None:
         super().__init__()
         self.scheme, self.shape = scheme, codes.shape
-        self.register_buffer("start", scale, persistent=False)
+        self.register_buffer("start", scale.clone())
         self.start: Tensor
         self.codes = nn.Parameter(scheme.grouped(codes.float()))
         self.log_scale = nn.Parameter(torch.zeros_like(scale))
@@ -94,9 +94,11 @@ def finetune_jointly(reference: nn.Module, network: nn.Module, images: list[Tens
 
 
 def thaw(network: nn.Module) -> None:
-    """Make frozen layers trainable, in place: biases, activation scales, and the codes of those that are not LARGE."""
+    """Let what frozen layers have learn, and nothing else, in place: biases, activation scales, codes if not LARGE."""
+    network.requires_grad_(False)
     layers: dict[str, Any] = quantized_layers(network)
     for layer in layers.values():
+        layer.forget_dense()
         if layer.bias is not None:
             layer.bias.requires_grad_(True)
         activation: ActivationQuantizer = layer.activation
@@ -109,17 +111,17 @@ def thaw(network: nn.Module) -> None:
 
 def parameter_groups(network: nn.Module, rate: float) -> list[dict[str, Any]]:
     """Return what learns in a thawed network, for Adam: codes at `rate`, all else in proportion to it."""
-    found: list[dict[str, Any]] = []
-    layers: dict[str, Any] = quantized_layers(network)
-    for layer in layers.values():
-        if layer.bias is not None:
-            found.append({"params": [layer.bias], "lr": rate * BIAS_SHARE})
+    layers: list[Any] = list(quantized_layers(network).values())
+    quantizers = [layer.weight_quantizer for layer in layers if layer.weight_quantizer is not None]
+    found = [
+        {"params": [quantizer.codes for quantizer in quantizers], "lr": rate},
+        {"params": [quantizer.log_scale for quantizer in quantizers], "lr": rate * SCALE_SHARE},
+        {"params": [layer.bias for layer in layers if layer.bias is not None], "lr": rate * BIAS_SHARE},
+    ]
+    for layer in layers:
         if (learned := layer.activation.learned) is not None:
             found.append({"params": [learned.scale], "lr": rate * SCALE_SHARE * layer.activation.scale})
-        if (quantizer := layer.weight_quantizer) is not None:
-            found.append({"params": [quantizer.codes], "lr": rate})
-            found.append({"params": [quantizer.log_scale], "lr": rate * SCALE_SHARE})
-    return found
+    return [group for group in found if group["params"]]
 
 
 @torch.no_grad()

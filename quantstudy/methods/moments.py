@@ -1,4 +1,4 @@
-"""The moments of each layer's input on calibration images, which GPTQ works on.
+"""The moments of each layer's input on calibration images, which GPTQ and gain correction work on.
 
 A convolution is a linear layer over patches: for each of its groups, X [columns, K] holds a patch of K = (in_channels /
 groups) * kH * kW values a column, as `nn.Unfold` lays them out, padding included. A linear layer has one group.

@@ -76,7 +76,8 @@ class ActivationQuantizer(nn.Module):
     def settle(self) -> None:
         """End training: the learned scale becomes the quantizer's own."""
         if self.learned is not None:
-            self.scale, self.zero_point = float(self.learned.scale), int(self.learned.zero_point)
+            self.scale = max(float(self.learned.scale), SMALLEST_SCALE)
+            self.zero_point = int(self.learned.zero_point)
             self.learned = None
 
     def extra_repr(self) -> str:
@@ -122,8 +123,7 @@ class _QuantLayer(nn.Module):
     def set_codes(self, codes: Tensor, scale: Tensor) -> None:
         """Store int8 codes of the weight's shape and float32 scales [O, groups]; the layer is frozen after."""
         self.weight = self.weight_quantizer = None
-        if hasattr(self, "dense_weight"):
-            del self.dense_weight
+        self.forget_dense()
         self.register_buffer("packed", pack(codes, self.scheme.weight.bits))
         self.register_buffer("weight_scale", scale.to(self.scheme.weight.scale_dtype))
         self.requires_grad_(False)
@@ -150,6 +150,11 @@ class _QuantLayer(nn.Module):
         dense = self.dequantized()
         dense = dense.to(self.dtype, memory_format=torch.channels_last if dense.ndim == 4 else torch.contiguous_format)
         self.register_buffer("dense_weight", dense, persistent=False)
+
+    def forget_dense(self) -> None:
+        """Drop what `unpack` made; the next forward pass makes it anew if it needs it."""
+        if hasattr(self, "dense_weight"):
+            del self.dense_weight
 
     def prepare_to_trace(self) -> None:
         """Make the weight that a compiled or exported graph holds: int8 codes where it may, else the dense one."""

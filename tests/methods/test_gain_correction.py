@@ -42,7 +42,18 @@ def test_the_slope_of_every_channel_becomes_one(name: str, group_size: int | Non
     assert torch.equal(layer.weight_codes(), codes)
 
 
-def test_a_constant_output_and_a_channel_without_codes_are_left_as_they_are() -> None:
+@pytest.mark.parametrize("x", [torch.full((8, 64), 0.3), 5 + 1e-3 * torch.rand(8, 64)], ids=["constant", "nearly"])
+def test_a_constant_output_is_left_as_it_is(x: Tensor) -> None:
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(4, 2)), torch.ones(8, 4)
-    assert torch.equal(output_gain(model[0].weight, model[0].weight, input_moments(model, [x])["0"]), torch.ones(2))
+    model = nn.Sequential(nn.Linear(64, 8))
+    weight = model[0].weight.detach()
+    gain = output_gain(weight, (weight / 0.1).round() * 0.1, input_moments(model, [x])["0"])
+    assert torch.equal(gain, torch.ones(8))
+
+
+def test_channels_without_codes_or_of_the_wrong_sign_are_left_as_they_are() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 2)), torch.randn(64, 4)
+    weight = model[0].weight.detach()
+    rounded = torch.stack([torch.zeros(4), -weight[1]])
+    assert torch.equal(output_gain(weight, rounded, input_moments(model, [x])["0"]), torch.ones(2))

@@ -79,7 +79,7 @@ def test_rates_are_in_proportion_to_that_of_codes(network: nn.Module) -> None:
     found = quantized(network, ActivationScheme("static", 8))
     thaw(found)
     slow, fast = ([group["lr"] for group in parameter_groups(found, rate)] for rate in (0.01, 0.03))
-    assert len(slow) == 3 * 3 + 2 and [3 * rate for rate in slow] == pytest.approx(fast) and max(fast) == 0.03
+    assert len(slow) == 3 + 3 and [3 * rate for rate in slow] == pytest.approx(fast) and max(fast) == 0.03
 
 
 def test_layers_too_large_keep_their_codes(

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 from quantstudy import models
 from quantstudy.methods.registry import POST_TRAINING, TRAINED, finish, quantize
-from quantstudy.params import Static, WeightOnly, load_params
+from quantstudy.params import Method, Static, WeightOnly, load_params
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import collect, quantizable_layers
 from quantstudy.quantization.variant import Variant, load_variant, save_variant
@@ -175,3 +176,22 @@ def test_bias_correction_zeroes_the_mean_error_of_each_channel(network: nn.Modul
 
 def _channel_mean(y: torch.Tensor) -> torch.Tensor:
     return y.mean((0, 2, 3)) if y.ndim == 4 else y.mean(0)
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"kind": "qat_static", "gain_correction": True}, "kind qat_static takes no equalize, weight_range, rounding"),
+        ({"kind": "qat_lsq", "finetune": True}, "kind qat_lsq takes no equalize, gain_correction"),
+        (
+            {"kind": "qat_lsq", "rounding": "brecq"},
+            "rounding is brecq; training starts from weights rounded by nearest",
+        ),
+        ({"kind": "qat_joint", "clip_percentile": 99.9}, "clip_percentile cuts the range minmax, not mse"),
+        ({"kind": "qat_joint", "learning_rate": None}, "learning_rate"),
+    ],
+    ids=["static", "lsq", "lsq-rounding", "joint-clipped", "joint-rate"],
+)
+def test_a_key_that_a_method_does_not_take_is_refused(row: dict[str, Any], line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        TypeAdapter(Method).validate_python(row | {"weight_bits": 4})
