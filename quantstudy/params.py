@@ -100,10 +100,11 @@ class Training(Section):
 
 
 class Pace(Section):
-    """How long and how fast a method that learns its scales trains in one study."""
+    """How a method that trains with its scales trains in one study, where that is not as the study's others do."""
 
     epochs: Annotated[int, Field(ge=1)] | None = None
     learning_rate: Annotated[float, Field(gt=0)] | None = None
+    augmentation: Augmentation | None = None
 
 
 class Qat(Training):
@@ -292,6 +293,7 @@ class QatWithScales(Static):
             "schedule": self.schedule,
             "epochs": here.epochs or self.epochs,
             "learning_rate": here.learning_rate or self.learning_rate,
+            "augmentation": here.augmentation,
         }
         return row.model_copy(update={"methods": {}} | {key: value for key, value in own.items() if value is not None})
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from quantstudy import models
 from quantstudy.methods.lsq import estimate_batchnorm, freeze_learned, learnable
 from quantstudy.methods.registry import quantize
-from quantstudy.params import Qat, QatLsq, Static
+from quantstudy.params import Pace, Qat, QatLsq, Static
 from quantstudy.quantization.layers import LayerScheme, quantized_layers
 from quantstudy.quantization.learned import LearnedActivation, LearnedWeight
 from quantstudy.quantization.observers import collect, quantizable_layers
@@ -138,3 +138,5 @@ def test_the_pace_is_the_studys_for_the_method_then_the_methods_then_the_studys(
     plain = QatLsq(kind="qat_lsq", weight_bits=4, activation_bits=8)
     found = [method.of_study(row, "qat_a"), method.of_study(row, "qat_b"), plain.of_study(row, "qat_b")]
     assert [(pace.epochs, pace.learning_rate) for pace in found] == [(7, 3e-3), (7, 2e-2), (1, 1e-5)]
+    cropped = row.model_copy(update={"augmentation": "crop_flip", "methods": {"qat_a": Pace(augmentation="flip")}})
+    assert [method.of_study(cropped, name).augmentation for name in ("qat_a", "qat_b")] == ["flip", "crop_flip"]
