@@ -141,7 +141,7 @@ class Rounding(Section):
     """How weights become symmetric integers, per channel or per group, whatever their bits.
 
     What a post-training method does beyond rounding to nearest comes in the order of these keys; see
-    `methods.post_training`. Of the methods that train, qat_joint starts from all of it, qat_lsq from ranges and GPTQ.
+    `methods.post_training`. Of the methods that train, qat_joint starts from all of it, qat_lsq from ranges.
     """
 
     group_size: int | None = None
@@ -307,9 +307,7 @@ class QatLsq(QatWithScales):
 
     @model_validator(mode="after")
     def _is_trained(self) -> "QatLsq":
-        self._refuse("equalize", "gain_correction", "bias_correction", "finetune")
-        if self.rounding not in ("nearest", "gptq"):
-            raise ValueError(f"rounding is {self.rounding}; training starts from weights rounded by nearest or gptq")
+        self._refuse("equalize", "rounding", "gain_correction", "bias_correction", "finetune")
         return self
 
 

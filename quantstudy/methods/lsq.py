@@ -6,11 +6,11 @@ scale for a channel or a part of it, folding multiplies the channel's scale by g
 Only a negative gamma would turn the grid [-2^(b-1), 2^(b-1) - 1] around, so that channels are negated first to have
 none.
 
-Schedule: weight scales start where `weight_range` puts them, activation scales where calibration does
-(`activation_range`), weights at fp32's or at those that GPTQ rounds; all learn from the first step, while zero points
-stay. At the start and after each epoch, before it is scored, the statistics of BatchNorm are estimated anew with its
-weights (Nagel, Fournarakis, Bondarenko and Blankevoort 2022, *Overcoming Oscillations in Quantization-Aware Training*,
-section 3). In the end weights are rounded and BatchNorm is folded into scales and biases.
+Schedule: weight scales start at the least squared error of the weights, activation scales where calibration puts them
+(`activation_range`); both learn from the first step, while zero points stay. At the start and after each epoch, before
+it is scored, the statistics of BatchNorm are estimated anew with its weights (Nagel, Fournarakis, Bondarenko and
+Blankevoort 2022, *Overcoming Oscillations in Quantization-Aware Training*, section 3). In the end weights are rounded
+and BatchNorm is folded into scales and biases.
 """
 
 import copy
@@ -20,8 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantstudy.methods.gptq import gptq_codes
-from quantstudy.methods.moments import input_moments
 from quantstudy.models import conv_norm_pairs
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.learned import LearnedActivation, LearnedWeight
@@ -31,38 +29,21 @@ RE_ESTIMATION_BATCHES = 50
 
 
 def learnable(
-    model: nn.Module,
-    statistics: dict[str, Any],
-    schemes: dict[str, LayerScheme],
-    how: ActivationRange,
-    images: Iterable[Tensor] | None = None,
+    model: nn.Module, statistics: dict[str, Any], schemes: dict[str, LayerScheme], how: ActivationRange
 ) -> nn.Module:
     """Return a copy of `model`, its BatchNorm not folded, whose layers quantize with learned scales.
 
-    Args:
-        model: the fp32 network.
-        statistics: the layers' of `observers.collect`.
-        schemes: how each layer is quantized, by name.
-        how: where the scales of activations start.
-        images: batches of float32 [N, 3, S, S], on which GPTQ rounds the weights that training starts from; None:
-            it starts from the model's.
+    `statistics` are the layers' of `observers.collect`, `schemes` name the layers, `how` their starting range.
     """
     network = copy.deepcopy(model)
-    moments = None if images is None else input_moments(model, images, names=set(schemes))
     for convolution, norm in conv_norm_pairs(network):
         _make_gamma_positive(network.get_submodule(convolution), network.get_submodule(norm))
-    layers: dict[str, Any] = quantize_layers(network, schemes)
-    for name, layer in layers.items():
-        scheme, weight = layer.scheme, layer.weight.detach()
-        steps = scheme.weight.choose_scale(weight)
-        if moments is not None:
-            codes = gptq_codes(weight, steps, scheme.weight, moments[name])
-            weight.copy_(scheme.weight.dequantize(codes, steps))
-        layer.weight_quantizer = LearnedWeight(steps, scheme.weight)
+    for name, layer in quantize_layers(network, schemes).items():
+        scheme = layer.scheme
+        layer.weight_quantizer = LearnedWeight(layer.weight.detach(), scheme.weight)  # type: ignore[union-attr]
         if scheme.activation.mode == "static":
-            bounds = activation_range(statistics[name], scheme.activation, how)
-            scale, zero_point = scheme.activation.choose_qparams(*bounds)
-            layer.activation.learned = LearnedActivation(scale, zero_point, scheme.activation.highest)
+            grid = scheme.activation.choose_qparams(*activation_range(statistics[name], scheme.activation, how))
+            layer.activation.learned = LearnedActivation(*grid, scheme.activation.highest)
     return network
 
 

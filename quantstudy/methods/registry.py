@@ -94,8 +94,7 @@ def trainable_static(model: nn.Module, calibration: Calibration, settings: P.Sta
 def trainable_steps(model: nn.Module, calibration: Calibration, settings: P.QatLsq) -> Variant:
     """Build the static scheme with learned scales; `model` has its BatchNorm, which training keeps (`methods.lsq`)."""
     schemes = _schemes(model, settings, replaceable(model, calibration), "static")
-    images = calibration["images"] if settings.rounding == "gptq" else None
-    return Variant(learnable(model, calibration["layers"], schemes, settings.activation_range, images))
+    return Variant(learnable(model, calibration["layers"], schemes, settings.activation_range))
 
 
 def trainable_jointly(model: nn.Module, calibration: Calibration, settings: P.QatJoint) -> Variant:

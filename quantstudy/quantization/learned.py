@@ -17,12 +17,12 @@ from quantstudy.quantization.schemes import SMALLEST_SCALE, WeightScheme
 
 
 class LearnedWeight(nn.Module):
-    """A weight quantizer with learned scales, float32 [O * groups]; they start at `scale` [O, groups]."""
+    """A weight quantizer with learned scales, float32 [O * groups]."""
 
-    def __init__(self, scale: Tensor, scheme: WeightScheme) -> None:
+    def __init__(self, weight: Tensor, scheme: WeightScheme) -> None:
         super().__init__()
         self.scheme = scheme
-        self.scale = nn.Parameter(scale.flatten())
+        self.scale = nn.Parameter(scheme.choose_scale(weight).flatten())
         self.register_buffer("zero_point", torch.zeros_like(self.scale), persistent=False)
         self.zero_point: Tensor
 

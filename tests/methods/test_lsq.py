@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from quantstudy import models
 from quantstudy.methods.lsq import estimate_batchnorm, freeze_learned, learnable
-from quantstudy.methods.registry import quantize
-from quantstudy.params import Pace, Qat, QatLsq, Static
+from quantstudy.params import Pace, Qat, QatLsq
 from quantstudy.quantization.layers import LayerScheme, quantized_layers
 from quantstudy.quantization.learned import LearnedActivation, LearnedWeight
 from quantstudy.quantization.observers import collect, quantizable_layers
@@ -25,7 +24,7 @@ def paper_gradient(v: Tensor, lowest: int, highest: int) -> Tensor:
 def test_the_weight_scale_has_the_gradient_of_the_paper(bits: int) -> None:
     torch.manual_seed(0)
     scheme, weight = WeightScheme(bits), torch.randn(5, 4, 3, 3)
-    quantizer = LearnedWeight(scheme.choose_scale(weight), scheme)
+    quantizer = LearnedWeight(weight, scheme)
     upstream = torch.randn_like(weight)
     (quantizer(weight) * upstream).sum().backward()
     v = weight / quantizer.scale.detach().view(-1, 1, 1, 1)
@@ -64,7 +63,7 @@ def test_the_activation_scale_has_the_gradient_of_the_paper() -> None:
 def test_a_frozen_weight_is_the_trained_one(group_size: int | None) -> None:
     torch.manual_seed(0)
     scheme, weight = WeightScheme(4, group_size), torch.randn(5, 3, 3, 3)
-    quantizer = LearnedWeight(scheme.choose_scale(weight), scheme)
+    quantizer = LearnedWeight(weight, scheme)
     codes, scale = quantizer.freeze(weight)
     torch.testing.assert_close(scheme.dequantize(codes, scale), quantizer(weight).detach())
 
@@ -98,19 +97,6 @@ def test_folding_after_training_leaves_the_function(network: nn.Module, images: 
     assert not any(isinstance(module, nn.BatchNorm2d) for module in found.modules())
     assert len(quantized_layers(found)) == 53
     assert float((frozen - trained).norm() / trained.norm()) < 2e-2  # float32 rounding moves a few codes of activations
-
-
-def test_training_may_start_from_the_weights_that_gptq_rounds(network: nn.Module, images: Tensor) -> None:
-    folded = models.fold_batchnorm(network)
-    statistics = collect(folded, [(images, torch.zeros(16))], 256)
-    settings = Static(kind="static", weight_bits=4, activation_bits=8, rounding="gptq")
-    after = quantize(folded, statistics | {"images": [images]}, settings)
-    schemes = {name: layer.scheme for name, layer in quantized_layers(after.network).items()}
-    found = learnable(network, statistics["layers"], schemes, "minmax", [images]).eval()
-    freeze_learned(found, models.conv_norm_pairs(network))
-    for name, layer in quantized_layers(after.network).items():
-        same = quantized_layers(found)[name].weight_codes() == layer.weight_codes()
-        assert same.float().mean() > 0.99, name  # folding BatchNorm rounds in float32, which moves a code in thousands
 
 
 def test_batchnorm_is_estimated_as_the_average_of_the_batches() -> None:

@@ -182,15 +182,11 @@ def _channel_mean(y: torch.Tensor) -> torch.Tensor:
     ("row", "line"),
     [
         ({"kind": "qat_static", "gain_correction": True}, "kind qat_static takes no equalize, weight_range, rounding"),
-        ({"kind": "qat_lsq", "finetune": True}, "kind qat_lsq takes no equalize, gain_correction"),
-        (
-            {"kind": "qat_lsq", "rounding": "brecq"},
-            "rounding is brecq; training starts from weights rounded by nearest",
-        ),
+        ({"kind": "qat_lsq", "finetune": True}, "kind qat_lsq takes no equalize, rounding, gain_correction"),
         ({"kind": "qat_joint", "clip_percentile": 99.9}, "clip_percentile cuts the range minmax, not mse"),
         ({"kind": "qat_joint", "learning_rate": None}, "learning_rate"),
     ],
-    ids=["static", "lsq", "lsq-rounding", "joint-clipped", "joint-rate"],
+    ids=["static", "lsq", "joint-clipped", "joint-rate"],
 )
 def test_a_key_that_a_method_does_not_take_is_refused(row: dict[str, Any], line: str) -> None:
     with pytest.raises(ValueError, match=line):
