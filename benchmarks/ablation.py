@@ -4,10 +4,10 @@
     python -m benchmarks.ablation --study mobilenetv2_food101_64px --schemes W4A8 --seeds 3
 
 Starts from models/<study>/fp32.pth. Calibration images are drawn from the training part of the training split, by
-seed, `--images` a draw; `--seeds` draws for the last row of a scheme, one for the rows
-before it. Top-1 is on the whole test split, simulated in eager mode. Variants trained by the pipeline, if their files
-are there, follow their scheme. Writes reports/<study>/ablation.json and .md; rows that are there already are kept, so
-that a run can be continued or extended; delete the file to begin anew.
+seed, `--images` a draw; `--seeds` draws for the last row of a scheme, one for the rows before it. Top-1 is on the whole
+test split, simulated in eager mode. Variants trained by the pipeline, if their files are there, follow their scheme.
+Writes reports/<study>/ablation.json and .md; rows that are there already are kept, so that a run can be continued or
+extended; delete the file to begin anew.
 """
 
 import argparse
