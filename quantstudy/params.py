@@ -6,7 +6,7 @@ number out of range is an error of one line that names the key, the value and th
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -93,6 +93,8 @@ class Training(Section):
     schedule: Schedule = "cosine"
     augmentation: Augmentation = "flip"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """The probability of every Dropout layer while it trains; None: the architecture's own."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     max_images: Annotated[int, Field(ge=1)] | None = None
@@ -105,6 +107,7 @@ class Pace(Section):
     epochs: Annotated[int, Field(ge=1)] | None = None
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     augmentation: Augmentation | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
 
 
 class Qat(Training):
@@ -288,13 +291,10 @@ class QatWithScales(Static):
 
     def of_study(self, row: Qat, name: str) -> Qat:
         """Return a study's row with the numbers of the method, called `name`, in it."""
-        here = row.methods.get(name, Pace())
-        own = {
-            "schedule": self.schedule,
-            "epochs": here.epochs or self.epochs,
-            "learning_rate": here.learning_rate or self.learning_rate,
-            "augmentation": here.augmentation,
-        }
+        here = row.methods.get(name, Pace()).model_dump()
+        own = here | {"schedule": self.schedule}
+        for key in ("epochs", "learning_rate"):
+            own[key] = here[key] or getattr(self, key)
         return row.model_copy(update={"methods": {}} | {key: value for key, value in own.items() if value is not None})
 
 
@@ -318,6 +318,7 @@ class QatJoint(QatWithScales):
     """
 
     kind: Literal["qat_joint"]  # type: ignore[assignment]
+    distillation: ClassVar[float] = 1.0
     learning_rate: Annotated[float, Field(gt=0)] = 0.03
     """Of the codes, in steps of the grid."""
 

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 
 from quantstudy import layout, models, parallel, training
 from quantstudy.checkpoint import load_checkpoint, load_tensors
-from quantstudy.data.batches import Batches
+from quantstudy.data.batches import load_images
 from quantstudy.data.container import load_split
 from quantstudy.device import DTYPES, describe, set_up, training_dtype
 from quantstudy.errors import run_stage
 from quantstudy.files import sha256, write_json
-from quantstudy.methods.joint import parameter_groups
+from quantstudy.methods.joint import parameter_groups, with_fixed_codes
 from quantstudy.methods.lsq import estimate_batchnorm
 from quantstudy.methods.registry import TRAINED, finish, settings_of
-from quantstudy.params import QatCast, QatJoint, QatLsq, load_params
+from quantstudy.params import QatCast, QatJoint, QatLsq, QatWithScales, load_params
 from quantstudy.quantization.variant import save_variant
 
 
@@ -33,18 +33,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     fp32 = layout.model(name, "fp32")
     calibration = load_tensors(layout.calibration(name)) | {"image_size": study.data.image_size}
     is_cast, is_lsq, is_joint = (isinstance(settings, kind) for kind in (QatCast, QatLsq, QatJoint))
-    distillation = settings.distillation if is_lsq else float(is_joint)
+    is_paced = isinstance(settings, QatWithScales)
+    distillation = settings.distillation if is_paced else 0.0
     model, seen = models.load_fp32(fp32, fold=not is_lsq), models.load_preprocessing(fp32)
     if getattr(settings, "needs_images", False):
-        images = load_split(layout.split(name, "calibration"))
-        calibration["images"] = [x for x, _ in Batches(images, seen, study.calibration.batch_size, "cpu")]
+        calibration["images"] = load_images(layout.split(name, "calibration"), seen, study.calibration.batch_size)
     variant = TRAINED[settings.kind](model, calibration, settings)
     if not is_joint:
         variant.requires_grad_(True)
+    kept = with_fixed_codes(variant.network) if is_joint else []
     variant.to(device)
 
     split = load_split(layout.split(name, "train"))
-    rows = settings.of_study(study.qat, method) if is_lsq or is_joint else study.qat
+    rows = settings.of_study(study.qat, method) if is_paced else study.qat
     batches, validation = training.training_and_validation(split, seen, rows, study.seed, device)
     run = training.Run(
         name=f"{name} {method}",
@@ -70,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = layout.model(name, method)
     save_variant(path, finish(variant.cpu(), model, settings), load_checkpoint(fp32), method)
     facts = training.summary(state, batches, validation) | {"arithmetic": describe(device, run.dtype)}
+    if is_joint:
+        facts["layers_that_keep_their_codes"] = kept
     write_json(layout.training_summary(name, method), facts)
     print(f"best epoch {state.best_epoch}: validation top-1 {state.best_score[0]:.2f} %")
 

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Sequence
 
 from quantstudy import layout, models
-from quantstudy.data.batches import Batches
+from quantstudy.data.batches import Batches, load_images
 from quantstudy.data.container import load_split
 from quantstudy.device import set_up
 from quantstudy.errors import run_stage
@@ -28,10 +28,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     fp32 = layout.model(name, "fp32")
     model, seen = models.load_fp32(fp32), models.load_preprocessing(fp32)
-    split = load_split(layout.split(name, "calibration"))
-    calibration = {"images": [images for images, _ in Batches(split, seen, study.calibration.batch_size, "cpu")]}
+    calibration_split, size = layout.split(name, "calibration"), study.calibration.batch_size
+    calibration = {"images": load_images(calibration_split, seen, size)}
+    split = load_split(calibration_split)
     measured = split.subset(range(min(settings.images or len(split), len(split))))
-    batches = list(Batches(measured, seen, study.calibration.batch_size, "cpu"))
+    batches = list(Batches(measured, seen, size, "cpu"))
     _, macs = count_macs(model, seen.image_size)
     rows = measure_layers(model, calibration, batches, settings, macs)
 

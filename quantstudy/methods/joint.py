@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from quantstudy.methods.reconstruction import LARGE, progress_of
 from quantstudy.quantization.layers import ActivationQuantizer, quantized_layers
@@ -107,6 +108,13 @@ def thaw(network: nn.Module) -> None:
             activation.learned = LearnedActivation(*grid)
         if layer.shape.numel() <= LARGE:
             layer.weight_quantizer = MovingCodes(layer.weight_codes(), layer.weight_scale.float(), layer.scheme.weight)
+    if kept := with_fixed_codes(network):
+        tqdm.write(f"joint fine-tuning leaves the codes of layers of more than {LARGE} weights: {', '.join(kept)}")
+
+
+def with_fixed_codes(network: nn.Module) -> list[str]:
+    """Return the names of a thawed network's layers whose codes do not learn."""
+    return [name for name, layer in quantized_layers(network).items() if layer.weight_quantizer is None]
 
 
 def parameter_groups(network: nn.Module, rate: float) -> list[dict[str, Any]]:

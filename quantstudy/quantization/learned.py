@@ -4,16 +4,19 @@ Esser, McKinstry, Bablani, Appuswamy and Modha, *Learned Step Size Quantization*
 gradient of round(clip(v)) s by s is round(v) - v inside the grid and the grid's end outside (equation 3), times 1 /
 sqrt(values * highest code) (section 2.2). Here a scale belongs to an output channel or a group of weights, and to a
 tensor of activations, whose zero point stays as calibrated; scales start at the least squared error instead of 2
-mean|x| / sqrt(highest code), and what rounds to the grid's end counts as inside. PyTorch's own learnable fake
-quantization computes both directions in one pass.
+mean|x| / sqrt(highest code), and what rounds to the grid's end counts as inside.
+
+Of activations, PyTorch's own learnable fake quantization computes both directions in one pass. Of weights with many
+scales its backward pass goes over the memory many times; `_LearnedStep` does it in parts that stay in the cache.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantstudy.quantization.schemes import SMALLEST_SCALE, WeightScheme
+from quantstudy.quantization.schemes import SMALLEST_SCALE, WeightScheme, cached_rows
 
 
 class LearnedWeight(nn.Module):
@@ -23,17 +26,13 @@ class LearnedWeight(nn.Module):
         super().__init__()
         self.scheme = scheme
         self.scale = nn.Parameter(scheme.choose_scale(weight).flatten())
-        self.register_buffer("zero_point", torch.zeros_like(self.scale), persistent=False)
-        self.zero_point: Tensor
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the rounded weight, in the shape of `weight`."""
         per_channel = self.scheme.group_size is None
         rows = weight if per_channel else self.scheme.grouped(weight).flatten(0, 1)
-        factor = 1 / math.sqrt(rows[0].numel() * self.scheme.highest)
-        grid = (self.scheme.lowest, self.scheme.highest, factor)
         scale = self.scale.clamp_min(SMALLEST_SCALE)
-        rounded: Tensor = torch._fake_quantize_learnable_per_channel_affine(rows, scale, self.zero_point, 0, *grid)
+        rounded: Tensor = _LearnedStep.apply(rows, scale, self.scheme.lowest, self.scheme.highest)
         return rounded if per_channel else self.scheme.ungrouped(rounded.unflatten(0, (len(weight), -1)), weight.shape)
 
     @torch.no_grad()
@@ -41,6 +40,40 @@ class LearnedWeight(nn.Module):
         """Return the int8 codes and the scales [O, groups]."""
         scale = self.scheme.rounded(self.scale.detach().view(len(weight), -1))
         return self.scheme.quantize(weight, scale), scale
+
+
+class _LearnedStep(torch.autograd.Function):
+    """Round rows [R, ...] to codes of the grid, times their scales [R]; the gradients are those above."""
+
+    @staticmethod
+    def forward(context: Any, rows: Tensor, scale: Tensor, lowest: int, highest: int) -> Tensor:
+        context.save_for_backward(rows, scale)
+        context.grid = lowest, highest
+        rounded = torch.empty_like(rows)
+        for x, step, out in _parts(rows, scale, rounded):
+            torch.div(x, step, out=out).round_().clamp_(lowest, highest).mul_(step)
+        return rounded
+
+    @staticmethod
+    def backward(context: Any, *gradients: Any) -> tuple[Tensor, Tensor, None, None]:
+        rows, scale = context.saved_tensors
+        (lowest, highest), upstream = context.grid, gradients[0]
+        by_rows, by_scale = torch.empty_like(rows), []
+        for x, step, given, out in _parts(rows, scale, upstream, by_rows):
+            v = x / step
+            inside = v.round()
+            code = inside.clamp(lowest, highest)
+            inside.eq_(code)
+            torch.mul(given, inside, out=out)
+            by_scale.append(code.sub_(v.mul_(inside)).mul_(given).sum(tuple(range(1, v.ndim))))
+        factor = 1 / math.sqrt(rows[0].numel() * highest)
+        return by_rows, torch.cat(by_scale) * factor, None, None
+
+
+def _parts(rows: Tensor, scale: Tensor, *others: Tensor) -> Any:
+    """Return the rows, their scales [r, 1, ...] and other tensors of the rows' shape, in parts of a few rows."""
+    step = scale.view(-1, *[1] * (rows.ndim - 1))
+    return zip(*(x.split(cached_rows(rows)) for x in (rows, step, *others)), strict=True)
 
 
 class LearnedActivation(nn.Module):

@@ -11,7 +11,7 @@ _HEADER = ("scheme", "techniques", "drop", "top-1 %", "seeds", "images", "p, row
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Return the rows of an ablation as a Markdown table; drops in percentage points against fp32.
 
-    A row that adds techniques to those of the row above names only what it adds.
+    A row that adds techniques to those of the row above names only what it adds; one that adds a single one has its p.
     """
     lines = ["| " + " | ".join(_HEADER) + " |", "|---|---|" + "---:|" * (len(_HEADER) - 2)]
     above: tuple[str, list[str]] = ("", [])
@@ -21,7 +21,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         techniques = "+ " * (same > 0) + " + ".join(names[same:])
         above = (row["scheme"], names)
         spread = "" if row["top1_drop_std"] is None else f" ± {row['top1_drop_std']:.2f}"
-        p = row["p_above"]
+        p = row["p_above"] if same and len(names) == same + 1 else None
         cells = (
             row["scheme"],
             techniques,

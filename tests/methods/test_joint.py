@@ -82,8 +82,8 @@ def test_rates_are_in_proportion_to_that_of_codes(network: nn.Module) -> None:
     assert len(slow) == 3 + 3 and [3 * rate for rate in slow] == pytest.approx(fast) and max(fast) == 0.03
 
 
-def test_layers_too_large_keep_their_codes(
-    network: nn.Module, images: list[Tensor], monkeypatch: pytest.MonkeyPatch
+def test_layers_too_large_keep_their_codes_and_are_named(
+    network: nn.Module, images: list[Tensor], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(joint, "CODE_RATE", 0.5)
     monkeypatch.setattr(joint, "LARGE", 300)
@@ -93,3 +93,4 @@ def test_layers_too_large_keep_their_codes(
     finetune_jointly(network, found, images, 60)
     kept = {name: torch.equal(layer.weight_codes(), before[name]) for name, layer in quantized_layers(found).items()}
     assert kept == {"0": False, "2": False, "5": True}
+    assert "leaves the codes of layers of more than 300 weights: 5\n" in capsys.readouterr().out

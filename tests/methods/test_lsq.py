@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from quantstudy import models
 from quantstudy.methods.lsq import estimate_batchnorm, freeze_learned, learnable
 from quantstudy.params import Pace, Qat, QatLsq
+from quantstudy.quantization import schemes
 from quantstudy.quantization.layers import LayerScheme, quantized_layers
 from quantstudy.quantization.learned import LearnedActivation, LearnedWeight
 from quantstudy.quantization.observers import collect, quantizable_layers
@@ -20,14 +21,24 @@ def paper_gradient(v: Tensor, lowest: int, highest: int) -> Tensor:
     return torch.where(inside, v.round() - v, v.clamp(lowest, highest))
 
 
+@pytest.mark.parametrize("cached", [2**18, 80], ids=["at once", "in parts"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_the_weight_scale_has_the_gradient_of_the_paper(bits: int) -> None:
+def test_the_weight_and_its_scale_have_the_gradients_of_the_paper(
+    bits: int, cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schemes, "_CACHED", cached)
     torch.manual_seed(0)
-    scheme, weight = WeightScheme(bits), torch.randn(5, 4, 3, 3)
-    quantizer = LearnedWeight(weight, scheme)
+    scheme, weight = WeightScheme(bits), torch.randn(5, 4, 3, 3).to(memory_format=torch.channels_last)
+    weight.requires_grad_(True)
+    quantizer = LearnedWeight(weight.detach(), scheme)
+    with torch.no_grad():
+        quantizer.scale.mul_(0.4)  # so that some weights are outside
     upstream = torch.randn_like(weight)
     (quantizer(weight) * upstream).sum().backward()
-    v = weight / quantizer.scale.detach().view(-1, 1, 1, 1)
+    v = weight.detach() / quantizer.scale.detach().view(-1, 1, 1, 1)
+    inside = (v.round() >= scheme.lowest) & (v.round() <= scheme.highest)
+    assert not inside.all()
+    torch.testing.assert_close(weight.grad, upstream * inside)
     factor = 1 / math.sqrt(weight[0].numel() * scheme.highest)
     wanted = (paper_gradient(v, scheme.lowest, scheme.highest) * upstream).flatten(1).sum(1) * factor
     torch.testing.assert_close(quantizer.scale.grad, wanted, rtol=1e-4, atol=1e-6)
