@@ -74,13 +74,19 @@ def test_a_table_has_the_rows_that_are_asked_for() -> None:
         filled(Path("README.md"), f"<!-- results: s int8 -->\n{end}", lambda path: table)
 
 
-def test_the_readme_is_short_and_opens_with_one_figure_and_one_table() -> None:
-    """The other of each, beside other tools, is a recipe's."""
+def test_the_readme_is_short_and_no_part_of_it_has_more_than_a_figure_and_a_table() -> None:
+    """It opens with one of each; of the recipes one compares with other tools, two are of fewer bits."""
     text = (ROOT / "README.md").read_text()
-    opening, recipes = text.split("## Two commands")
     assert len(text.splitlines()) <= 230
-    for part in (opening, recipes):
-        assert part.count("<!-- end -->") == 1 and part.count("![") == 1
+    opening, rest = text.split("## Two commands")
+    parts = {part.split("\n", 1)[0]: part for part in rest.split("\n### ")}
+    found = {title: (part.count("<!-- end -->"), part.count("![")) for title, part in parts.items()}
+    assert (opening.count("<!-- end -->"), opening.count("![")) == (1, 1)
+    assert {title: counts for title, counts in found.items() if counts != (0, 0)} == {
+        "Compare with other tools": (1, 1),
+        "Hold four bits, or fewer": (1, 0),
+        "Give each layer the bits it needs": (0, 2),
+    }
 
 
 @pytest.mark.skipif(why_missing("onnxruntime") is not None, reason="no onnxruntime")

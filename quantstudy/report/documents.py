@@ -5,7 +5,7 @@ number there is typed by hand. The kinds are
 
 - `results`: the study's result table; with names of variants behind the study, their rows alone;
 - `peers`: the comparison with other tools (`benchmarks/peers.py`);
-- `ablation`: what each technique adds (`benchmarks/ablation.py`);
+- `ablation`: what each technique adds (`benchmarks/ablation.py`); with names of schemes, their rows alone;
 - `front`: accuracy against size for budgets of bits (`benchmarks/budget_front.py`).
 """
 
@@ -46,39 +46,37 @@ def filled(page: Path, text: str, read: Read = read_utf8) -> str:
     """Return the text of a page with every marked place as the reports have it.
 
     Raises:
-        UserError: a report is missing, or a study has no variant of a name.
+        UserError: a report is missing, or its table has no row of a name.
     """
 
     def place(found: re.Match[str]) -> str:
-        start, kind, study, variants, end = found.groups()
+        start, kind, study, names, end = found.groups()
         try:
-            return f"{start}{content(kind, study, variants.split(), page, read)}{end}"
+            return f"{start}{content(kind, study, names.split(), page, read)}{end}"
         except FileNotFoundError as error:
             raise UserError(f"{page}: no file {error.filename}; run `{COMMANDS[kind]}` first") from None
 
     return PLACE.sub(place, text)
 
 
-def content(kind: str, study: str, variants: Sequence[str], page: Path, read: Read) -> str:
+def content(kind: str, study: str, names: Sequence[str], page: Path, read: Read) -> str:
     """Return what stands in a marked place, Markdown."""
     if kind == "peers":
         return read(layout.peers(study, "md"))
-    if kind == "ablation":
-        return read(layout.report(study) / "ablation.md")
     if kind == "front":
         return front(study, page, read)
-    table = read(layout.report(study) / "results.md")
-    return with_rows(table, variants) if variants else table
+    table = read(layout.report(study) / f"{kind}.md")
+    return with_rows(table, names) if names else table
 
 
-def with_rows(table: str, variants: Sequence[str]) -> str:
-    """Return a table, and the text under it, with the rows of `variants` alone."""
+def with_rows(table: str, wanted: Sequence[str]) -> str:
+    """Return a table, and the text under it, with the rows alone whose first cell is one of `wanted`."""
     lines = table.splitlines(keepends=True)
     names = {line: line.strip("| ").split(" ", 1)[0] for line in lines[2:] if line.startswith("|")}
-    for variant in variants:
-        if variant not in names.values():
-            raise unknown("variant", variant, list(names.values()))
-    return "".join(line for line in lines if line not in names or names[line] in variants)
+    for name in wanted:
+        if name not in names.values():
+            raise unknown("row", name, list(dict.fromkeys(names.values())))
+    return "".join(line for line in lines if line not in names or names[line] in wanted)
 
 
 def front(study: str, page: Path, read: Read) -> str:

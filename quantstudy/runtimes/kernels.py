@@ -24,6 +24,7 @@ and a convolution with the largest codes that comes out exact.
 """
 
 import functools
+import math
 import platform
 import warnings
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from quantstudy.runtimes.onednn_geometry import as_pair, split_padding, stride_to_thin
-from quantstudy.runtimes.uint8 import choose_dynamic_qparams, pad_codes, quantize_to_uint8
+from quantstudy.runtimes.uint8 import CodeMaxPool2d, choose_dynamic_qparams, pad_codes, quantize_to_uint8
 
 PostOp = Literal["none", "relu", "relu6"]
 
@@ -43,6 +44,8 @@ _ATTRIBUTES: dict[PostOp, tuple[str, list[float]]] = {
     "relu": ("relu", []),
     "relu6": ("hardtanh", [0.0, 6.0]),
 }
+_CACHED_BYTES = 2**24
+"""What the last level of a cache holds: of 4, 8 and 16 MB the fastest for VGG-11 at 224 px, on an EPYC."""
 _OPERATORS = ("qconv_prepack", "qconv2d_pointwise", "qlinear_prepack", "qlinear_pointwise")
 
 
@@ -197,6 +200,10 @@ class Int8Conv2d(_Int8Layer):
             return y
         return y[:, :, :: self._thinning[0], :: self._thinning[1]].contiguous(memory_format=torch.channels_last)
 
+    def written_bytes(self, size: Sequence[int]) -> int:
+        """Return about how many bytes of codes an input image of a height and a width becomes."""
+        return len(self._scale) * math.prod(max(1, side // step) for side, step in zip(size, self.stride, strict=True))
+
     def _convolve(self, codes: Tensor, scale: float, zero_point: int) -> Tensor:
         """Convolve with the zero point's part of the sums, zero_point * sum(q_w), moved into the bias."""
         padding, bias = self.padding, self._bias
@@ -210,6 +217,25 @@ class Int8Conv2d(_Int8Layer):
             *(codes, scale, 0, self._packed.tensor, self._scale, self._zero_point, bias),
             *(self.stride, padding, self.dilation, self.groups, *self._last_arguments),
         )
+
+
+class PooledConv2d(nn.Module):
+    """A convolution that writes codes, and the max pooling that reads them, some images at a time: [N, C, H, W].
+
+    What the convolution writes then stays in the cache until it is read: VGG-11's first layer at 224 px writes 51 MB
+    for 16 images, and its batch took 2 to 4 % less so.
+    """
+
+    def __init__(self, convolution: Int8Conv2d, pool: CodeMaxPool2d) -> None:
+        super().__init__()
+        self.convolution, self.pool = convolution, pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve and pool."""
+        images = max(1, _CACHED_BYTES // self.convolution.written_bytes(x.shape[-2:]))
+        if len(x) <= images:
+            return self.pool(self.convolution(x))
+        return torch.cat([self.pool(self.convolution(part)) for part in x.split(images)])
 
 
 class Int8Linear(_Int8Layer):

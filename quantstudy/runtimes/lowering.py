@@ -6,7 +6,9 @@
 3. what is left between two layers and does not change the values, or keeps their order, is followed: Identity,
    Dropout, max pooling, flattening. Where every reader at the end is a layer with one and the same static 8-bit
    grid, the first layer writes the codes of that grid and the readers take them. No float32 image exists there;
-   the pooling and flattening run on uint8.
+   the pooling and flattening run on uint8;
+4. a convolution and the max pooling that alone reads its codes are computed some images at a time, so that the codes
+   of a large image stay in the cache between the two (`PooledConv2d`).
 
 Sums of residual blocks, average pooling and concatenation stay in float32. A layer with run-time ranges needs a
 float32 input, so that a dynamic network gains 1 and 2 only. Against the simulation a fused code can differ by one
@@ -30,6 +32,7 @@ from quantstudy.runtimes.kernels import (
     DynamicActivation,
     Int8Conv2d,
     Int8Linear,
+    PooledConv2d,
     PostOp,
     StaticActivation,
 )
@@ -79,6 +82,7 @@ def lower_int8(model: nn.Module) -> fx.GraphModule:
         if _runs_in_int8(layer):
             post_op, output = _fuse(lowered, node) if calls[node.target] == 1 else ("none", None)
             lowered.set_submodule(str(node.target), make_kernel(layer, post_op, output))
+    _join_pooling(lowered, calls)
     graph.lint()
     lowered.recompile()
     return lowered
@@ -140,6 +144,20 @@ def _fuse(model: fx.GraphModule, node: fx.Node) -> tuple[PostOp, StaticActivatio
     if isinstance(shared, StaticActivation) and shared.highest == 255:
         return post_op, shared
     return post_op, None
+
+
+def _join_pooling(model: fx.GraphModule, calls: Counter[Any]) -> None:
+    """Put convolutions that write codes and the max pooling that alone reads them into one module."""
+    for node in list(model.graph.nodes):
+        pool, before = _module(model, node), node.args[0] if node.args else None
+        if not isinstance(pool, CodeMaxPool2d) or not isinstance(before, fx.Node) or len(before.users) > 1:
+            continue
+        convolution = _module(model, before)
+        once = calls[node.target] == calls[before.target] == 1
+        if isinstance(convolution, Int8Conv2d) and convolution.output is not None and once:
+            model.set_submodule(str(before.target), PooledConv2d(convolution, pool))
+            node.replace_all_uses_with(before)
+            model.graph.erase_node(node)
 
 
 def _post_op(model: fx.GraphModule, node: fx.Node) -> PostOp | None:

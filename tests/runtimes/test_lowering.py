@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.schemes import ActivationScheme, Mode, WeightScheme
-from quantstudy.runtimes.kernels import Int8Conv2d, StaticActivation, int8_kernels_available
+from quantstudy.runtimes import kernels
+from quantstudy.runtimes.kernels import Int8Conv2d, PooledConv2d, StaticActivation, int8_kernels_available
 from quantstudy.runtimes.lowering import count_kernels, lower_int8
 from quantstudy.runtimes.uint8 import CodeMaxPool2d
 
@@ -48,6 +49,10 @@ def mobile_network() -> nn.Module:
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"plain": plain_network, "mobile": mobile_network}
+
+
+def joined_of(network: nn.Module) -> list[PooledConv2d]:
+    return [module for module in network.modules() if isinstance(module, PooledConv2d)]
 
 
 def images(count: int = 4) -> Tensor:
@@ -101,18 +106,29 @@ def test_static_network_passes_codes_from_layer_to_layer() -> None:
     lowered = lower_int8(network_of("plain", "static"))
     assert [node.target for node in lowered.graph.nodes if node.op == "call_module"] == [
         "0",
-        "3",
         "4",
-        "6",
         "7",
         "8",
         "11",
     ]
-    kernels = [module for module in lowered.modules() if hasattr(module, "post_op")]
-    assert [kernel.post_op for kernel in kernels] == ["relu", "relu", "relu", "none"]
-    assert [kernel.output for kernel in kernels[:-1]] == [kernel.activation for kernel in kernels[1:]]
-    assert kernels[-1].output is None
+    found = [module for module in lowered.modules() if hasattr(module, "post_op")]
+    assert sorted(kernel.post_op for kernel in found) == ["none", "relu", "relu", "relu"]
+    grids = {kernel.activation for kernel in found}
+    assert {kernel.output for kernel in found} - {None} == grids - {joined_of(lowered)[0].convolution.activation}
     assert sum(isinstance(module, CodeMaxPool2d) for module in lowered.modules()) == 2
+
+
+@torch.no_grad()
+def test_a_convolution_and_its_pooling_go_over_some_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    lowered = lower_int8(network_of("plain", "static"))
+    joined = joined_of(lowered)
+    assert [module.convolution.written_bytes((16, 16)) for module in joined] == [40 * 256, 16 * 256]
+    whole = lowered(images(5))
+    monkeypatch.setattr(kernels, "_CACHED_BYTES", 2 * 40 * 256)
+    seen: list[int] = []
+    joined[0].pool.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    assert torch.equal(lowered(images(5)), whole) and seen == [2, 2, 1]
+    assert lowered(images(0)).shape == (0, 10)
 
 
 @torch.no_grad()
