@@ -28,7 +28,7 @@ from torch import nn
 from quantstudy import layout, models
 from quantstudy import params as P
 from quantstudy.checkpoint import load_checkpoint
-from quantstudy.data.batches import Batches, run_on_split
+from quantstudy.data.batches import images_of, run_on_split
 from quantstudy.data.container import Split, load_split
 from quantstudy.data.sampling import validation_indices
 from quantstudy.device import set_up
@@ -82,8 +82,7 @@ class Subject:
         """Draw calibration images from what the fp32 model was trained on, never from the validation part."""
         kept, _ = validation_indices(self.train.labels, 0.1, self.seed)
         order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))
-        batches = Batches(self.train, self.preprocessing, BATCH, CPU, indices=kept[order[: self.images]])
-        images = [batch for batch, _ in batches]
+        images = images_of(self.train.subset(kept[order[: self.images]]), self.preprocessing, BATCH)
         observed = collect(self.fp32, [(x, torch.empty(0)) for x in images], 2048) if is_static else {}
         return observed | {"images": images}
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.peer_tools import BATCH_SIZES, CPU, TOOLS, Candidate, Subject, noise
 from quantstudy import layout, models
-from quantstudy.data.batches import Batches
+from quantstudy.data.batches import Batches, images_of
 from quantstudy.data.container import load_split
 from quantstudy.device import set_up
 from quantstudy.errors import one_line
@@ -71,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _subject(name: str, params: Params, folder: Path, methods: list[str]) -> Subject:
     path = layout.model(name, "fp32")
     seen = models.load_preprocessing(path)
-    split = load_split(layout.split(name, "calibration"))
-    images = [images for images, _ in Batches(split, seen, 16, CPU)]
+    images = images_of(load_split(layout.split(name, "calibration")), seen, 16)
     return Subject(
         name, params, models.load_fp32(path), images, load_split(layout.split(name, "test")), folder, methods
     )

@@ -6,7 +6,7 @@ number out of range is an error of one line that names the key, the value and th
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -318,7 +318,6 @@ class QatJoint(QatWithScales):
     """
 
     kind: Literal["qat_joint"]  # type: ignore[assignment]
-    distillation: ClassVar[float] = 1.0
     learning_rate: Annotated[float, Field(gt=0)] = 0.03
     """Of the codes, in steps of the grid."""
 

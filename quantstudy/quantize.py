@@ -19,7 +19,7 @@ from quantstudy import params as P
 from quantstudy.architectures import build, check_logits
 from quantstudy.attention import opened_names
 from quantstudy.checkpoint import FORMAT, load_checkpoint, load_tensors
-from quantstudy.data.batches import Batches, run_on_split
+from quantstudy.data.batches import Batches, images_of, run_on_split
 from quantstudy.data.container import Split
 from quantstudy.device import set_up
 from quantstudy.errors import UserError, unknown
@@ -140,7 +140,7 @@ def _quantized(model: nn.Module, images: Split, seen: P.Preprocessing, settings:
     batches = Batches(images, seen, batch_size, _CPU)
     calibration = collect(model, batches, P.Calibration().bins) | {"image_size": seen.image_size}
     if getattr(settings, "needs_images", False):
-        calibration["images"] = [batch for batch, _ in batches]
+        calibration["images"] = images_of(images, seen, batch_size)
     return registry.quantize(model, calibration, settings)
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from quantstudy import layout, models
 from quantstudy.checkpoint import load_checkpoint
-from quantstudy.data.batches import load_images
+from quantstudy.data.batches import images_of
+from quantstudy.data.container import load_split
 from quantstudy.device import set_up
 from quantstudy.errors import run_stage
 from quantstudy.files import read_json
@@ -31,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     fp32 = layout.model(name, "fp32")
     model, rows = models.load_fp32(fp32), read_json(layout.sensitivity(name, "json"))
     allocations = allocations_within(model, rows, settings, f"methods.{method}")
-    split, seen = layout.split(name, "calibration"), models.load_preprocessing(fp32)
-    images = load_images(split, seen, study.calibration.batch_size)
+    split, seen = load_split(layout.split(name, "calibration")), models.load_preprocessing(fp32)
+    images = images_of(split, seen, study.calibration.batch_size)
     widths = sorted({width for bits in allocations for width in bits.values() if width < HALF})
     table = quantized_table(model, {"images": images}, settings, widths)
     divergence = divergence_from(model, table, images)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from quantstudy import layout, models
 from quantstudy.checkpoint import load_checkpoint, load_tensors
-from quantstudy.data.batches import load_images
+from quantstudy.data.batches import images_of
+from quantstudy.data.container import load_split
 from quantstudy.device import set_up
 from quantstudy.errors import run_stage
 from quantstudy.methods.registry import POST_TRAINING, quantize, settings_of
@@ -28,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = models.load_fp32(fp32)
     calibration = load_tensors(layout.calibration(name)) | {"image_size": study.data.image_size}
     if getattr(settings, "needs_images", False):
-        split, seen = layout.split(name, "calibration"), models.load_preprocessing(fp32)
-        calibration["images"] = load_images(split, seen, study.calibration.batch_size)
+        split, seen = load_split(layout.split(name, "calibration")), models.load_preprocessing(fp32)
+        calibration["images"] = images_of(split, seen, study.calibration.batch_size)
     variant = quantize(model, calibration, settings)
 
     path = layout.model(name, method)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from quantstudy import layout, models, parallel, training
 from quantstudy.checkpoint import load_checkpoint, load_tensors
-from quantstudy.data.batches import load_images
+from quantstudy.data.batches import images_of
 from quantstudy.data.container import load_split
 from quantstudy.device import DTYPES, describe, set_up, training_dtype
 from quantstudy.errors import run_stage
@@ -34,10 +34,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     calibration = load_tensors(layout.calibration(name)) | {"image_size": study.data.image_size}
     is_cast, is_lsq, is_joint = (isinstance(settings, kind) for kind in (QatCast, QatLsq, QatJoint))
     is_paced = isinstance(settings, QatWithScales)
-    distillation = settings.distillation if is_paced else 0.0
+    distillation = settings.distillation if is_lsq else float(is_joint)
     model, seen = models.load_fp32(fp32, fold=not is_lsq), models.load_preprocessing(fp32)
     if getattr(settings, "needs_images", False):
-        calibration["images"] = load_images(layout.split(name, "calibration"), seen, study.calibration.batch_size)
+        images = load_split(layout.split(name, "calibration"))
+        calibration["images"] = images_of(images, seen, study.calibration.batch_size)
     variant = TRAINED[settings.kind](model, calibration, settings)
     if not is_joint:
         variant.requires_grad_(True)

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Sequence
 
 from quantstudy import layout, models
-from quantstudy.data.batches import Batches, load_images
+from quantstudy.data.batches import Batches, images_of
 from quantstudy.data.container import load_split
 from quantstudy.device import set_up
 from quantstudy.errors import run_stage
@@ -28,9 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     fp32 = layout.model(name, "fp32")
     model, seen = models.load_fp32(fp32), models.load_preprocessing(fp32)
-    calibration_split, size = layout.split(name, "calibration"), study.calibration.batch_size
-    calibration = {"images": load_images(calibration_split, seen, size)}
-    split = load_split(calibration_split)
+    split, size = load_split(layout.split(name, "calibration")), study.calibration.batch_size
+    calibration = {"images": images_of(split, seen, size)}
     measured = split.subset(range(min(settings.images or len(split), len(split))))
     batches = list(Batches(measured, seen, size, "cpu"))
     _, macs = count_macs(model, seen.image_size)

@@ -9,14 +9,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from quantstudy.data.augment import augment
-from quantstudy.data.container import Split, load_split
+from quantstudy.data.container import Split
 from quantstudy.params import Augmentation, Preprocessing
 
 _AHEAD = 2
@@ -131,12 +130,12 @@ def _resident(split: Split, device: torch.device) -> Tensor | None:
     return split.images.to(device) if split.images.nbytes <= _GPU_SHARE * free else split.images
 
 
+def images_of(split: Split, preprocessing: Preprocessing, batch_size: int) -> list[Tensor]:
+    """Return the images of a split as the network sees them, float32 [N, 3, S, S] a batch, on the CPU."""
+    return [images for images, _ in Batches(split, preprocessing, batch_size, "cpu")]
+
+
 @torch.no_grad()
-def load_images(path: Path, preprocessing: Preprocessing, batch_size: int) -> list[Tensor]:
-    """Return the images of a split's file as the network sees them, float32 [N, 3, S, S] a batch, on the CPU."""
-    return [images for images, _ in Batches(load_split(path), preprocessing, batch_size, "cpu")]
-
-
 def run_on_split(
     run: Callable[[Tensor], Tensor],
     split: Split,

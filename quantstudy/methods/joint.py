@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from quantstudy import parallel
 from quantstudy.methods.reconstruction import LARGE, progress_of
 from quantstudy.quantization.layers import ActivationQuantizer, quantized_layers
 from quantstudy.quantization.learned import LearnedActivation
@@ -108,12 +109,14 @@ def thaw(network: nn.Module) -> None:
             activation.learned = LearnedActivation(*grid)
         if layer.shape.numel() <= LARGE:
             layer.weight_quantizer = MovingCodes(layer.weight_codes(), layer.weight_scale.float(), layer.scheme.weight)
-    if kept := with_fixed_codes(network):
-        tqdm.write(f"joint fine-tuning leaves the codes of layers of more than {LARGE} weights: {', '.join(kept)}")
+    kept = with_fixed_codes(network)
+    if kept and not parallel.rank():
+        names = ", ".join(kept)
+        tqdm.write(f"joint fine-tuning leaves codes and scales of weights that are more than {LARGE}: {names}")
 
 
 def with_fixed_codes(network: nn.Module) -> list[str]:
-    """Return the names of a thawed network's layers whose codes do not learn."""
+    """Return the names of a thawed network's layers whose codes and weight scales do not learn."""
     return [name for name, layer in quantized_layers(network).items() if layer.weight_quantizer is None]
 
 

@@ -11,7 +11,7 @@ _HEADER = ("scheme", "techniques", "drop", "top-1 %", "seeds", "images", "p, row
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Return the rows of an ablation as a Markdown table; drops in percentage points against fp32.
 
-    A row that adds techniques to those of the row above names only what it adds; one that adds a single one has its p.
+    A row that adds techniques to those of the row above names only what it adds; p is shown where that is a single one.
     """
     lines = ["| " + " | ".join(_HEADER) + " |", "|---|---|" + "---:|" * (len(_HEADER) - 2)]
     above: tuple[str, list[str]] = ("", [])

@@ -3,10 +3,12 @@
 A page marks a place with `<!-- <kind>: <study> -->` and `<!-- end -->`, and what stands between is replaced, so that no
 number there is typed by hand. The kinds are
 
-- `results`: the study's result table; with names of variants behind the study, their rows alone;
+- `results`: the study's result table;
 - `peers`: the comparison with other tools (`benchmarks/peers.py`);
-- `ablation`: what each technique adds (`benchmarks/ablation.py`); with names of schemes, their rows alone;
+- `ablation`: what each technique adds (`benchmarks/ablation.py`);
 - `front`: accuracy against size for budgets of bits (`benchmarks/budget_front.py`).
+
+Names behind the study of a table, of variants, tools or schemes, leave only the rows that begin with one of them.
 """
 
 import json
@@ -61,21 +63,19 @@ def filled(page: Path, text: str, read: Read = read_utf8) -> str:
 
 def content(kind: str, study: str, names: Sequence[str], page: Path, read: Read) -> str:
     """Return what stands in a marked place, Markdown."""
-    if kind == "peers":
-        return read(layout.peers(study, "md"))
     if kind == "front":
         return front(study, page, read)
-    table = read(layout.report(study) / f"{kind}.md")
-    return with_rows(table, names) if names else table
+    table = read(layout.peers(study, "md") if kind == "peers" else layout.report(study) / f"{kind}.md")
+    return with_rows(table, names, f"{page}, {kind} of {study}") if names else table
 
 
-def with_rows(table: str, wanted: Sequence[str]) -> str:
-    """Return a table, and the text under it, with the rows alone whose first cell is one of `wanted`."""
+def with_rows(table: str, wanted: Sequence[str], where: str) -> str:
+    """Return a table, and the text under it, with only the rows whose first cell is one of `wanted`."""
     lines = table.splitlines(keepends=True)
     names = {line: line.strip("| ").split(" ", 1)[0] for line in lines[2:] if line.startswith("|")}
     for name in wanted:
         if name not in names.values():
-            raise unknown("row", name, list(dict.fromkeys(names.values())))
+            raise unknown(where, name, list(dict.fromkeys(names.values())))
     return "".join(line for line in lines if line not in names or names[line] in wanted)
 
 

@@ -82,7 +82,7 @@ def lower_int8(model: nn.Module) -> fx.GraphModule:
         if _runs_in_int8(layer):
             post_op, output = _fuse(lowered, node) if calls[node.target] == 1 else ("none", None)
             lowered.set_submodule(str(node.target), make_kernel(layer, post_op, output))
-    _join_pooling(lowered, calls)
+    _join_pooling(lowered)
     graph.lint()
     lowered.recompile()
     return lowered
@@ -146,18 +146,20 @@ def _fuse(model: fx.GraphModule, node: fx.Node) -> tuple[PostOp, StaticActivatio
     return post_op, None
 
 
-def _join_pooling(model: fx.GraphModule, calls: Counter[Any]) -> None:
-    """Put convolutions that write codes and the max pooling that alone reads them into one module."""
+def _join_pooling(model: fx.GraphModule) -> None:
+    """Put convolutions that write codes and the max pooling that alone reads them into one module.
+
+    Not those with ranges found at run time, which are the batch's. A convolution that writes codes is called once.
+    """
     for node in list(model.graph.nodes):
-        pool, before = _module(model, node), node.args[0] if node.args else None
-        if not isinstance(pool, CodeMaxPool2d) or not isinstance(before, fx.Node) or len(before.users) > 1:
+        convolution, readers = _module(model, node), list(node.users)
+        pool = _module(model, readers[0]) if len(readers) == 1 else None
+        if not isinstance(convolution, Int8Conv2d) or not isinstance(pool, CodeMaxPool2d):
             continue
-        convolution = _module(model, before)
-        once = calls[node.target] == calls[before.target] == 1
-        if isinstance(convolution, Int8Conv2d) and convolution.output is not None and once:
-            model.set_submodule(str(before.target), PooledConv2d(convolution, pool))
-            node.replace_all_uses_with(before)
-            model.graph.erase_node(node)
+        if convolution.output is not None and isinstance(convolution.activation, StaticActivation):
+            model.set_submodule(str(node.target), PooledConv2d(convolution, pool))
+            readers[0].replace_all_uses_with(node)
+            model.graph.erase_node(readers[0])
 
 
 def _post_op(model: fx.GraphModule, node: fx.Node) -> PostOp | None:

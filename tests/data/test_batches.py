@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from quantstudy.data.augment import flip, resized_crop, shift
-from quantstudy.data.batches import Batches
+from quantstudy.data.batches import Batches, run_on_split
 from quantstudy.data.container import Split
 from quantstudy.params import Data
 from quantstudy.sources.images import ImageList
@@ -94,6 +94,11 @@ def test_everything_after_decoding_happens_on_the_device(make, image_size: int, 
     """The meta device refuses to work with a tensor that lies elsewhere."""
     for images, labels in Batches(make(), data(image_size), 8, "meta", shuffle=True, augmentation=augmentation):
         assert images.device.type == labels.device.type == "meta"
+
+
+def test_a_model_that_trains_runs_on_a_split_too() -> None:
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 2))
+    assert run_on_split(network, decoded_split(), data(8), 8, torch.device("cpu")).shape == (25, 2)
 
 
 def test_encoded_images_are_decoded_in_order() -> None:

@@ -93,4 +93,4 @@ def test_layers_too_large_keep_their_codes_and_are_named(
     finetune_jointly(network, found, images, 60)
     kept = {name: torch.equal(layer.weight_codes(), before[name]) for name, layer in quantized_layers(found).items()}
     assert kept == {"0": False, "2": False, "5": True}
-    assert "leaves the codes of layers of more than 300 weights: 5\n" in capsys.readouterr().out
+    assert "leaves codes and scales of weights that are more than 300: 5\n" in capsys.readouterr().out

@@ -2,12 +2,13 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
+from quantstudy.quantization.layers import ActivationQuantizer, LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.schemes import ActivationScheme, Mode, WeightScheme
 from quantstudy.runtimes import kernels
 from quantstudy.runtimes.kernels import Int8Conv2d, PooledConv2d, StaticActivation, int8_kernels_available
@@ -129,6 +130,15 @@ def test_a_convolution_and_its_pooling_go_over_some_images_at_a_time(monkeypatch
     joined[0].pool.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     assert torch.equal(lowered(images(5)), whole) and seen == [2, 2, 1]
     assert lowered(images(0)).shape == (0, 10)
+
+
+@torch.no_grad()
+def test_ranges_found_at_run_time_are_the_whole_batchs() -> None:
+    network = network_of("plain", "static")
+    first = quantized_layers(network)["0"]
+    first.activation = ActivationQuantizer(ActivationScheme("dynamic", 8))
+    first.scheme = replace(first.scheme, activation=ActivationScheme("dynamic", 8))
+    assert len(joined_of(lower_int8(network))) == 1
 
 
 @torch.no_grad()
