@@ -93,8 +93,6 @@ class Training(Section):
     schedule: Schedule = "cosine"
     augmentation: Augmentation = "flip"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """The probability of every Dropout layer while it trains; None: the architecture's own."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     max_images: Annotated[int, Field(ge=1)] | None = None
@@ -107,7 +105,6 @@ class Pace(Section):
     epochs: Annotated[int, Field(ge=1)] | None = None
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     augmentation: Augmentation | None = None
-    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
 
 
 class Qat(Training):

@@ -86,7 +86,6 @@ def train(model: nn.Module, training: Batches, validation: Batches, run: Run) ->
     if not run.settings.epochs:
         return _scored(model, validation, run)
     device = next(model.parameters()).device
-    _set_dropout(model, run.settings.dropout)
     averaging = parallel.averaging(model)
     optimizer = _optimizer(model, run, fused=run.dtype != torch.float16)
     schedule = _schedule(optimizer, run.settings, len(training))
@@ -118,13 +117,6 @@ def train(model: nn.Module, training: Batches, validation: Batches, run: Run) ->
     if not parallel.rank():
         run.resume.unlink(missing_ok=True)
     return state
-
-
-def _set_dropout(model: nn.Module, probability: float | None) -> None:
-    if probability is not None:
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = probability
 
 
 def _scored(model: nn.Module, validation: Batches, run: Run) -> State:

@@ -87,15 +87,6 @@ def test_training_cannot_lose_to_its_start(run: training.Run, batches: tuple[Bat
     assert state.best_score[0] >= before
 
 
-def test_dropout_is_the_architectures_unless_the_settings_say_otherwise(
-    run: training.Run, batches: tuple[Batches, Batches]
-) -> None:
-    for wanted, found in ((None, 0.2), (0.0, 0.0), (0.4, 0.4)):
-        model = network()
-        training.train(model, *batches, replace(run, settings=run.settings.model_copy(update={"dropout": wanted})))
-        assert [module.p for module in model.modules() if isinstance(module, nn.Dropout)] == [found]
-
-
 def test_divergence_is_one_line(run: training.Run, batches: tuple[Batches, Batches]) -> None:
     wild = replace(run, settings=P.Training(epochs=3, learning_rate=1e12))
     with pytest.raises(UserError, match="lower learning_rate"):
