@@ -61,7 +61,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "mse weight ranges": {"weight_range": "mse"},
     "joint fine-tuning": {"finetune": True},
 }
-TRAINED = {"W8A8": "qat_int8", "W4A8": "qat_w4a8", "W4A4": "qat_w4a4", "W2A8": "qat_w2a8"}
+TRAINED = {"qat_int8": "W8A8", "qat_w4a8": "W4A8", "qat_w4a4": "W4A4", "qat_w2a8": "W2A8", "qat_w2a8_g32": "W2A8"}
 
 
 @dataclass
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             seeds = arguments.seeds if number == len(steps) else 1
             _add(rows, subject, scheme, steps[:number], seeds)
             _write(rows, subject, file)
-    for scheme, variant in TRAINED.items():
+    for variant, scheme in TRAINED.items():
         if layout.model(arguments.study, variant).is_file():
             _add_trained(rows, subject, scheme, variant)
     _write(rows, subject, file)
@@ -212,8 +212,9 @@ def _put(
 
 def _place(row: Row) -> tuple[int, bool, list[int]]:
     """Order the rows of a scheme so that each stands under the one that it adds a technique to."""
-    schemes = list(SCHEMES) + [name for name in TRAINED if name not in SCHEMES]
-    steps = [list(STEPS).index(name) for name in row["techniques"]] if row["post_training"] else []
+    schemes = list(dict.fromkeys([*SCHEMES, *TRAINED.values()]))
+    order = list(STEPS) if row["post_training"] else list(TRAINED)
+    steps = [order.index(name) for name in row["techniques"]]
     return schemes.index(row["scheme"]), not row["post_training"], steps
 
 
