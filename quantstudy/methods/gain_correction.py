@@ -18,8 +18,8 @@ from quantstudy.quantization.layers import quantized_layers
 
 LEAST, MOST = 0.5, 2.0
 """Gains beyond these are of channels that rounding has broken; they are corrected no further."""
-CONSTANT = 1e-4
-"""The share of its mean square below which an output's variance counts as none: in float32 it would be noise."""
+CONSTANT = 1e-5
+"""The share of sum(w^2 E[x^2]) below which the variance of an output counts as none: in float32 it would be noise."""
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def output_gain(weight: Tensor, rounded: Tensor, moments: Moments) -> Tensor:
         response = part @ (second - mean[:, :, None] * mean[:, None, :])
         common = common + (response * after[:, :, columns]).sum(2)
         variance = variance + (response * part).sum(2)
-        power = power + ((part @ second) * part).sum(2)
+        power = power + (part.square() * second.diagonal(dim1=-2, dim2=-1)[:, None, :]).sum(2)
         start = columns.stop
     slope = common / variance
     return torch.where((variance > CONSTANT * power) & (slope > 0), slope, 1.0).flatten()
