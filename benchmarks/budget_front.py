@@ -1,10 +1,10 @@
 """Accuracy against size for budgets from 2 to 8 bits: `python -m benchmarks.budget_front --study mobilenetv2_digits`.
 
-Every point has the rounding of one method of kind mixed_budget and 16-bit floats beside its integers, so that only the
-choice of bits differs: within a budget at the size of each uniform width and half-way between, uniform, by the
-rule of linear layers, by the rule of lowest variance with more and more layers in int4. Sizes are those of the files;
-accuracy is that of the stored weights in float32 arithmetic, which a CPU without 16-bit matrices computes faster.
-The stage `sensitivity` has to have run: its calibration images choose, the test images only report.
+Every point has the rounding and the corrections of one method of kind mixed_budget and 16-bit floats beside its
+integers, so that only the choice of bits differs: within a budget at the size of each uniform width and half-way
+between, uniform, by the rule of linear layers, by the rule of lowest variance with more and more layers in int4. Sizes are those
+of the files; accuracy is that of the stored weights in float32 arithmetic, which a CPU without 16-bit matrices computes
+faster. The stage `sensitivity` has to have run: its calibration images choose, the test images only report.
 """
 
 import argparse
@@ -22,13 +22,14 @@ from torch import nn
 from quantstudy import layout, models
 from quantstudy import params as P
 from quantstudy.checkpoint import load_checkpoint
-from quantstudy.data.batches import Batches, run_on_split
+from quantstudy.data.batches import images_of, run_on_split
 from quantstudy.data.container import Split, load_split
 from quantstudy.device import DTYPES, set_up
 from quantstudy.errors import run_stage
 from quantstudy.files import read_json, write_json
 from quantstudy.measure.statistics import mcnemar_exact_p, sqnr_db, wilson_interval
 from quantstudy.methods.allocation import HALF
+from quantstudy.methods.post_training import freeze
 from quantstudy.methods.registry import mixed, settings_of
 from quantstudy.methods.sensitivity import (
     Allocation,
@@ -60,6 +61,8 @@ class Front:
     rows: Sequence[Row]
     table: Table
     divergence: Callable[[Allocation], float]
+    images: Sequence[torch.Tensor]
+    """The calibration images, in batches."""
     checkpoint: dict[str, Any]
     test: Split
     preprocessing: P.Preprocessing
@@ -111,7 +114,11 @@ class Front:
 
     def measure(self, series: str, label: str, bits: Allocation) -> tuple[Row, np.ndarray]:
         """Return the row of a point and its logits on the test images."""
-        variant = assemble(self.model, self.table, bits, DTYPES[self.settings.dtype])
+        network = assemble(self.model, self.table, bits, torch.float32).network
+        rest = self.settings.model_copy(update={"rounding": "nearest", "gain_correction": False})  # the table has both
+        calibration = {"images": self.images, "image_size": self.preprocessing.image_size}
+        freeze(self.model, network, calibration, rest)
+        variant = cast(network, DTYPES[self.settings.dtype])
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "variant.pth"
             save_variant(path, variant, self.checkpoint, series)
@@ -164,11 +171,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, seen = models.load_fp32(fp32), models.load_preprocessing(fp32)
     rows = read_json(layout.sensitivity(name, "json"))
     split = load_split(layout.split(name, "calibration"))
-    images = [batch for batch, _ in Batches(split, seen, study.calibration.batch_size, "cpu")]
+    images = images_of(split, seen, study.calibration.batch_size)
     widths = sorted({*UNIFORM} | {row["bits"] for row in rows if row["bits"] < HALF})
     table = quantized_table(model, {"images": images}, settings, widths)
     divergence, test = divergence_from(model, table, images), load_split(layout.split(name, "test"))
-    front = Front(model, settings, rows, table, divergence, load_checkpoint(fp32), test, seen)
+    front = Front(model, settings, rows, table, divergence, images, load_checkpoint(fp32), test, seen)
 
     reference = front.logits(model)
     drawn = [{"series": "fp32", "label": "fp32", "size_mb": fp32.stat().st_size / 1e6} | accuracy(reference, test)]
