@@ -2,9 +2,10 @@
 
 Every point has the rounding and the corrections of one method of kind mixed_budget and 16-bit floats beside its
 integers, so that only the choice of bits differs: within a budget at the size of each uniform width and half-way
-between, uniform, by the rule of linear layers, by the rule of lowest variance with more and more layers in int4. Sizes are those
-of the files; accuracy is that of the stored weights in float32 arithmetic, which a CPU without 16-bit matrices computes
-faster. The stage `sensitivity` has to have run: its calibration images choose, the test images only report.
+between, uniform, by the rule of linear layers, by the rule of lowest variance with more and more layers in int4.
+Sizes are those of the files; accuracy is that of the stored weights in float32 arithmetic, which a CPU without 16-bit
+matrices computes faster. The stage `sensitivity` has to have run: its calibration images choose, the test images only
+report.
 """
 
 import argparse
