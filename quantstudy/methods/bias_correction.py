@@ -10,7 +10,7 @@ keep them. The layers whose input no BatchNorm tells (an image, what comes after
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from quantstudy.errors import UserError
 from quantstudy.methods.equalization import mean_response, traced
+from quantstudy.methods.moments import Moments
 from quantstudy.quantization.layers import ChannelReLU, QuantConv2d, quantized_layers
 from quantstudy.quantization.observers import QUANTIZABLE, run_watched
 
@@ -62,6 +63,18 @@ def correct_biases(model: nn.Module, network: nn.Module, images: Tensor) -> None
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def correct_own_biases(model: nn.Module, network: nn.Module, moments: Mapping[str, Moments]) -> None:
+    """Add to the bias of each quantized layer what its own weights' errors take from its mean output, in place.
+
+    `moments` are those of the layers' inputs in `model`: with one layer quantized alone this is all of the mean error.
+    """
+    for name, layer in _correctable(network).items():
+        weight, mean = model.get_submodule(name).weight, moments[name].mean
+        missing = (weight - layer.dequantized()).flatten(1).unflatten(0, (len(mean), -1))  # type: ignore[operator]
+        _add_to_bias(layer, (missing @ mean.unsqueeze(2)).flatten())
 
 
 @torch.no_grad()

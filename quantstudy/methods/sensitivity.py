@@ -28,6 +28,7 @@ from quantstudy import params as P
 from quantstudy.errors import UserError
 from quantstudy.measure.statistics import sqnr_db
 from quantstudy.methods.allocation import HALF, allocate, operations_budget, size_budget, stored_bits
+from quantstudy.methods.bias_correction import correct_own_biases
 from quantstudy.methods.moments import input_moments
 from quantstudy.methods.registry import Calibration, weight_only
 from quantstudy.quantization.layers import quantized_layers
@@ -53,16 +54,20 @@ LOSSES: dict[str, Callable[[Row], float]] = {
 def quantized_table(model: nn.Module, calibration: Calibration, settings: P.Rounding, widths: Sequence[int]) -> Table:
     """Return each layer of `model` quantized on its own (weights alone, frozen) at each of `widths`, all below 16.
 
-    What looks at other layers' errors, bias correction and joint fine-tuning, is left out.
+    What looks at other layers' errors is left out: joint fine-tuning, and of bias correction all but what makes up for
+    the layer's own mean error.
     """
     rounding = {key: getattr(settings, key) for key in P.Rounding.model_fields}
     rounding |= {"bias_correction": False, "finetune": False}
-    if settings.rounding == "gptq" or settings.gain_correction:
+    if settings.rounding == "gptq" or settings.gain_correction or settings.bias_correction:
         calibration = {**calibration, "moments": input_moments(model, calibration["images"])}
     table: Table = {}
     for bits in widths:
         row = P.WeightOnly(kind="weight_only", weight_bits=bits, **rounding)
-        table[bits] = dict(quantized_layers(weight_only(model, calibration, row).network))
+        network = weight_only(model, calibration, row).network
+        if settings.bias_correction:
+            correct_own_biases(model, network, calibration["moments"])
+        table[bits] = dict(quantized_layers(network))
     return table
 
 

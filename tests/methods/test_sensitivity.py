@@ -218,3 +218,24 @@ def test_an_assembled_variant_is_the_one_made_whole(rounding: str, network: nn.M
     table = quantized_table(network, calibration, settings, WIDTHS[:-1])
     whole = mixed(network, calibration, settings, bits)
     assert torch.equal(assemble(network, table, bits, torch.float16)(images), whole(images))
+
+
+@torch.no_grad()
+def test_a_layer_of_the_table_keeps_its_mean_output(network: nn.Module, images: Tensor) -> None:
+    settings = MixedBudget(
+        kind="mixed_budget", mean_bits=4.0, rounding="gptq", gain_correction=True, bias_correction=True
+    )
+    table = quantized_table(network, {"images": [images]}, settings, [3])
+    for name in ("features.0.0", "features.3.conv.1.0", "features.18.0", "classifier.1"):
+        means: list[Tensor] = []
+
+        def watch(layer: nn.Module, x: Any, y: Tensor, to: list[Tensor] = means) -> None:
+            to.append(y.mean((0, 2, 3)) if y.ndim == 4 else y.mean(0))
+
+        changed = copy.deepcopy(network)
+        changed.set_submodule(name, table[3][name])
+        for model in (network, changed):
+            handle = model.get_submodule(name).register_forward_hook(watch)
+            model(images)
+            handle.remove()
+        torch.testing.assert_close(means[1], means[0], atol=1e-3 * float(means[0].abs().amax()), rtol=0, msg=name)
