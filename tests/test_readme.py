@@ -74,7 +74,7 @@ def test_a_table_has_the_rows_that_are_asked_for() -> None:
         filled(Path("README.md"), f"<!-- results: s int8 -->\n{end}", lambda path: table)
 
 
-def test_the_readme_is_short_and_no_part_of_it_has_more_than_a_figure_and_a_table() -> None:
+def test_the_readme_is_short_and_its_figures_and_tables_are_where_they_are_read() -> None:
     """It opens with one of each; of the recipes one compares with other tools, two are of fewer bits."""
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 230
