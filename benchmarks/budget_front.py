@@ -25,21 +25,20 @@ from quantstudy import params as P
 from quantstudy.checkpoint import load_checkpoint
 from quantstudy.data.batches import images_of, run_on_split
 from quantstudy.data.container import Split, load_split
-from quantstudy.device import DTYPES, set_up
+from quantstudy.device import set_up
 from quantstudy.errors import run_stage
 from quantstudy.files import read_json, write_json
 from quantstudy.measure.statistics import mcnemar_exact_p, sqnr_db, wilson_interval
 from quantstudy.methods.allocation import HALF
-from quantstudy.methods.post_training import freeze
-from quantstudy.methods.registry import mixed, settings_of
+from quantstudy.methods.registry import settings_of
 from quantstudy.methods.sensitivity import (
     Allocation,
     Row,
     Table,
     allocations_within,
-    assemble,
     divergence_from,
     mean_bits,
+    mixed,
     quantized_table,
 )
 from quantstudy.quantization.observers import quantizable_layers
@@ -62,8 +61,7 @@ class Front:
     rows: Sequence[Row]
     table: Table
     divergence: Callable[[Allocation], float]
-    images: Sequence[torch.Tensor]
-    """The calibration images, in batches."""
+    calibration: dict[str, Any]
     checkpoint: dict[str, Any]
     test: Split
     preprocessing: P.Preprocessing
@@ -115,11 +113,7 @@ class Front:
 
     def measure(self, series: str, label: str, bits: Allocation) -> tuple[Row, np.ndarray]:
         """Return the row of a point and its logits on the test images."""
-        network = assemble(self.model, self.table, bits, torch.float32).network
-        rest = self.settings.model_copy(update={"rounding": "nearest", "gain_correction": False})  # the table has both
-        calibration = {"images": self.images, "image_size": self.preprocessing.image_size}
-        freeze(self.model, network, calibration, rest)
-        variant = cast(network, DTYPES[self.settings.dtype])
+        variant = mixed(self.model, self.table, bits, self.calibration, self.settings)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "variant.pth"
             save_variant(path, variant, self.checkpoint, series)
@@ -165,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", default=P.BUDGET, help="the method of kind mixed_budget whose rounding is used")
     arguments = parser.parse_args(argv)
     name, params = arguments.study, P.load_params()
-    study, settings = params.study(name), settings_of(params, arguments.method, {P.BUDGET: mixed})
+    study, settings = params.study(name), settings_of(params, arguments.method, [P.BUDGET])
     set_up(study.seed)
 
     fp32 = layout.model(name, "fp32")
@@ -174,9 +168,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     split = load_split(layout.split(name, "calibration"))
     images = images_of(split, seen, study.calibration.batch_size)
     widths = sorted({*UNIFORM} | {row["bits"] for row in rows if row["bits"] < HALF})
-    table = quantized_table(model, {"images": images}, settings, widths)
+    calibration = {"images": images, "image_size": study.data.image_size}
+    table = quantized_table(model, calibration, settings, widths)
     divergence, test = divergence_from(model, table, images), load_split(layout.split(name, "test"))
-    front = Front(model, settings, rows, table, divergence, images, load_checkpoint(fp32), test, seen)
+    front = Front(model, settings, rows, table, divergence, calibration, load_checkpoint(fp32), test, seen)
 
     reference = front.logits(model)
     drawn = [{"series": "fp32", "label": "fp32", "size_mb": fp32.stat().st_size / 1e6} | accuracy(reference, test)]

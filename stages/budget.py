@@ -12,8 +12,8 @@ from quantstudy.device import set_up
 from quantstudy.errors import run_stage
 from quantstudy.files import read_json
 from quantstudy.methods.allocation import HALF
-from quantstudy.methods.registry import mixed, settings_of
-from quantstudy.methods.sensitivity import allocations_within, divergence_from, quantized_table
+from quantstudy.methods.registry import settings_of
+from quantstudy.methods.sensitivity import allocations_within, divergence_from, mixed, quantized_table
 from quantstudy.params import BUDGET, load_params
 from quantstudy.quantization.variant import save_variant
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     name, method = arguments.study, arguments.method
     params = load_params()
-    study, settings = params.study(name), settings_of(params, method, {BUDGET: mixed})
+    study, settings = params.study(name), settings_of(params, method, [BUDGET])
     set_up(study.seed)
 
     fp32 = layout.model(name, "fp32")
@@ -35,10 +35,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     split, seen = load_split(layout.split(name, "calibration")), models.load_preprocessing(fp32)
     images = images_of(split, seen, study.calibration.batch_size)
     widths = sorted({width for bits in allocations for width in bits.values() if width < HALF})
-    table = quantized_table(model, {"images": images}, settings, widths)
+    calibration = {"images": images, "image_size": study.data.image_size}
+    table = quantized_table(model, calibration, settings, widths)
     divergence = divergence_from(model, table, images)
     bits = min(allocations, key=divergence)
-    variant = mixed(model, {"images": images, "image_size": study.data.image_size}, settings, bits)
+    variant = mixed(model, table, bits, calibration, settings)
 
     path = layout.model(name, method)
     save_variant(path, variant, load_checkpoint(fp32), method)

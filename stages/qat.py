@@ -33,7 +33,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     fp32 = layout.model(name, "fp32")
     calibration = load_tensors(layout.calibration(name)) | {"image_size": study.data.image_size}
     is_cast, is_lsq, is_joint = (isinstance(settings, kind) for kind in (QatCast, QatLsq, QatJoint))
-    is_paced = isinstance(settings, QatWithScales)
     distillation = settings.distillation if is_lsq else float(is_joint)
     model, seen = models.load_fp32(fp32, fold=not is_lsq), models.load_preprocessing(fp32)
     if getattr(settings, "needs_images", False):
@@ -46,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     variant.to(device)
 
     split = load_split(layout.split(name, "train"))
-    rows = settings.of_study(study.qat, method) if is_paced else study.qat
+    rows = settings.of_study(study.qat, method) if isinstance(settings, QatWithScales) else study.qat
     batches, validation = training.training_and_validation(split, seen, rows, study.seed, device)
     run = training.Run(
         name=f"{name} {method}",

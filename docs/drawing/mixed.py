@@ -9,13 +9,13 @@ from torch import nn
 from docs.drawing.tiny import Example, figure
 from quantstudy import params as P
 from quantstudy.methods.allocation import HALF
-from quantstudy.methods.registry import mixed
 from quantstudy.methods.sensitivity import (
     Allocation,
     allocations_within,
     divergence_from,
     mean_bits,
     measure_layers,
+    mixed,
     quantized_table,
 )
 from quantstudy.quantization.observers import quantizable_layers
@@ -39,6 +39,9 @@ def mixed_precision(example: Example) -> Figure:
     def choose(size: float) -> Allocation:
         return min(allocations_within(example.model, rows, _budget(size), "mean_bits"), key=divergence)
 
+    def ratio(bits: Allocation) -> float:
+        return example.sqnr_db(mixed(example.model, table, bits, example.calibration, _budget(SHOWN)))
+
     chosen = {size: choose(size) for size in BUDGETS}
     by_variance = sorted(layers, key=lambda name: float(layers[name].weight.var()))
     series: dict[str, tuple[str, str, list[Allocation]]] = {
@@ -51,7 +54,7 @@ def mixed_precision(example: Example) -> Figure:
     left.barh(list(layers)[::-1], [chosen[SHOWN][name] for name in layers][::-1], color=style.VERMILLION)
     left.set(xlabel="bits", title=f"{SHOWN:g} bits a weight")
     for name, (colour, marker, allocations) in series.items():
-        points = sorted((mean_bits(example.model, bits, None), _ratio(example, bits)) for bits in allocations)
+        points = sorted((mean_bits(example.model, bits, None), ratio(bits)) for bits in allocations)
         right.plot(*zip(*points, strict=True), marker=marker, ms=5, lw=1, color=colour, label=name)
     right.set(xlabel="stored bits a weight", ylabel="SQNR of the logits, dB", title="Error by size")
     right.legend()
@@ -64,7 +67,3 @@ def _budget(mean_bits: float) -> P.MixedBudget:
 
 def _int4(layers: Mapping[str, Any], chosen: list[str]) -> Allocation:
     return dict.fromkeys(layers, HALF) | dict.fromkeys(chosen, INT4)
-
-
-def _ratio(example: Example, bits: Allocation) -> float:
-    return example.sqnr_db(mixed(example.model, example.calibration, _budget(SHOWN), bits))

@@ -114,7 +114,10 @@ class _Builder:
         if scheme.group_size is None:
             codes = self._constant_codes(f"{name}.codes", layer.weight_codes(), scheme.bits)
             scale = self._constant(f"{name}.scale", layer.weight_scale.flatten().float().numpy())
-            self._add("DequantizeLinear", [codes, scale], name, axis=0)
+            inputs = [codes, scale]
+            if scheme.bits > 4 and len(layer.shape) == 2:  # without it, ONNX Runtime multiplies in float32
+                inputs.append(self._constant(f"{name}.zero_point", np.zeros(layer.shape[0], np.int8)))
+            self._add("DequantizeLinear", inputs, name, axis=0)
             return
         columns = layer.shape[1:].numel()
         block = min(scheme.group_size, columns)

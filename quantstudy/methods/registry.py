@@ -8,7 +8,7 @@ in `params.yaml`.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -65,19 +65,6 @@ def mixed_variance(model: nn.Module, calibration: Calibration, settings: P.Mixed
     by_variance = sorted(layers, key=lambda name: float(layers[name].weight.var()))
     chosen = by_variance[: max(round(settings.fraction * len(layers)), 1)]
     variant = _finished(model, _quantized(model, settings, chosen), calibration, settings)
-    return cast(variant.network, DTYPES[settings.dtype])
-
-
-def mixed(model: nn.Module, calibration: Calibration, settings: P.MixedBudget, bits: Mapping[str, int]) -> Variant:
-    """Each layer in integers of its own `bits`, those at 16 and everything else in a 16-bit float type."""
-    schemes = {
-        name: LayerScheme(WeightScheme(width, settings.group_size, settings.weight_range))
-        for name, width in bits.items()
-        if width < 16
-    }
-    network = copy.deepcopy(model)
-    quantize_layers(network, schemes)
-    variant = _finished(model, Variant(network), calibration, settings)
     return cast(variant.network, DTYPES[settings.dtype])
 
 
@@ -146,11 +133,11 @@ def quantize(model: nn.Module, calibration: Calibration, settings: Any) -> Varia
     return POST_TRAINING[settings.kind](model, calibration, settings)
 
 
-def settings_of(params: P.Params, method: str, functions: Mapping[str, Function]) -> Any:
-    """Return the row of a method whose kind is one of `functions`; raise `UserError` for any other name."""
+def settings_of(params: P.Params, method: str, kinds: Collection[str]) -> Any:
+    """Return the row of a method whose kind is one of `kinds`; raise `UserError` for any other name."""
     settings = params.method(method)
-    if settings.kind not in functions:
-        raise unknown("method", method, [name for name, row in params.methods.items() if row.kind in functions])
+    if settings.kind not in kinds:
+        raise unknown("method", method, [name for name, row in params.methods.items() if row.kind in kinds])
     return settings
 
 

@@ -25,11 +25,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from quantstudy import params as P
+from quantstudy.device import DTYPES
 from quantstudy.errors import UserError
 from quantstudy.measure.statistics import sqnr_db
 from quantstudy.methods.allocation import HALF, allocate, operations_budget, size_budget, stored_bits
 from quantstudy.methods.bias_correction import correct_own_biases
 from quantstudy.methods.moments import input_moments
+from quantstudy.methods.post_training import freeze
 from quantstudy.methods.registry import Calibration, weight_only
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
@@ -71,8 +73,23 @@ def quantized_table(model: nn.Module, calibration: Calibration, settings: P.Roun
     return table
 
 
-def assemble(model: nn.Module, table: Table, bits: Allocation, dtype: torch.dtype) -> Variant:
-    """Return what `registry.mixed` makes of `model` with these bits, from layers that are quantized already."""
+def mixed(
+    model: nn.Module, table: Table, bits: Allocation, calibration: Calibration, settings: P.MixedBudget
+) -> Variant:
+    """Return each layer in integers of its own `bits`, those at 16 and everything else in a 16-bit float type.
+
+    The codes are those of `table`, which `quantized_table` made with the same settings; what it left out is done here.
+    Learned rounding has thus seen the other layers at the same width.
+    """
+    network = _assembled(model, table, bits, torch.float32).network
+    for name, layer in quantized_layers(network).items():  # what follows corrects all of a bias, not only its own part
+        layer.bias = copy.deepcopy(model.get_submodule(name).bias)
+    rest = settings.model_copy(update={"rounding": "nearest", "gain_correction": False})
+    freeze(model, network, calibration, rest)
+    return cast(network, DTYPES[settings.dtype])
+
+
+def _assembled(model: nn.Module, table: Table, bits: Allocation, dtype: torch.dtype) -> Variant:
     network = copy.deepcopy(model)
     for name, width in bits.items():
         if width < HALF:
@@ -163,7 +180,7 @@ def divergence_from(model: nn.Module, table: Table, images: Sequence[Tensor]) ->
     @functools.cache
     @torch.no_grad()
     def measured(items: tuple[tuple[str, int], ...]) -> float:
-        network = cast(assemble(model, table, dict(items), torch.float16).network, torch.float32)
+        network = cast(_assembled(model, table, dict(items), torch.float16).network, torch.float32)
         return _divergence(reference, torch.cat([network(batch) for batch in images]))
 
     return lambda bits: measured(tuple(bits.items()))

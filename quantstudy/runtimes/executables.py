@@ -106,14 +106,15 @@ class _WideConvolutions(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is not nn.functional.conv2d or not any(map(_is_float16, (*args, *kwargs.values()))):
             return function(*args, **kwargs)
-        wide = (value.float() if _is_float16(value) else value for value in args)
-        return function(
-            *wide, **{key: value.float() if _is_float16(value) else value for key, value in kwargs.items()}
-        ).half()
+        return function(*map(_wide, args), **{key: _wide(value) for key, value in kwargs.items()}).half()
 
 
 def _is_float16(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.float16
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if _is_float16(value) else value
 
 
 def _widened(model: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -1,4 +1,5 @@
 import functools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from quantstudy.methods.registry import POST_TRAINING
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import collect
 from quantstudy.quantization.variant import Variant, save_variant
+from quantstudy.runtimes import sessions
 from quantstudy.runtimes.sessions import open_session, why_missing
 
 SIZE, CLASSES = 32, 10
+PERCEPTRON = f"{__name__}:perceptron"
 METHODS = {
     "int8-static": P.Static(kind="static", weight_bits=8, activation_bits=8),
     "int4-static": P.Static(kind="static", weight_bits=4, activation_bits=8),
@@ -34,6 +37,11 @@ RUNTIMES = [
     pytest.param(runtime, marks=pytest.mark.skipif(why_missing(runtime) is not None, reason=f"no {runtime}"))
     for runtime in ("onnxruntime", "openvino")
 ]
+
+
+def perceptron(num_classes: int) -> nn.Module:
+    """Two linear layers, 3072 and 32 inputs."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 32), nn.ReLU(), nn.Linear(32, num_classes))
 
 
 @functools.cache
@@ -108,6 +116,31 @@ def test_openvino_computes_every_layer_of_a_static_model_in_int8() -> None:
     model = variant("mobilenet_v2", "int8-static")
     session = open_session(to_onnx(model, graph("mobilenet_v2")), "openvino", 1)
     assert session.integer_layers >= set(quantized_layers(model.network))
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_linear_layers_run_in_int8(runtime: str) -> None:
+    """ONNX Runtime leaves one whose output is not quantized in float32: the last."""
+    session = open_session(to_onnx(variant(PERCEPTRON, "int8-static"), graph(PERCEPTRON)), runtime, 1)
+    assert session.integer_layers >= ({"1", "3"} if runtime == "openvino" else {"1"})
+
+
+@pytest.mark.skipif(why_missing("openvino") is not None, reason="no openvino")
+@torch.no_grad()
+def test_a_long_sum_is_computed_in_parts_for_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = variant(PERCEPTRON, "int8-static")
+    exported = to_onnx(model, graph(PERCEPTRON))
+    whole = open_session(exported, "openvino", 1)
+    monkeypatch.setattr(sessions, "_LONGEST_SUM", 1000)
+    parts = open_session(exported, "openvino", 1)
+    for count in (1, 8, 3):
+        assert snr_db(model(images(count)), parts.run(images(count))) > 50
+        torch.testing.assert_close(parts.run(images(count)), whole.run(images(count)), rtol=1e-4, atol=1e-4)
+    assert parts.integer_layers == whole.integer_layers
+    counts = [
+        Counter(node.op_type for node in sessions.with_short_sums(exported, most).graph.node) for most in (1000, 3072)
+    ]
+    assert [count["Gemm"] for count in counts] == [5, 2] and [count["Sum"] for count in counts] == [1, 0]
 
 
 @pytest.mark.parametrize("method", ["int8-static", "int4-static", "int4-weight-only"])

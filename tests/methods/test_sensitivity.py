@@ -11,19 +11,20 @@ from torch import Tensor, nn
 from quantstudy import models
 from quantstudy.errors import UserError
 from quantstudy.methods.allocation import stored_bits
-from quantstudy.methods.registry import mixed
+from quantstudy.methods.post_training import freeze
 from quantstudy.methods.sensitivity import (
     LOSSES,
     allocations_within,
-    assemble,
     divergence_from,
     mean_bits,
     measure_layers,
+    mixed,
     quantized_table,
 )
 from quantstudy.params import MixedBudget, Sensitivity
-from quantstudy.quantization.layers import quantized_layers
+from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
+from quantstudy.quantization.schemes import WeightScheme
 from quantstudy.quantization.variant import cast, load_variant, save_variant
 
 WIDTHS = [2, 4, 8, 16]
@@ -150,7 +151,9 @@ def test_the_file_keeps_the_budget_and_loads_to_identical_logits(
 ) -> None:
     settings = MixedBudget(kind="mixed_budget", mean_bits=size, group_size=32, bias_correction=True)
     bits = allocations_within(network, rows, settings, "methods.m")[0]
-    variant = mixed(network, {"images": [images]}, settings, bits).eval()
+    calibration = {"images": [images]}
+    table = quantized_table(network, calibration, settings, WIDTHS[:-1])
+    variant = mixed(network, table, bits, calibration, settings).eval()
     path = tmp_path / "variant.pth"
     save_variant(path, variant, FP32, "m")
     loaded = load_variant(path)
@@ -190,12 +193,13 @@ def test_uniform_widths_within_the_budget_are_tried_too(network: nn.Module, rows
 @torch.no_grad()
 def test_the_network_as_a_whole_decides(network: nn.Module, images: Tensor) -> None:
     """The divergence is that of the assembled network's predictions, and the least of all allocations'."""
-    table = quantized_table(network, {}, MixedBudget(kind="mixed_budget", mean_bits=4.0), [2, 8])
+    settings = MixedBudget(kind="mixed_budget", mean_bits=4.0)
+    table = quantized_table(network, {}, settings, [2, 8])
     layers = list(quantizable_layers(network))
     spoilt, good = dict.fromkeys(layers, 2), dict.fromkeys(layers, 8)
     divergence = divergence_from(network, table, [images[:5], images[5:]])
     assert min([spoilt, good, spoilt], key=divergence) == good
-    variant = assemble(network, table, good, torch.float16)
+    variant = mixed(network, table, good, {}, settings)
     logits = network(images), cast(variant.network, torch.float32)(images)
     p, q = (x.double().softmax(1) for x in logits)
     assert divergence(good) == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=1e-2)
@@ -208,16 +212,33 @@ def test_rows_of_another_network_are_one_line(network: nn.Module, rows: list[dic
         allocations_within(network, rows[:4], settings, "methods.m")
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"weight_range": "mse"},
+        {"rounding": "gptq", "gain_correction": True, "bias_correction": True},
+        {"gain_correction": True, "bias_correction": "analytic"},
+    ],
+)
 @torch.no_grad()
-def test_an_assembled_variant_is_the_one_made_whole(rounding: str, network: nn.Module, images: Tensor) -> None:
-    keys: Any = {"group_size": 32, "weight_range": "mse", "rounding": rounding}
-    settings = MixedBudget(kind="mixed_budget", mean_bits=4.0, **keys)
+def test_a_variant_from_the_table_is_the_one_made_whole(
+    keys: dict[str, Any], network: nn.Module, images: Tensor
+) -> None:
+    """Each layer's codes are found alone, the biases with all layers: as if the network had been rounded at once."""
+    settings = MixedBudget(kind="mixed_budget", mean_bits=4.0, group_size=32, **keys)
     bits = {name: WIDTHS[index % 4] for index, name in enumerate(quantizable_layers(network))}
-    calibration = {"images": [images]}
+    calibration = {"images": [images], "image_size": 32}
     table = quantized_table(network, calibration, settings, WIDTHS[:-1])
-    whole = mixed(network, calibration, settings, bits)
-    assert torch.equal(assemble(network, table, bits, torch.float16)(images), whole(images))
+    whole = copy.deepcopy(network)
+    integer = {name: width for name, width in bits.items() if width < 16}
+    weights = {name: WeightScheme(width, 32, settings.weight_range) for name, width in integer.items()}
+    quantize_layers(whole, {name: LayerScheme(scheme) for name, scheme in weights.items()})
+    freeze(network, whole, calibration, settings)
+    before = [p.clone() for p in network.parameters()]
+    for _ in range(2):  # the table is as it was
+        found = mixed(network, table, bits, calibration, settings)
+        assert torch.equal(found(images), cast(whole, torch.float16)(images))
+    assert all(map(torch.equal, before, network.parameters()))
 
 
 @torch.no_grad()
