@@ -14,11 +14,11 @@ from typing import Any
 
 import onnx
 import torch
-from onnx import helper
 from torch import Tensor
 
 from quantstudy.errors import UserError
 from quantstudy.export.graph import INPUT
+from quantstudy.export.tuning import MANY, multiplies_integers, tuned
 
 PACKAGES = ("onnxruntime", "openvino")
 """The runtimes, named like the packages that bring them and the project's optional dependencies."""
@@ -31,12 +31,6 @@ _INTEGER_OPERATORS = (
     "MatMulIntegerToFloat",
     "DynamicQuantizeMatMul",
 )
-_LONGEST_SUM, _MANY_IMAGES = 4096, 8
-"""Products a sum, and images a batch, beyond which OpenVINO reads an int8 weight anew for every 6 images of the batch.
-
-64 outputs are computed at a time, and with more inputs their weights do not stay in a core's cache. VGG-11's first
-linear layer took 14 ms for 16 images, in 7 parts 6.5 ms; for one image the parts are 0.4 ms slower.
-"""
 
 
 @dataclass(frozen=True)
@@ -69,7 +63,7 @@ def _onnxruntime(model: onnx.ModelProto, threads: int) -> Session:
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")  # leave the cores to whoever is timed next
-    integers = _multiplies_integers(model)
+    integers, model = multiplies_integers(model), tuned(model, "onnxruntime")
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         if integers:
@@ -87,18 +81,12 @@ def _onnxruntime(model: onnx.ModelProto, threads: int) -> Session:
     return Session(run, integer)
 
 
-def _multiplies_integers(model: onnx.ModelProto) -> bool:
-    """Whether a runtime can compute a layer of `model` in int8: some input is quantized, no weight is in 4 bits."""
-    quantizes = any(node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") for node in model.graph.node)
-    return quantizes and all(tensor.data_type != onnx.TensorProto.INT4 for tensor in model.graph.initializer)
-
-
 def _openvino(model: onnx.ModelProto, threads: int) -> Session:
     import openvino
 
     read = openvino.Core().read_model
-    shorter = with_short_sums(model, _LONGEST_SUM) if _multiplies_integers(model) else model
-    many = None if shorter is model else read(shorter.SerializeToString())
+    for_many = tuned(model, "openvino", MANY)
+    many = None if for_many is model else read(for_many.SerializeToString())
     compiled = OpenVino(read(model.SerializeToString()), threads, many)
     executed = compiled.request(1).get_compiled_model().get_runtime_model().get_ordered_ops()
     facts = [{key: value.value for key, value in node.get_rt_info().items()} for node in executed]
@@ -111,49 +99,6 @@ def _openvino(model: onnx.ModelProto, threads: int) -> Session:
     layer_of = {output: node.name for node in model.graph.node for output in node.output}  # some go by their output
     found = {name.partition("/")[0] for names in integer for name in names}
     return Session(compiled, frozenset(found | {layer_of[name] for name in found if name in layer_of}))
-
-
-def with_short_sums(model: onnx.ModelProto, longest: int) -> onnx.ModelProto:
-    """Return `model` with each Gemm of more than `longest` inputs as the sum of several; itself where there is none.
-
-    That is done where the weight is stored in integers, with a scale per output.
-    """
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    weights = {
-        node.output[0]: node
-        for node in model.graph.node
-        if node.op_type == "DequantizeLinear" and node.input[0] in stored and len(stored[node.input[1]].dims) == 1
-    }
-    nodes: list[onnx.NodeProto] = []
-    found: list[onnx.TensorProto] = []
-    for node in model.graph.node:
-        weight = weights.get(node.input[1]) if node.op_type == "Gemm" else None
-        inputs = stored[weight.input[0]].dims[1] if weight else 0
-        if weight is None or inputs <= longest:
-            nodes.append(node)
-            continue
-        codes, name = onnx.numpy_helper.to_array(stored[weight.input[0]]), node.name
-        parts = -(-inputs // longest)
-        width = -(-inputs // parts)
-        slices = [f"{name}.input{part}" for part in range(parts)]
-        nodes.append(helper.make_node("Split", [node.input[0]], slices, axis=1, num_outputs=parts))
-        for part, read in enumerate(slices):
-            own = f"{name}.weight{part}"
-            found.append(
-                onnx.numpy_helper.from_array(codes[:, part * width : (part + 1) * width].copy(), f"{own}.codes")
-            )
-            nodes.append(helper.make_node("DequantizeLinear", [f"{own}.codes", *weight.input[1:]], [own], axis=0))
-            bias = list(node.input[2:]) if part == 0 else []
-            nodes.append(helper.make_node("Gemm", [read, own, *bias], [f"{own}.sums"], transB=1))
-        nodes.append(helper.make_node("Sum", [f"{name}.weight{part}.sums" for part in range(parts)], node.output))
-    if not found:
-        return model
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    result.graph.initializer.extend(found)
-    del result.graph.node[:]
-    result.graph.node.extend(nodes)
-    return result
 
 
 class OpenVino:
@@ -175,7 +120,7 @@ class OpenVino:
         import openvino
 
         if batch not in self._requests:
-            model = self._many if self._many is not None and batch >= _MANY_IMAGES else self._model
+            model = self._many if self._many is not None and batch >= MANY else self._model
             model.reshape([batch, *list(model.input(0).partial_shape)[1:]])
             compiled = openvino.Core().compile_model(model, "CPU", self._settings)
             self._requests[batch] = compiled.create_infer_request()

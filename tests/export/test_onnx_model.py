@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from quantstudy import models
 from quantstudy import params as P
+from quantstudy.export import tuning
 from quantstudy.export.graph import INPUT, load_graph, network_graph, save_graph
 from quantstudy.export.onnx_model import save_onnx, to_onnx
 from quantstudy.methods.registry import POST_TRAINING
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import collect
 from quantstudy.quantization.variant import Variant, save_variant
-from quantstudy.runtimes import sessions
 from quantstudy.runtimes.sessions import open_session, why_missing
 
 SIZE, CLASSES = 32, 10
@@ -111,18 +111,23 @@ def test_onnx_runtime_says_which_layers_it_computes_in_int8(method: str) -> None
     assert not open_session(to_onnx(network("squeezenet1_1"), graph("squeezenet1_1")), "onnxruntime", 1).integer_layers
 
 
-@pytest.mark.skipif(why_missing("openvino") is not None, reason="no openvino")
-def test_openvino_computes_every_layer_of_a_static_model_in_int8() -> None:
-    model = variant("mobilenet_v2", "int8-static")
-    session = open_session(to_onnx(model, graph("mobilenet_v2")), "openvino", 1)
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("architecture", ["mobilenet_v2", PERCEPTRON])
+def test_every_layer_of_a_static_model_runs_in_int8(architecture: str, runtime: str) -> None:
+    model = variant(architecture, "int8-static")
+    session = open_session(to_onnx(model, graph(architecture)), runtime, 1)
     assert session.integer_layers >= set(quantized_layers(model.network))
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
-def test_linear_layers_run_in_int8(runtime: str) -> None:
-    """ONNX Runtime leaves one whose output is not quantized in float32: the last."""
-    session = open_session(to_onnx(variant(PERCEPTRON, "int8-static"), graph(PERCEPTRON)), runtime, 1)
-    assert session.integer_layers >= ({"1", "3"} if runtime == "openvino" else {"1"})
+@pytest.mark.skipif(why_missing("onnxruntime") is not None, reason="no onnxruntime")
+def test_a_linear_layer_between_others_runs_in_int8_without_tuning(tmp_path: Path) -> None:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    content = to_onnx(variant(PERCEPTRON, "int8-static"), graph(PERCEPTRON)).SerializeToString()
+    onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    assert "QGemm" in {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
 
 
 @pytest.mark.skipif(why_missing("openvino") is not None, reason="no openvino")
@@ -131,16 +136,14 @@ def test_a_long_sum_is_computed_in_parts_for_many_images(monkeypatch: pytest.Mon
     model = variant(PERCEPTRON, "int8-static")
     exported = to_onnx(model, graph(PERCEPTRON))
     whole = open_session(exported, "openvino", 1)
-    monkeypatch.setattr(sessions, "_LONGEST_SUM", 1000)
+    monkeypatch.setattr(tuning, "LONGEST_SUM", 1000)
     parts = open_session(exported, "openvino", 1)
     for count in (1, 8, 3):
         assert snr_db(model(images(count)), parts.run(images(count))) > 50
         torch.testing.assert_close(parts.run(images(count)), whole.run(images(count)), rtol=1e-4, atol=1e-4)
     assert parts.integer_layers == whole.integer_layers
-    counts = [
-        Counter(node.op_type for node in sessions.with_short_sums(exported, most).graph.node) for most in (1000, 3072)
-    ]
-    assert [count["Gemm"] for count in counts] == [5, 2] and [count["Sum"] for count in counts] == [1, 0]
+    counts = Counter(node.op_type for node in tuning.tuned(exported, "openvino", 8).graph.node)
+    assert counts["Gemm"] == 5 and counts["Sum"] == 1
 
 
 @pytest.mark.parametrize("method", ["int8-static", "int4-static", "int4-weight-only"])
