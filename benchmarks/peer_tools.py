@@ -153,7 +153,7 @@ def onnxruntime(subject: Subject) -> Iterator[Candidate]:
     types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
     quantize(str(prepared), str(path), Reader(), quant_format=QuantFormat.QDQ, per_channel=True, **types)
     taken = time.perf_counter() - started
-    run = open_session(onnx.load(path), "onnxruntime", subject.threads).run
+    run = open_session(onnx.load(path), "onnxruntime", subject.threads, tune=False).run
     yield Candidate("onnxruntime", "quantize_static", "onnxruntime", run, path.stat().st_size / 1e6, taken)
 
 

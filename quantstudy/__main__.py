@@ -1,4 +1,4 @@
-"""`python -m quantstudy <command>`: results, compare, quantize, readme."""
+"""`python -m quantstudy <command>`: results, compare, quantize, tune, readme."""
 
 import argparse
 import contextlib
@@ -8,6 +8,9 @@ from pathlib import Path
 from quantstudy import layout
 from quantstudy.errors import UserError, run_stage
 from quantstudy.params import load_params
+
+RUNTIMES = ("onnxruntime", "openvino")
+"""Those that load ONNX files."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -21,6 +24,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     comparing.add_argument("after", nargs="?", default="workspace", help="another one; the workspace by default")
     comparing.add_argument("--page", type=Path, help="write the HTML report of the second one too, with what moved")
     _add_quantize(commands.add_parser("quantize", help="quantize one model file, without a pipeline"))
+    tuning = commands.add_parser("tune", help="rewrite an ONNX file of this project for the runtime that is to load it")
+    tuning.add_argument("model", type=Path, help="an .onnx file that the stage export or quantize wrote")
+    tuning.add_argument("--runtime", required=True, choices=RUNTIMES)
+    tuning.add_argument("--batch-size", type=_positive, default=1, help="images it will be run with (%(default)s)")
+    tuning.add_argument("--out", type=Path, required=True, help="the .onnx file to write")
     arguments = parser.parse_args(argv)
     if arguments.command == "readme":
         fill_pages()
@@ -28,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         from quantstudy.quantize import quantize
 
         quantize(arguments)
+    elif arguments.command == "tune":
+        from quantstudy.export.tuning import tune
+
+        tune(arguments.model, arguments.runtime, arguments.batch_size, arguments.out)
     elif arguments.command == "compare" and arguments.before:
         print_comparison(arguments.before, arguments.after, arguments.page)
     else:

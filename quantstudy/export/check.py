@@ -36,7 +36,7 @@ def check(model: nn.Module, exported: onnx.ModelProto, test: Split, preprocessin
             unavailable[runtime] = reason
             continue
         try:
-            run = open_session(exported, runtime, torch.get_num_threads()).run
+            run = open_session(exported, runtime, torch.get_num_threads(), tune=False).run
             logits = run_on_split(run, test, preprocessing, _BATCH, cpu)
         except Exception as error:  # whatever a runtime raises at an operator it lacks
             unavailable[runtime] = one_line(error, -1)  # OpenVINO's first line is a place in its source

@@ -28,6 +28,7 @@ from quantstudy.quantization.layers import ChannelReLU, quantized_layers
 from quantstudy.quantization.packing import pack
 from quantstudy.quantization.variant import Variant
 
+PRODUCER = "quantstudy"
 _MULTIPLIES = ("Conv", "Gemm", "MatMul")
 _ORDER_KEEPING = ("MaxPool", "Reshape", "Flatten")
 _SIXTEEN_BITS = {torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16}
@@ -80,7 +81,7 @@ class _Builder:
         del result.graph.initializer[:], result.graph.node[:]
         result.graph.initializer.extend(self.initializers.values())
         result.graph.node.extend(self.nodes)
-        result.producer_name, result.producer_version = "quantstudy", ""
+        result.producer_name, result.producer_version = PRODUCER, ""
         if result.ByteSize() < onnx.checker.MAXIMUM_PROTOBUF:
             onnx.checker.check_model(result)
         return result

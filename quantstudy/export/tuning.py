@@ -11,13 +11,18 @@
 Each is slower for the other runtime, which is why exported files have neither.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto, helper, numpy_helper
+
+from quantstudy.errors import UserError
+from quantstudy.export.onnx_model import PRODUCER, save_onnx
 
 LONGEST_SUM = 4096
 """Inputs of an int8 product in OpenVINO, above which it is cut in parts."""
@@ -47,6 +52,33 @@ def tuned(model: onnx.ModelProto, runtime: Literal["onnxruntime", "openvino"], i
     result.graph.initializer.extend(graph.added)
     _prune(result.graph)
     return result
+
+
+def tune(source: Path, runtime: Literal["onnxruntime", "openvino"], images: int, out: Path) -> None:
+    """Write to `out` what `tuned` makes of the exported model at `source`, and print how much that changed.
+
+    Raises:
+        UserError: `source` is not a model that this project exported, or `out` is no other .onnx file.
+    """
+    if out.suffix != ".onnx" or out.resolve() == source.resolve():
+        raise UserError(f"--out: {str(out)!r}: name another file that ends in .onnx")
+    if not source.is_file():
+        raise UserError(
+            f"{source}: no such file; the stage export and `python -m quantstudy quantize` write such files"
+        )
+    try:
+        model = onnx.load_model_from_string(source.read_bytes())
+    except DecodeError:
+        raise UserError(f"{source}: not an ONNX file") from None
+    if model.producer_name != PRODUCER:
+        raise UserError(
+            f"{source}: its producer is {model.producer_name!r}; only what {PRODUCER} exported can be tuned"
+        )
+    result = tuned(model, runtime, images)
+    save_onnx(out, result)
+    kinds = [Counter(node.op_type for node in m.graph.node) for m in (model, result)]
+    more = ", ".join(f"{count} {kind}" for kind, count in sorted((kinds[1] - kinds[0]).items()))
+    print(f"{out}: {out.stat().st_size / 1e6:.3f} MB, for {runtime}; {f'new: {more}' if more else 'nothing to change'}")
 
 
 def multiplies_integers(model: onnx.ModelProto) -> bool:

@@ -49,11 +49,17 @@ def why_missing(runtime: str) -> str | None:
     return None
 
 
-def open_session(model: onnx.ModelProto, runtime: str, threads: int) -> Session:
-    """Load `model` into a runtime of `PACKAGES`; raise `UserError` when it is not installed."""
+def open_session(model: onnx.ModelProto, runtime: str, threads: int, *, tune: bool = True) -> Session:
+    """Load `model` into a runtime of `PACKAGES`, first tuned for it (`export.tuning`) or as it is.
+
+    Raises:
+        UserError: the runtime is not installed.
+    """
     if reason := why_missing(runtime):
         raise UserError(f"measure.runtimes: {runtime} is {reason}")
-    return (_onnxruntime if runtime == "onnxruntime" else _openvino)(model, threads)
+    if runtime == "onnxruntime":
+        return _onnxruntime(tuned(model, "onnxruntime") if tune else model, threads)
+    return _openvino(model, tuned(model, "openvino", MANY) if tune else model, threads)
 
 
 def _onnxruntime(model: onnx.ModelProto, threads: int) -> Session:
@@ -63,7 +69,7 @@ def _onnxruntime(model: onnx.ModelProto, threads: int) -> Session:
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")  # leave the cores to whoever is timed next
-    integers, model = multiplies_integers(model), tuned(model, "onnxruntime")
+    integers = multiplies_integers(model)
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         if integers:
@@ -81,11 +87,10 @@ def _onnxruntime(model: onnx.ModelProto, threads: int) -> Session:
     return Session(run, integer)
 
 
-def _openvino(model: onnx.ModelProto, threads: int) -> Session:
+def _openvino(model: onnx.ModelProto, for_many: onnx.ModelProto, threads: int) -> Session:
     import openvino
 
     read = openvino.Core().read_model
-    for_many = tuned(model, "openvino", MANY)
     many = None if for_many is model else read(for_many.SerializeToString())
     compiled = OpenVino(read(model.SerializeToString()), threads, many)
     executed = compiled.request(1).get_compiled_model().get_runtime_model().get_ordered_ops()
