@@ -9,6 +9,7 @@ report.
 """
 
 import argparse
+import functools
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -25,12 +26,12 @@ from quantstudy import params as P
 from quantstudy.checkpoint import load_checkpoint
 from quantstudy.data.batches import images_of, run_on_split
 from quantstudy.data.container import Split, load_split
-from quantstudy.device import set_up
+from quantstudy.device import DTYPES, set_up
 from quantstudy.errors import run_stage
 from quantstudy.files import read_json, write_json
 from quantstudy.measure.statistics import mcnemar_exact_p, sqnr_db, wilson_interval
 from quantstudy.methods.allocation import HALF
-from quantstudy.methods.registry import settings_of
+from quantstudy.methods.registry import replaceable, settings_of
 from quantstudy.methods.sensitivity import (
     Allocation,
     Row,
@@ -41,7 +42,6 @@ from quantstudy.methods.sensitivity import (
     mixed,
     quantized_table,
 )
-from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.variant import cast, save_variant
 from quantstudy.report.front import plot_budget_front
 
@@ -66,14 +66,14 @@ class Front:
     test: Split
     preprocessing: P.Preprocessing
 
-    @property
+    @functools.cached_property
     def layers(self) -> dict[str, Any]:
-        """The quantizable layers by name."""
-        return quantizable_layers(self.model)
+        """The layers that can be quantized, by name."""
+        return replaceable(self.model, self.calibration)
 
     def mean_bits(self, bits: Allocation) -> float:
         """Return the stored bits a weight, scales included."""
-        return mean_bits(self.model, bits, self.settings.group_size)
+        return mean_bits(self.layers, bits, self.settings.group_size)
 
     def uniform(self, width: int) -> Allocation:
         """Return every layer at one width."""
@@ -82,7 +82,7 @@ class Front:
     def budget(self, size: float) -> Allocation:
         """Return what `mixed_budget` chooses at a size, in bits a weight."""
         settings = self.settings.model_copy(update={"mean_bits": size, "bit_operations": None})
-        return min(allocations_within(self.model, self.rows, settings, "budget"), key=self.divergence)
+        return min(allocations_within(self.layers, self.rows, settings, "budget"), key=self.divergence)
 
     def by_variance(self, count: int) -> Allocation:
         """Return the `count` layers of lowest weight variance in int4, the rest at 16 bits."""
@@ -170,7 +170,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     widths = sorted({*UNIFORM} | {row["bits"] for row in rows if row["bits"] < HALF})
     calibration = {"images": images, "image_size": study.data.image_size}
     table = quantized_table(model, calibration, settings, widths)
-    divergence, test = divergence_from(model, table, images), load_split(layout.split(name, "test"))
+    divergence, test = (
+        divergence_from(model, table, images, DTYPES[settings.dtype]),
+        load_split(layout.split(name, "test")),
+    )
     front = Front(model, settings, rows, table, divergence, calibration, load_checkpoint(fp32), test, seen)
 
     reference = front.logits(model)

@@ -8,11 +8,11 @@ from quantstudy import layout, models
 from quantstudy.checkpoint import load_checkpoint
 from quantstudy.data.batches import images_of
 from quantstudy.data.container import load_split
-from quantstudy.device import set_up
+from quantstudy.device import DTYPES, set_up
 from quantstudy.errors import run_stage
 from quantstudy.files import read_json
 from quantstudy.methods.allocation import HALF
-from quantstudy.methods.registry import settings_of
+from quantstudy.methods.registry import replaceable, settings_of
 from quantstudy.methods.sensitivity import allocations_within, divergence_from, mixed, quantized_table
 from quantstudy.params import BUDGET, load_params
 from quantstudy.quantization.variant import save_variant
@@ -31,13 +31,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     fp32 = layout.model(name, "fp32")
     model, rows = models.load_fp32(fp32), read_json(layout.sensitivity(name, "json"))
-    allocations = allocations_within(model, rows, settings, f"methods.{method}")
     split, seen = load_split(layout.split(name, "calibration")), models.load_preprocessing(fp32)
     images = images_of(split, seen, study.calibration.batch_size)
-    widths = sorted({width for bits in allocations for width in bits.values() if width < HALF})
     calibration = {"images": images, "image_size": study.data.image_size}
+    allocations = allocations_within(replaceable(model, calibration), rows, settings, f"methods.{method}")
+    widths = sorted({width for bits in allocations for width in bits.values() if width < HALF})
     table = quantized_table(model, calibration, settings, widths)
-    divergence = divergence_from(model, table, images)
+    divergence = divergence_from(model, table, images, DTYPES[settings.dtype])
     bits = min(allocations, key=divergence)
     variant = mixed(model, table, bits, calibration, settings)
 

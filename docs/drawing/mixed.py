@@ -37,7 +37,7 @@ def mixed_precision(example: Example) -> Figure:
     divergence = divergence_from(example.model, table, example.calibration["images"])
 
     def choose(size: float) -> Allocation:
-        return min(allocations_within(example.model, rows, _budget(size), "mean_bits"), key=divergence)
+        return min(allocations_within(layers, rows, _budget(size), "mean_bits"), key=divergence)
 
     def ratio(bits: Allocation) -> float:
         return example.sqnr_db(mixed(example.model, table, bits, example.calibration, _budget(SHOWN)))
@@ -54,7 +54,7 @@ def mixed_precision(example: Example) -> Figure:
     left.barh(list(layers)[::-1], [chosen[SHOWN][name] for name in layers][::-1], color=style.VERMILLION)
     left.set(xlabel="bits", title=f"{SHOWN:g} bits a weight")
     for name, (colour, marker, allocations) in series.items():
-        points = sorted((mean_bits(example.model, bits, None), ratio(bits)) for bits in allocations)
+        points = sorted((mean_bits(layers, bits, None), ratio(bits)) for bits in allocations)
         right.plot(*zip(*points, strict=True), marker=marker, ms=5, lw=1, color=colour, label=name)
     right.set(xlabel="stored bits a weight", ylabel="SQNR of the logits, dB", title="Error by size")
     right.legend()

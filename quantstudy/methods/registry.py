@@ -22,7 +22,7 @@ from quantstudy.methods.lsq import freeze_learned, learnable
 from quantstudy.methods.post_training import freeze, prepared
 from quantstudy.models import conv_norm_pairs
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
-from quantstudy.quantization.observers import quantizable_layers
+from quantstudy.quantization.observers import quantizable_layers, run_watched
 from quantstudy.quantization.ranges import activation_range
 from quantstudy.quantization.schemes import ActivationScheme, Mode, WeightScheme
 from quantstudy.quantization.variant import Variant, cast
@@ -145,12 +145,16 @@ def replaceable(model: nn.Module, calibration: Calibration) -> dict[str, Any]:
     """Return the layers that a quantized one can take the place of, by name.
 
     Left are a layer that did not run on the calibration images, since another module reads its weight or nothing
-    needs it, and a convolution whose padding is not zeros. Without statistics of a run, all are taken to have run.
+    needs it, and a convolution whose padding is not zeros. Without statistics and images, all are taken to have run.
     """
-    ran = calibration.get("layers", quantizable_layers(model))
+    layers = quantizable_layers(model)
+    ran = calibration.get("layers", layers)
+    if "layers" not in calibration and "images" in calibration:
+        ran = set()
+        run_watched(model, layers, [calibration["images"][0][:1]], lambda name, _: ran.add(name))
     return {
         name: layer
-        for name, layer in quantizable_layers(model).items()
+        for name, layer in layers.items()
         if name in ran and getattr(layer, "padding_mode", "zeros") == "zeros"
     }
 

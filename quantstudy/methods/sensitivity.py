@@ -32,9 +32,8 @@ from quantstudy.methods.allocation import HALF, allocate, operations_budget, siz
 from quantstudy.methods.bias_correction import correct_own_biases
 from quantstudy.methods.moments import input_moments
 from quantstudy.methods.post_training import freeze
-from quantstudy.methods.registry import Calibration, weight_only
+from quantstudy.methods.registry import Calibration, replaceable, weight_only
 from quantstudy.quantization.layers import quantized_layers
-from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.variant import Variant, cast
 
 Row = dict[str, Any]
@@ -43,6 +42,8 @@ COLUMNS = (
 )
 Table = dict[int, dict[str, nn.Module]]
 """Layers by bits and by name."""
+Layers = Mapping[str, Any]
+"""The Conv2d and Linear of a network that can be quantized, by name."""
 Allocation = Mapping[str, int]
 """Bits of each layer."""
 LOSSES: dict[str, Callable[[Row], float]] = {
@@ -118,13 +119,13 @@ def measure_layers(
         settings: widths, and how weights are rounded.
         macs: multiply-accumulates per image of every layer.
     """
-    layers: dict[str, Any] = quantizable_layers(model)
+    layers = replaceable(model, calibration)
     labels = torch.cat([labels for _, labels in batches])
     reference = torch.cat([model(images) for images, _ in batches])
     rows = []
     table = quantized_table(model, calibration, settings, [bits for bits in settings.bits if bits < HALF])
     images = [images for images, _ in batches]
-    for name, bits, logits in _logits_with_one_layer_changed(model, table, images, settings.bits):
+    for name, bits, logits in _logits_with_one_layer_changed(model, layers, table, images, settings.bits):
         weight = layers[name].weight
         row = {"layer": name, "bits": bits, "weights": weight.numel(), "macs": macs[name]}
         row["bytes"] = stored_bits(weight.shape, bits, settings.group_size) // 8
@@ -132,15 +133,14 @@ def measure_layers(
     return rows
 
 
-def allocations_within(model: nn.Module, rows: Sequence[Row], settings: P.MixedBudget, key: str) -> list[Allocation]:
-    """Return the allocations for `model` within the budgets of `settings`, the params at `key`, that are worth a try.
+def allocations_within(layers: Layers, rows: Sequence[Row], settings: P.MixedBudget, key: str) -> list[Allocation]:
+    """Return the allocations for `layers` within the budgets of `settings`, the params at `key`, that are worth a try.
 
     They are the one of least summed loss by each of `LOSSES`, and the uniform widths that were measured.
 
     Raises:
         UserError: the rows are of another network, or no choice is within the budgets.
     """
-    layers: dict[str, Any] = quantizable_layers(model)
     shapes: dict[str, torch.Size] = {name: layer.weight.shape for name, layer in layers.items()}
     by_layer: dict[str, dict[int, Row]] = {}
     for row in rows:
@@ -165,7 +165,9 @@ def allocations_within(model: nn.Module, rows: Sequence[Row], settings: P.MixedB
 
 
 @torch.no_grad()
-def divergence_from(model: nn.Module, table: Table, images: Sequence[Tensor]) -> Callable[[Allocation], float]:
+def divergence_from(
+    model: nn.Module, table: Table, images: Sequence[Tensor], dtype: torch.dtype = torch.float16
+) -> Callable[[Allocation], float]:
     """Return how far the predictions under an allocation diverge from those of `model`, in nats, as a function.
 
     It runs the network once for each allocation, whatever the number of calls.
@@ -174,21 +176,21 @@ def divergence_from(model: nn.Module, table: Table, images: Sequence[Tensor]) ->
         model: fp32, BatchNorm folded, eval mode.
         table: its layers at every width below 16 of the allocations.
         images: calibration batches, float32 [N, 3, S, S].
+        dtype: of the layers at 16 bits.
     """
     reference = torch.cat([model(batch) for batch in images])
 
     @functools.cache
     @torch.no_grad()
     def measured(items: tuple[tuple[str, int], ...]) -> float:
-        network = cast(_assembled(model, table, dict(items), torch.float16).network, torch.float32)
+        network = cast(_assembled(model, table, dict(items), dtype).network, torch.float32)
         return _divergence(reference, torch.cat([network(batch) for batch in images]))
 
     return lambda bits: measured(tuple(bits.items()))
 
 
-def mean_bits(model: nn.Module, bits: Allocation, group_size: int | None) -> float:
-    """Return the stored bits a weight of `model` under an allocation, scales and 16-bit layers included."""
-    layers: dict[str, Any] = quantizable_layers(model)
+def mean_bits(layers: Layers, bits: Allocation, group_size: int | None) -> float:
+    """Return the stored bits a weight of `layers` under an allocation of them all, scales and 16 bits included."""
     stored = sum(stored_bits(layers[name].weight.shape, width, group_size) for name, width in bits.items())
     return stored / sum(layer.weight.numel() for layer in layers.values())
 
@@ -212,10 +214,10 @@ def _compare(reference: Tensor, logits: Tensor, labels: Tensor) -> Row:
 
 
 def _logits_with_one_layer_changed(
-    model: nn.Module, table: Table, images: Sequence[Tensor], widths: Sequence[int]
+    model: nn.Module, layers: Layers, table: Table, images: Sequence[Tensor], widths: Sequence[int]
 ) -> Iterator[tuple[str, int, Tensor]]:
     graph = fx.symbolic_trace(model)  # its layers are the model's own
-    nodes, layers, seen = list(graph.graph.nodes), quantizable_layers(model), set()
+    nodes, seen = list(graph.graph.nodes), set()
     runners = [_Runner(graph, batch) for batch in images]
     for index, node in enumerate(nodes):
         if node.op == "call_module" and node.target in layers and node.target not in seen:

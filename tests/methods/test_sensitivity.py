@@ -12,6 +12,7 @@ from quantstudy import models
 from quantstudy.errors import UserError
 from quantstudy.methods.allocation import stored_bits
 from quantstudy.methods.post_training import freeze
+from quantstudy.methods.registry import replaceable
 from quantstudy.methods.sensitivity import (
     LOSSES,
     allocations_within,
@@ -120,6 +121,47 @@ def test_a_layer_whose_weights_are_on_the_grid_costs_nothing(
         assert [loss(row) for loss in LOSSES.values()] == pytest.approx([1e-10, 1e-20, 0])
 
 
+class Partly(nn.Module):
+    """A convolution whose padding is not zeros and a layer that never runs, beside two that can be quantized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")
+        self.second, self.head, self.unused = nn.Conv2d(8, 8, 3), nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [N, 3, S, S] to logits [N, 4]."""
+        return self.head(self.second(self.first(x).relu()).mean((2, 3)))
+
+
+@torch.no_grad()
+def test_layers_that_cannot_be_quantized_are_left_out(batches: list[tuple[Tensor, Tensor]]) -> None:
+    torch.manual_seed(0)
+    model = Partly().eval().requires_grad_(False)
+    calibration = {"images": [images for images, _ in batches], "image_size": 8}
+    keys: dict[str, Any] = {"rounding": "gptq", "gain_correction": True, "bias_correction": True}
+    macs = {"first": 1, "second": 1, "head": 1}
+    rows = measure_layers(model, calibration, batches, settings_of(**keys), macs)
+    assert {row["layer"] for row in rows} == {"second", "head"}
+    settings = MixedBudget(kind="mixed_budget", mean_bits=8.0, dtype="bfloat16", **keys)
+    layers = replaceable(model, calibration)
+    chosen = allocations_within(layers, rows, settings, "methods.m")[0]
+    assert chosen.keys() == layers.keys() and mean_bits(layers, chosen, None) <= 8
+    table = quantized_table(model, calibration, settings, WIDTHS[:-1])
+    variant = mixed(model, table, chosen, calibration, settings)
+    assert set(quantized_layers(variant.network)) == {name for name, width in chosen.items() if width < 16}
+    wide = dict.fromkeys(layers, 16)
+    logits, found = (torch.cat([m(x) for x in calibration["images"]]).double() for m in (model, variant_of(model)))
+    divergence = divergence_from(model, table, calibration["images"], torch.bfloat16)(wide)
+    p, q = logits.log_softmax(1), found.log_softmax(1)
+    assert divergence == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-3)
+
+
+def variant_of(model: nn.Module) -> nn.Module:
+    """Return a network whose weights were rounded to bfloat16."""
+    return cast(cast(copy.deepcopy(model), torch.bfloat16).network, torch.float32)
+
+
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
     """A MobileNetV2 whose BatchNorm has seen images; folded."""
@@ -150,7 +192,7 @@ def test_the_file_keeps_the_budget_and_loads_to_identical_logits(
     size: float, network: nn.Module, images: Tensor, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     settings = MixedBudget(kind="mixed_budget", mean_bits=size, group_size=32, bias_correction=True)
-    bits = allocations_within(network, rows, settings, "methods.m")[0]
+    bits = allocations_within(quantizable_layers(network), rows, settings, "methods.m")[0]
     calibration = {"images": [images]}
     table = quantized_table(network, calibration, settings, WIDTHS[:-1])
     variant = mixed(network, table, bits, calibration, settings).eval()
@@ -165,7 +207,7 @@ def test_the_file_keeps_the_budget_and_loads_to_identical_logits(
     stored += sum(tensors[f"{name}.weight"].nbytes for name in kept)
     weights = sum(layer.weight.numel() for layer in quantizable_layers(network).values())
     assert 0.99 * size < 8 * stored / weights <= size
-    assert mean_bits(network, bits, 32) == pytest.approx(8 * stored / weights)
+    assert mean_bits(quantizable_layers(network), bits, 32) == pytest.approx(8 * stored / weights)
     assert {name for name, width in bits.items() if width == 16} == set(kept)
     assert all(tensors[f"{name}.weight"].dtype == torch.float16 for name in kept)
     found = {name: layer.scheme.weight.bits for name, layer in quantized_layers(loaded.network).items()}
@@ -174,17 +216,19 @@ def test_the_file_keeps_the_budget_and_loads_to_identical_logits(
 
 def test_both_budgets_are_kept_by_every_allocation(network: nn.Module, rows: list[dict[str, Any]]) -> None:
     settings = MixedBudget(kind="mixed_budget", mean_bits=5.0, bit_operations=0.04, group_size=32)
-    found = allocations_within(network, rows, settings, "methods.m")
+    found = allocations_within(quantizable_layers(network), rows, settings, "methods.m")
     for bits in found:
         assert sum(bits.values()) * 16 <= 0.04 * len(bits) * 32 * 32  # every layer has the same MACs here
-        assert mean_bits(network, bits, 32) <= 5.0
-    only_size = allocations_within(network, rows, settings.model_copy(update={"bit_operations": None}), "methods.m")
+        assert mean_bits(quantizable_layers(network), bits, 32) <= 5.0
+    only_size = allocations_within(
+        quantizable_layers(network), rows, settings.model_copy(update={"bit_operations": None}), "methods.m"
+    )
     assert max(sum(bits.values()) for bits in found) < sum(only_size[0].values())
 
 
 def test_uniform_widths_within_the_budget_are_tried_too(network: nn.Module, rows: list[dict[str, Any]]) -> None:
     settings = MixedBudget(kind="mixed_budget", mean_bits=4.5, group_size=32)
-    found = allocations_within(network, rows, settings, "methods.m")
+    found = allocations_within(quantizable_layers(network), rows, settings, "methods.m")
     uniform = [next(iter(bits.values())) for bits in found if len(set(bits.values())) == 1]
     assert uniform == [2]  # scales of depthwise layers take half a bit and more: 4 bits are above the budget
     assert len(found) > 1 and all(bits not in found[:number] for number, bits in enumerate(found))
@@ -209,7 +253,7 @@ def test_the_network_as_a_whole_decides(network: nn.Module, images: Tensor) -> N
 def test_rows_of_another_network_are_one_line(network: nn.Module, rows: list[dict[str, Any]]) -> None:
     settings = MixedBudget(kind="mixed_budget", mean_bits=5.0)
     with pytest.raises(UserError, match=r"sensitivity.json has 1 layers, not the model's 53"):
-        allocations_within(network, rows[:4], settings, "methods.m")
+        allocations_within(quantizable_layers(network), rows[:4], settings, "methods.m")
 
 
 @pytest.mark.parametrize(
