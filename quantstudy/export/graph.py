@@ -1,8 +1,9 @@
 """The ONNX graph of an architecture, without weights: what every variant of a study has in common.
 
 `torch.onnx.export` writes it once, from a network of random weights, so that no two of them are equal: its optimizer
-merges equal tensors, and the names by which the weights are filled in later would be lost. BatchNorm is folded. A
-weight that the optimizer stored transposed gets its own layout back, and a Transpose after it. Pooling over single
+merges equal tensors, and the names by which the weights are filled in later would be lost. What is computed from
+weights is not computed beforehand, since it would be that of the random ones. BatchNorm is folded. A
+weight that PyTorch stored transposed gets its own layout back, and a Transpose after it. Pooling over single
 pixels, which is what adaptive pooling comes to when the image already has the size that is asked for, is left out.
 """
 
@@ -15,6 +16,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import helper, numpy_helper
+from torch import nn
 
 from quantstudy.errors import UserError
 from quantstudy.files import atomic
@@ -33,12 +35,13 @@ def network_graph(architecture: str, classes: int, image_size: int) -> onnx.Mode
     network = skeleton(architecture, classes, image_size)
     if any(tensor.is_meta for tensor in network.state_dict().values()):
         network.to_empty(device="cpu")
+    _untie(network)
     state = network.state_dict()
     generator = torch.Generator().manual_seed(0)
     for tensor in state.values():
         if tensor.is_floating_point():
             tensor.uniform_(0.5, 1.5, generator=generator)
-    model = _exported(network, image_size)
+    model = _exported(network, image_size, frozenset(state))
     _strip(model)
     _drop_poolings_of_one_pixel(model.graph)
     _restore_layouts(model, {name: tensor.numpy() for name, tensor in state.items()})
@@ -61,9 +64,25 @@ def load_graph(path: Path) -> onnx.ModelProto:
     return onnx.load_model_from_string(path.read_bytes())
 
 
-def _exported(network: torch.nn.Module, image_size: int) -> onnx.ModelProto:
+def _untie(network: nn.Module) -> None:
+    """Give each of several layers that share a weight one of its own: their inputs are quantized apart."""
+    seen: set[int] = set()
+    for module in network.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                setattr(module, key, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+            seen.add(id(parameter))
+
+
+def _exported(network: nn.Module, image_size: int, weights: frozenset[str]) -> onnx.ModelProto:
+    from onnxscript.optimizer import optimize_ir
+
     images = torch.randn(2, 3, image_size, image_size)
     shapes: Any = ({0: torch.export.Dim(BATCH)},)
+
+    def reads_a_weight(node: Any) -> bool:
+        return any(value is not None and value.name in weights for value in node.inputs)
+
     level = logging.getLogger("torch.onnx").level
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -77,9 +96,11 @@ def _exported(network: torch.nn.Module, image_size: int) -> onnx.ModelProto:
             input_names=[INPUT],
             output_names=[OUTPUT],
             verbose=False,
+            optimize=False,
         )
         logging.getLogger("torch.onnx").setLevel(level)
     assert program is not None
+    optimize_ir(program.model, should_fold=lambda node: False if reads_a_weight(node) else None)
     return program.model_proto
 
 
