@@ -1,6 +1,7 @@
 """The tools that `benchmarks/peers.py` compares: what each is given, and how it makes a quantized model of it.
 
-A tool is a function from a `Subject` to its `Candidate`s, in the settings its documentation recommends for a CPU.
+A tool is a function from a `Subject` to its `Candidate`s, in the settings its documentation recommends for a CPU. On a
+CPU without VNNI, where int8 sums saturate, that is also what it offers against that.
 """
 
 import copy
@@ -21,6 +22,7 @@ from quantstudy.checkpoint import load_checkpoint
 from quantstudy.data.container import Split
 from quantstudy.export.graph import INPUT, load_graph
 from quantstudy.export.onnx_model import save_onnx, to_onnx
+from quantstudy.machine.hardware import int8_sums_saturate
 from quantstudy.methods.registry import quantize
 from quantstudy.params import Params
 from quantstudy.quantization.observers import collect
@@ -108,8 +110,9 @@ def quantstudy(subject: Subject) -> Iterator[Candidate]:
             run = open_session(proto, runtime, subject.threads).run
             yield Candidate("quantstudy", method, runtime, run, size, taken)
         if settings.kind in ("static", "dynamic"):
-            run = build_executable(variant, "eager", CPU).run
-            yield Candidate("quantstudy", method, "eager", run, size, taken, torch.channels_last)
+            eager = build_executable(variant, "eager", CPU)
+            last, simulated = torch.channels_last, not eager.real
+            yield Candidate("quantstudy", method, "eager", eager.run, size, taken, last, is_simulated=simulated)
         if settings.kind == "static":
             run = build_executable(load_variant(path), "inductor", CPU).run
             _compile(subject, run)
@@ -119,18 +122,26 @@ def quantstudy(subject: Subject) -> Iterator[Candidate]:
 def nncf(subject: Subject) -> Iterator[Candidate]:
     """NNCF's post-training quantization of the OpenVINO model, with both of its presets."""
     import openvino
-    from nncf import Dataset, QuantizationPreset, quantize
+    from nncf import AdvancedQuantizationParameters, Dataset, OverflowFix, QuantizationPreset, quantize
 
     images = [image[None].numpy() for batch in subject.calibration for image in batch.contiguous()]
-    for preset in (QuantizationPreset.PERFORMANCE, QuantizationPreset.MIXED):
+    by_default, everywhere = (
+        AdvancedQuantizationParameters(overflow_fix=fix) for fix in (OverflowFix.FIRST_LAYER, OverflowFix.ENABLE)
+    )
+    choices = [
+        ("int8 performance", QuantizationPreset.PERFORMANCE, by_default),
+        ("int8 mixed", QuantizationPreset.MIXED, by_default),
+    ]
+    if int8_sums_saturate():
+        choices.append(("int8 mixed, overflow fix", QuantizationPreset.MIXED, everywhere))
+    for name, preset, advanced in choices:
         source = openvino.Core().read_model(subject.onnx_path)
         started = time.perf_counter()
-        model = quantize(source, Dataset(images), preset=preset, subset_size=len(images))
+        model = quantize(source, Dataset(images), preset=preset, subset_size=len(images), advanced_parameters=advanced)
         taken = time.perf_counter() - started
         path = subject.folder / "nncf.xml"
         openvino.save_model(model, path)
         size = sum(part.stat().st_size for part in (path, path.with_suffix(".bin"))) / 1e6
-        name = f"int8 {preset.value}"
         yield Candidate("nncf", name, "openvino", OpenVino(model, subject.threads), size, taken)
 
 
@@ -148,13 +159,15 @@ def onnxruntime(subject: Subject) -> Iterator[Candidate]:
             return None if images is None else {INPUT: images.contiguous().numpy()}
 
     prepared, path = subject.folder / "prepared.onnx", subject.folder / "ort.onnx"
-    started = time.perf_counter()
-    quant_pre_process(str(subject.onnx_path), str(prepared))
-    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-    quantize(str(prepared), str(path), Reader(), quant_format=QuantFormat.QDQ, per_channel=True, **types)
-    taken = time.perf_counter() - started
-    run = open_session(onnx.load(path), "onnxruntime", subject.threads, tune=False).run
-    yield Candidate("onnxruntime", "quantize_static", "onnxruntime", run, path.stat().st_size / 1e6, taken)
+    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "quant_format": QuantFormat.QDQ}
+    for reduces in _reduces_range():
+        started = time.perf_counter()
+        quant_pre_process(str(subject.onnx_path), str(prepared))
+        quantize(str(prepared), str(path), Reader(), per_channel=True, reduce_range=reduces, **types)
+        taken = time.perf_counter() - started
+        run = open_session(onnx.load(path), "onnxruntime", subject.threads, tune=False).run
+        name = "quantize_static, reduce_range" if reduces else "quantize_static"
+        yield Candidate("onnxruntime", name, "onnxruntime", run, path.stat().st_size / 1e6, taken)
 
 
 def pt2e(subject: Subject) -> Iterator[Candidate]:
@@ -164,24 +177,26 @@ def pt2e(subject: Subject) -> Iterator[Candidate]:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     config.freezing = True
-    started = time.perf_counter()
     example = subject.calibration[0][:2].contiguous(memory_format=torch.channels_last)
     shapes: Any = ({0: torch.export.Dim("batch")},)
-    exported = torch.export.export(copy.deepcopy(subject.fp32), (example,), dynamic_shapes=shapes, strict=True).module()
-    quantizer = x86.X86InductorQuantizer()
-    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
-    prepared = prepare_pt2e(exported, quantizer)
-    for images in subject.calibration:
-        prepared(images)
-    converted = convert_pt2e(prepared)
-    nodes = sum("quantize_per" in str(node.target) for node in converted.graph.nodes)
-    if not nodes:
-        raise RuntimeError("PT2E inserted no quantize or dequantize operators")
-    taken = time.perf_counter() - started
-    size = _size_mb(converted, subject.folder / "pt2e.pth")
-    run = torch.compile(converted, dynamic=False)
-    _compile(subject, run)
-    yield Candidate("torchao", "pt2e x86", "inductor", run, size, taken, torch.channels_last)
+    for reduces in _reduces_range():
+        started = time.perf_counter()
+        exported = torch.export.export(copy.deepcopy(subject.fp32), (example,), dynamic_shapes=shapes, strict=True)
+        quantizer = x86.X86InductorQuantizer()
+        quantizer.set_global(x86.get_default_x86_inductor_quantization_config(reduce_range=reduces))
+        prepared = prepare_pt2e(exported.module(), quantizer)
+        for images in subject.calibration:
+            prepared(images)
+        converted = convert_pt2e(prepared)
+        nodes = sum("quantize_per" in str(node.target) for node in converted.graph.nodes)
+        if not nodes:
+            raise RuntimeError("PT2E inserted no quantize or dequantize operators")
+        taken = time.perf_counter() - started
+        size = _size_mb(converted, subject.folder / "pt2e.pth")
+        run = torch.compile(converted, dynamic=False)
+        _compile(subject, run)
+        name = "pt2e x86, reduce_range" if reduces else "pt2e x86"
+        yield Candidate("torchao", name, "inductor", run, size, taken, torch.channels_last)
 
 
 def torchao(subject: Subject) -> Iterator[Candidate]:
@@ -274,6 +289,11 @@ TOOLS: dict[str, Callable[[Subject], Iterator[Candidate]]] = {
     "brevitas": brevitas,
     "aimet": aimet,
 }
+
+
+def _reduces_range() -> list[bool]:
+    """Whether a tool is to take a bit from its codes: not, and where sums saturate, once more and so."""
+    return [False, True] if int8_sums_saturate() else [False]
 
 
 def _size_mb(model: nn.Module, path: Path) -> float:

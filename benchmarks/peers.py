@@ -10,8 +10,8 @@ images; each with the settings its documentation recommends for a CPU, OpenVINO 
 compute in int8.
 
 All candidates are loaded in one process and take turns; that is done three times for each batch size, and a latency is
-the median of the three medians. The ratio of this project's fastest int8_static to the fastest int8 model of another
-tool is given with its extremes over the three.
+the median of the three medians. The ratio of an int8 method of this project, on its fastest runtime, to the fastest
+int8 model of another tool is given with its extremes over the three.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from quantstudy.data.container import load_split
 from quantstudy.device import set_up
 from quantstudy.errors import one_line
 from quantstudy.files import write_json, write_text
-from quantstudy.machine.hardware import describe_machine
+from quantstudy.machine.hardware import describe_machine, int8_sums_saturate
 from quantstudy.measure.latency import time_alternately
 from quantstudy.measure.statistics import mcnemar_exact_p, sqnr_db
 from quantstudy.params import Params, load_params
@@ -41,13 +41,14 @@ from quantstudy.report.peers import RECORD_KEYS, plot_peers, table
 from quantstudy.report.tables import p_value
 
 RUNS = 3
-COMPARED = ("int8_static", "w4a8_finetuned")
+COMPARED = ("int8_static", "int8_reduce_range", "w4a8_finetuned")
 """This project's best int8 and 4-bit methods, which are held against each other tool."""
-METHODS = ["int8_static", "int8_dynamic", "int8_weight_only", "int4_weight_only", "int4_gptq", "int4_finetuned"]
+INT8 = COMPARED[:2]
+METHODS = [*INT8, "int8_dynamic", "int8_weight_only", "int4_weight_only", "int4_gptq", "int4_finetuned"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write reports/peers/<study>.{json,md,png}."""
+    """Write reports/peers/<study>.{json,md,png}, on a CPU without VNNI <study>_without_vnni."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", required=True, help="a row of studies whose fp32 model, data and graph are there")
     parser.add_argument(
@@ -120,18 +121,24 @@ def _measure_latency(candidates: list[Candidate], subject: Subject, seconds: flo
 
 
 def _write(subject: Subject, candidates: list[Candidate], failed: dict[str, str]) -> None:
+    name = f"{subject.name}_without_vnni" if int8_sums_saturate() else subject.name
     rows = [_record(candidate, len(subject.test)) for candidate in candidates]
-    write_json(layout.peers(subject.name, "json"), rows)
-    lines = [_ratio(candidates, batch) for batch in BATCH_SIZES if any(c.latency for c in candidates)]
+    write_json(layout.peers(name, "json"), rows)
+    lines = [
+        _ratio(candidates, method, batch)
+        for method in INT8
+        for batch in BATCH_SIZES
+        if any(c.method == method and c.latency for c in candidates)
+    ]
     lines += _accuracy(candidates) + _faithfulness(candidates)
     lines += [f"{tool}: {reason}." for tool, reason in failed.items()]
     lines.append(
         f"{len(subject.test)} test images, {sum(map(len, subject.calibration))} for calibration. {_versions()}."
     )
     text = table(rows) + "\n" + "\n".join(f"- {line}" for line in lines) + "\n"
-    write_text(layout.peers(subject.name, "md"), text)
+    write_text(layout.peers(name, "md"), text)
     if any(candidate.latency for candidate in candidates):
-        plot_peers(layout.peers(subject.name, "png"), subject.name, rows)
+        plot_peers(layout.peers(name, "png"), name, rows)
     print(text)
 
 
@@ -141,10 +148,10 @@ def _record(candidate: Candidate, images: int) -> dict[str, Any]:
     return dict(zip(RECORD_KEYS, (*values, candidate.quantize_s, *latency), strict=True))
 
 
-def _ratio(candidates: list[Candidate], batch: int) -> str:
-    """Compare int8_static on its best runtime with the fastest int8 model of another tool."""
+def _ratio(candidates: list[Candidate], method: str, batch: int) -> str:
+    """Compare a method on its best runtime with the fastest int8 model of another tool."""
     own = min(
-        (c for c in candidates if (c.tool, c.method) == ("quantstudy", "int8_static")),
+        (c for c in candidates if (c.tool, c.method) == ("quantstudy", method) and c.latency),
         key=lambda c: statistics.median(c.latency[batch]),
     )
     peers = [c for c in candidates if c.tool != "quantstudy" and c.latency]
@@ -153,7 +160,7 @@ def _ratio(candidates: list[Candidate], batch: int) -> str:
     peer = min(peers, key=lambda c: statistics.median(c.latency[batch]))
     ratios = sorted(a / b for a, b in zip(own.latency[batch], peer.latency[batch], strict=True))
     return (
-        f"Batch {batch}: int8_static on {own.runtime} takes {statistics.median(ratios):.2f} ({ratios[0]:.2f} to "
+        f"Batch {batch}: {method} on {own.runtime} takes {statistics.median(ratios):.2f} ({ratios[0]:.2f} to "
         f"{ratios[-1]:.2f}) times as long as {peer.tool} {peer.method}, at {own.top1 - peer.top1:+.1f} points of top-1."
     )
 
@@ -163,7 +170,7 @@ def _accuracy(candidates: list[Candidate]) -> list[str]:
     lines = []
     for method in COMPARED:
         own = [c for c in candidates if (c.tool, c.method) == ("quantstudy", method)]
-        peers = [c for c in candidates if c.tool != "quantstudy" and c.is_simulated == (method != "int8_static")]
+        peers = [c for c in candidates if c.tool != "quantstudy" and c.is_simulated == (method not in INT8)]
         if own and peers:
             differences = (
                 f"{own[0].top1 - peer.top1:+.1f} against {peer.tool} {peer.method} "
