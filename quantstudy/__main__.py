@@ -27,7 +27,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     tuning = commands.add_parser("tune", help="rewrite an ONNX file of this project for the runtime that is to load it")
     tuning.add_argument("model", type=Path, help="an .onnx file that the stage export or quantize wrote")
     tuning.add_argument("--runtime", required=True, choices=RUNTIMES)
-    tuning.add_argument("--batch-size", type=_positive, default=1, help="images it will be run with (%(default)s)")
+    tuning.add_argument(
+        "--batch-size", type=_positive, default=1, help="images it will be run with (%(default)s); matters to openvino"
+    )
+    tuning.add_argument(
+        "--without-vnni", action="store_true", help="for x86 CPUs without VNNI, where onnxruntime would saturate"
+    )
     tuning.add_argument("--out", type=Path, required=True, help="the .onnx file to write")
     arguments = parser.parse_args(argv)
     if arguments.command == "readme":
@@ -39,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif arguments.command == "tune":
         from quantstudy.export.tuning import tune
 
-        tune(arguments.model, arguments.runtime, arguments.batch_size, arguments.out)
+        tune(arguments.model, arguments.runtime, arguments.batch_size, arguments.out, saturates=arguments.without_vnni)
     elif arguments.command == "compare" and arguments.before:
         print_comparison(arguments.before, arguments.after, arguments.page)
     else:
@@ -65,8 +70,8 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
 
 

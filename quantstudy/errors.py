@@ -29,11 +29,15 @@ def one_line(error: Exception, line: int = 0) -> str:
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage's `main`; print a `UserError` or a full disk as one line and exit with status 1."""
+    """Run a stage's `main`; print a `UserError` or what the file system refuses as one line and exit with status 1."""
     try:
         main()
     except UserError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
+    except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+        if not error.filename:
+            raise
+        sys.exit(f"error: {error.filename}: {error.strerror}")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

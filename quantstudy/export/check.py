@@ -10,6 +10,8 @@ from torch import nn
 from quantstudy.data.batches import run_on_split
 from quantstudy.data.container import Split
 from quantstudy.errors import one_line
+from quantstudy.export.tuning import may_saturate, quantizes_inputs
+from quantstudy.machine.hardware import int8_sums_saturate
 from quantstudy.params import Preprocessing
 from quantstudy.runtimes.executables import build_executable
 from quantstudy.runtimes.sessions import PACKAGES, open_session, why_missing
@@ -43,18 +45,25 @@ def check(model: nn.Module, exported: onnx.ModelProto, test: Split, preprocessin
             continue
         agreement[runtime] = 100 * float((logits.argmax(1) == expected).mean())
         if agreement[runtime] < WANTED_AGREEMENT:
-            remarks.append(f"{runtime}: {_why(logits, expected)}")
+            cause = _cause(exported)
+            remarks.append(f"{runtime}: {_difference(logits, expected)}{cause and f': {cause}'}")
     remarks += [f"{runtime} {reason}" for runtime, reason in unavailable.items()]
     return {"images": len(expected), "agreement": agreement, "unavailable": unavailable, "remarks": remarks}
 
 
-def _why(logits: np.ndarray, expected: np.ndarray) -> str:
+def _cause(exported: onnx.ModelProto) -> str:
+    """Say what makes a runtime's arithmetic differ; nothing is known where no input is quantized."""
+    if int8_sums_saturate() and may_saturate(exported):
+        return "this CPU has no VNNI, so that sums of products of 8 by 8 bits saturate; weights of 7 bits do not"
+    return "codes that fall on the other side of a half in another order of sums" if quantizes_inputs(exported) else ""
+
+
+def _difference(logits: np.ndarray, expected: np.ndarray) -> str:
     """Say how close the two best classes are on the images that are predicted otherwise."""
     differs = logits.argmax(1) != expected
     best = np.sort(logits, axis=1)[:, -2:]
     margins = best[:, 1] - best[:, 0]
     return (
         f"{differs.sum()} of {len(expected)} images are predicted otherwise; their two best logits lie "
-        f"{np.median(margins[differs]):.3g} apart in the median, those of all images {np.median(margins):.3g}: "
-        "codes that fall on the other side of a half in another order of sums"
+        f"{np.median(margins[differs]):.3g} apart in the median, those of all images {np.median(margins):.3g}"
     )

@@ -29,6 +29,8 @@ from quantstudy.quantization.packing import pack
 from quantstudy.quantization.variant import Variant
 
 PRODUCER = "quantstudy"
+CALL = "@"
+"""Between a layer's name and the number of a call of it that is not the first, in a node's name."""
 _MULTIPLIES = ("Conv", "Gemm", "MatMul")
 _ORDER_KEEPING = ("MaxPool", "Reshape", "Flatten")
 _SIXTEEN_BITS = {torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16}
@@ -52,8 +54,21 @@ def to_onnx(model: nn.Module, graph: onnx.ModelProto) -> onnx.ModelProto:
     return _Builder(network, graph).build()
 
 
+def checked(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return `model`, once it is known to be valid; more than 2 GB cannot be checked."""
+    if model.ByteSize() < onnx.checker.MAXIMUM_PROTOBUF:
+        onnx.checker.check_model(model)
+    return model
+
+
 def save_onnx(path: Path, model: onnx.ModelProto) -> None:
-    """Write an ONNX file atomically, equal models as equal bytes."""
+    """Write an ONNX file atomically, equal models as equal bytes.
+
+    Raises:
+        UserError: more than 2 GB, which one file cannot hold.
+    """
+    if model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
+        raise UserError(f"{path}: {model.ByteSize() / 1e9:.1f} GB; an ONNX file holds at most 2 GB")
     with atomic(path) as temporary:
         temporary.write_bytes(model.SerializeToString(deterministic=True))
 
@@ -67,8 +82,11 @@ class _Builder:
         self.nodes: list[onnx.NodeProto] = []
         self.layer_of: dict[str, str] = {f"{name}.weight": name for name in self.layers}
         self.quantized_inputs: dict[tuple[Any, ...], str] = {}
+        self.calls: Counter[str] = Counter()
         self.early: dict[str, str] = {}
         """By the output of the first order-keeping node before a layer: the layer, whose input is quantized there."""
+        self.quantized_early: set[str] = set()
+        """The outputs of those layers' nodes."""
 
     def build(self) -> onnx.ModelProto:
         for initializer in self.source.graph.initializer:
@@ -82,9 +100,7 @@ class _Builder:
         result.graph.initializer.extend(self.initializers.values())
         result.graph.node.extend(self.nodes)
         result.producer_name, result.producer_version = PRODUCER, ""
-        if result.ByteSize() < onnx.checker.MAXIMUM_PROTOBUF:
-            onnx.checker.check_model(result)
-        return result
+        return checked(result)
 
     def _add(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(operator, inputs, [output], name=output, **attributes))
@@ -113,7 +129,9 @@ class _Builder:
     def _dequantize_weight(self, name: str, layer: Any) -> None:
         scheme = layer.scheme.weight
         if scheme.group_size is None:
-            codes = self._constant_codes(f"{name}.codes", layer.weight_codes(), scheme.bits)
+            has_odd_rows = len(layer.shape) == 2 and layer.shape[1] % 2  # OpenVINO 2026.4 misreads those in 4 bits
+            bits = max(scheme.bits, 8 if has_odd_rows else 0)
+            codes = self._constant_codes(f"{name}.codes", layer.weight_codes(), bits)
             scale = self._constant(f"{name}.scale", layer.weight_scale.flatten().float().numpy())
             inputs = [codes, scale]
             if scheme.bits > 4 and len(layer.shape) == 2:  # without it, ONNX Runtime multiplies in float32
@@ -161,10 +179,11 @@ class _Builder:
             if name is None or self.layers[name].scheme.activation.mode != "static":
                 continue
             value, first = node.input[0], None
-            while value in producer and _keeps_order(producer[value]) and readers[value] == 1:
+            while value in producer and keeps_order(producer[value]) and readers[value] == 1:
                 first, value = value, producer[value].input[0]
             if first is not None:
                 self.early[first] = name
+                self.quantized_early.add(node.output[0])
 
     def _layer(self, node: onnx.NodeProto) -> str | None:
         return self.layer_of.get(node.input[1]) if node.op_type in _MULTIPLIES else None
@@ -183,7 +202,7 @@ class _Builder:
                 self.nodes.append(self._copied(node, name))
         elif self._is_dynamic(name):
             self._append_dynamic(node, name)
-        elif name in self.early.values():
+        elif node.output[0] in self.quantized_early:
             self.nodes.append(self._copied(node, name))
         else:
             copied = self._copied(node, name)
@@ -192,10 +211,15 @@ class _Builder:
 
     def _copied(self, node: onnx.NodeProto, name: str | None) -> onnx.NodeProto:
         """Copy a node, give it its layer's name, and a bias that only the quantized layer has."""
-        copied = _copy(node, name)
+        copied = _copy(node, None if name is None else self._call(name))
         if name is not None and node.op_type == "Conv" and len(node.input) < 3 and self.layers[name].bias is not None:
             copied.input.append(self._constant(f"{name}.bias", self.layers[name].bias.detach().float().numpy()))
         return copied
+
+    def _call(self, name: str) -> str:
+        """Return a name for the node of a layer: the layer's, and for another call of it `<layer>@2` and so on."""
+        self.calls[name] += 1
+        return name if self.calls[name] == 1 else f"{name}{CALL}{self.calls[name]}"
 
     def _is_dynamic(self, name: str | None) -> bool:
         return name is not None and self.layers[name].scheme.activation.mode == "dynamic"
@@ -216,7 +240,7 @@ class _Builder:
 
     def _append_dynamic(self, node: onnx.NodeProto, name: str) -> None:
         """Multiply in integers: y = (sum of codes) * (scale of the input * scale of the weight) + bias."""
-        layer, is_conv = self.layers[name], node.op_type == "Conv"
+        layer, is_conv, call = self.layers[name], node.op_type == "Conv", self._call(name)
         value = node.input[0]
         codes, scale, zero_point = (f"{value}.{part}" for part in ("codes", "scale", "zero_point"))
         if (value,) not in self.quantized_inputs:
@@ -229,20 +253,20 @@ class _Builder:
         scales = self._constant(f"{name}.weight.scale", layer.weight_scale.float().numpy().reshape(spread))
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute} if is_conv else {}
         operator = "ConvInteger" if is_conv else "MatMulInteger"
-        self.nodes.append(helper.make_node(operator, [codes, stored, zero_point], [f"{name}.sums"], name, **attributes))
-        sums = self._add("Cast", [f"{name}.sums"], f"{name}.float_sums", to=TensorProto.FLOAT)
-        both = self._add("Mul", [scale, scales], f"{name}.scale")
+        self.nodes.append(helper.make_node(operator, [codes, stored, zero_point], [f"{call}.sums"], call, **attributes))
+        sums = self._add("Cast", [f"{call}.sums"], f"{call}.float_sums", to=TensorProto.FLOAT)
+        both = self._add("Mul", [scale, scales], f"{call}.scale")
         if layer.bias is None or node.op_type == "MatMul":  # after a MatMul the bias is an Add of its own
             self._add("Mul", [sums, both], node.output[0])
             return
-        product = self._add("Mul", [sums, both], f"{name}.product")
+        product = self._add("Mul", [sums, both], f"{call}.product")
         for unused in list(node.input)[2:]:
             self.initializers.pop(unused, None)
         bias = self._constant(f"{name}.spread_bias", layer.bias.detach().float().numpy().reshape(spread))
         self._add("Add", [product, bias], node.output[0])
 
 
-def _keeps_order(node: onnx.NodeProto) -> bool:
+def keeps_order(node: onnx.NodeProto) -> bool:
     """Whether a node moves values or picks the largest, so that it may work on codes; a 1 x 1 average does nothing."""
     if node.op_type == "AveragePool":
         return all(list(a.ints) == [1, 1] for a in node.attribute if a.name == "kernel_shape")

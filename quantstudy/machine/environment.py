@@ -77,6 +77,7 @@ def cpu() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "instruction_sets": instruction_sets(),
+        "int8_sums_saturate": hardware.int8_sums_saturate(),
     }
 
 
@@ -197,7 +198,8 @@ def null_metrics(facts: dict[str, Any]) -> dict[str, str]:
 
 def remarks(facts: dict[str, Any]) -> list[str]:
     """Return sentences that a reader of the figures measured here has to know."""
-    sentences = hardware.remarks(facts["gpu"]["available"], facts["native_arithmetic"]["cpu"])
+    saturates = facts["cpu"]["int8_sums_saturate"]
+    sentences = hardware.remarks(facts["gpu"]["available"], facts["native_arithmetic"]["cpu"], saturates)
     if not facts["compiler"]["works"]:
         sentences.append("No working C++ compiler: latencies are of eager mode.")
     return sentences

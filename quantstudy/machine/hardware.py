@@ -50,14 +50,24 @@ def describe_machine() -> str:
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    cpu = f"{cpu_model()} without VNNI" if int8_sums_saturate() else cpu_model()
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "torchvision", "torchao"))
-    return f"{cpu_model()}, {torch.get_num_threads()} threads, {gpu}; {versions}, Python {platform.python_version()}"
+    return f"{cpu}, {torch.get_num_threads()} threads, {gpu}; {versions}, Python {platform.python_version()}"
 
 
 def instruction_sets() -> dict[str, bool]:
     """Return which of `INSTRUCTION_SETS` this CPU has."""
     flags = cpu_flags()
     return {name: not flags.isdisjoint(any_of) for name, any_of in INSTRUCTION_SETS.items()}
+
+
+def int8_sums_saturate() -> bool:
+    """Return whether int8 kernels here add two products of uint8 and int8 in 16 bits: on an x86 CPU without VNNI.
+
+    `vpmaddubsw` then gives 32767 for 255 * 127 + 255 * 127. Of 8 bits by 7 no such sum is too large. See
+    https://oneapi-src.github.io/oneDNN/dev_guide_int8_computations.html.
+    """
+    return platform.machine() in ("x86_64", "AMD64") and not instruction_sets()["VNNI"]
 
 
 def arithmetic_is_native(dtype: str, device: str) -> bool:
@@ -83,14 +93,25 @@ def arithmetic_is_native(dtype: str, device: str) -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
-def remarks(has_gpu: bool, native_on_cpu: Mapping[str, bool]) -> list[str]:
-    """Return sentences that a reader of latencies measured here has to know; `native_on_cpu` is by dtype."""
+def remarks(has_gpu: bool, native_on_cpu: Mapping[str, bool], saturates: bool) -> list[str]:
+    """Return sentences that a reader of figures measured here has to know.
+
+    Args:
+        has_gpu: whether a GPU was measured.
+        native_on_cpu: `arithmetic_is_native` on the CPU, by dtype.
+        saturates: `int8_sums_saturate` here.
+    """
     if has_gpu:
         return []
     emulated = [dtype for dtype, native in native_on_cpu.items() if not native]
-    return ["No GPU latency or memory was taken: every figure is the CPU's."] + [
-        f"{dtype} is emulated on this CPU: its latency is not the type's." for dtype in emulated
-    ]
+    found = ["No GPU latency or memory was taken: every figure is the CPU's."]
+    found += [f"{dtype} is emulated on this CPU: its latency is not the type's." for dtype in emulated]
+    if saturates:
+        found.append(
+            "This CPU has no VNNI: eager mode simulates int8, and OpenVINO's int8 kernels saturate unless weights have "
+            "7 bits, as those of int8_reduce_range."
+        )
+    return found
 
 
 def _cpuinfo() -> Mapping[str, str]:

@@ -21,7 +21,7 @@ from quantstudy.data.container import Split
 from quantstudy.device import DTYPES
 from quantstudy.errors import UserError, one_line
 from quantstudy.files import atomic, finite
-from quantstudy.machine.hardware import arithmetic_is_native, describe_machine, remarks
+from quantstudy.machine.hardware import arithmetic_is_native, describe_machine, int8_sums_saturate, remarks
 from quantstudy.measure.coverage import not_quantized, remark, stored
 from quantstudy.measure.latency import Timing, time_alternately
 from quantstudy.measure.memory import with_peak_memory_mb
@@ -282,7 +282,11 @@ def _details(task: Task, chosen: Executable, timings: dict[int, dict[str, Timing
         "variant": task.variant,
         "runtime": chosen.runtime,
         "machine": describe_machine(),
-        "remarks": remarks(task.device.type == "cuda", {dtype: arithmetic_is_native(dtype, "cpu") for dtype in DTYPES}),
+        "remarks": remarks(
+            task.device.type == "cuda",
+            {dtype: arithmetic_is_native(dtype, "cpu") for dtype in DTYPES},
+            int8_sums_saturate(),
+        ),
         "kernel": {"real": chosen.real_layers, "total": len(chosen.layers), "note": _note(chosen)},
         "timings": [
             {"executable": name, "batch_size": size, **asdict(timing)}

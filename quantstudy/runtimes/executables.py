@@ -8,8 +8,9 @@
 - `onnxruntime` and `openvino`: the exported ONNX model on a CPU (`runtimes.sessions`), which say themselves what they
   compute in int8.
 
-A layer is real when its multiplications run in the types its scheme names. Codes of fewer than 8 bits run on
-int8 kernels too, with the same result as in their own type, but that is int8 arithmetic: not real.
+A layer is real when its multiplications run in the types its scheme names, of which 7-bit weights are int8 with its
+range reduced. Codes of fewer bits run on int8 kernels too, with the same result as in their own type, but that is int8
+arithmetic: not real. Nor are sums that saturate (`int8_sums_saturate`).
 """
 
 import contextlib
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from quantstudy.machine.hardware import arithmetic_is_native
+from quantstudy.machine.hardware import arithmetic_is_native, int8_sums_saturate
 from quantstudy.quantization.layers import put_layers, quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.variant import Variant
@@ -91,9 +92,14 @@ def open_executable(model: nn.Module, exported: "onnx.ModelProto", runtime: str)
     layers = layer_bits(model, runtime, torch.device("cpu"))
     for name, bits in layers.items():
         if not bits.is_float32:  # what is stored in 16 bits is computed in 32
-            int8 = bits.weight == bits.activation == 8
-            layers[name] = replace(bits, real=int8 and name in session.integer_layers)
+            layers[name] = replace(bits, real=_is_int8(bits, runtime) and name in session.integer_layers)
     return Executable(runtime, session.run, layers, torch.contiguous_format)
+
+
+def _is_int8(bits: LayerBits, runtime: str) -> bool:
+    """Whether a runtime's int8 kernel gives what a layer of these bits means: 7 are int8 of a reduced range."""
+    exact = bits.weight == 7 or not (runtime == "openvino" and int8_sums_saturate())
+    return bits.weight in (7, 8) and bits.activation == 8 and exact
 
 
 class _WideConvolutions(TorchFunctionMode):
@@ -155,7 +161,7 @@ def _quantized_bits(layer: Any, runtime: str, device: torch.device, width: int) 
     if runtime == "eager" and has_kernel(layer, device):
         return LayerBits(scheme.weight.bits, 16, True)
     activation = width if scheme.activation.mode == "none" else scheme.activation.bits
-    both_int8 = scheme.weight.bits == 8 and activation == 8
+    both_int8 = scheme.weight.bits in (7, 8) and activation == 8
     modes = ("static",) if runtime == "inductor" else ("static", "dynamic")
     on_kernel = layer.emits_int8 and scheme.activation.mode in modes and int8_kernels_available(device)
     return LayerBits(scheme.weight.bits, activation, both_int8 and on_kernel)

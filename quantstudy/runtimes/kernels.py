@@ -25,7 +25,6 @@ and a convolution with the largest codes that comes out exact.
 
 import functools
 import math
-import platform
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from quantstudy.machine.hardware import instruction_sets
 from quantstudy.runtimes.onednn_geometry import as_pair, split_padding, stride_to_thin
 from quantstudy.runtimes.uint8 import CodeMaxPool2d, choose_dynamic_qparams, pad_codes, quantize_to_uint8
 
@@ -277,7 +277,7 @@ def int8_kernels_available(device: torch.device | str = "cpu") -> bool:
 
 @functools.cache
 def _probe() -> bool:
-    if not (_has_vnni() and all(hasattr(torch.ops.onednn, name) for name in _OPERATORS)):
+    if not (instruction_sets()["VNNI"] and all(hasattr(torch.ops.onednn, name) for name in _OPERATORS)):
         return False
     weight = torch.full((16, 16, 3, 3), 127, dtype=torch.int8)
     scale, zeros = torch.ones(16), torch.zeros(16, dtype=torch.int32)
@@ -293,15 +293,6 @@ def _probe() -> bool:
     except (RuntimeError, TypeError, AttributeError):  # an operator of another torch, or of a build without oneDNN
         return False
     return bool((y == 255 * 127 * 16 * 9).all())
-
-
-def _has_vnni() -> bool:
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    if not hasattr(torch.cpu, "get_capabilities"):
-        return torch.cpu._is_vnni_supported()
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_vnni") or found.get("avx_vnni"))
 
 
 def _require_kernels() -> None:

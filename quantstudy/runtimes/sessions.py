@@ -7,6 +7,7 @@ where the CPU has it, which is then no longer the model that was asked for.
 
 import importlib.util
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,13 @@ from torch import Tensor
 
 from quantstudy.errors import UserError
 from quantstudy.export.graph import INPUT
+from quantstudy.export.onnx_model import CALL
 from quantstudy.export.tuning import MANY, multiplies_integers, tuned
+from quantstudy.machine.hardware import int8_sums_saturate
 
 PACKAGES = ("onnxruntime", "openvino")
 """The runtimes, named like the packages that bring them and the project's optional dependencies."""
+_MULTIPLIES = ("Conv", "Gemm", "MatMul", "ConvInteger", "MatMulInteger")
 _INTEGER_OPERATORS = (
     "QLinearConv",
     "ConvInteger",
@@ -39,7 +43,7 @@ class Session:
 
     run: Callable[[Tensor], Tensor]
     integer_layers: frozenset[str]
-    """The names of the nodes whose multiplications run in int8."""
+    """The names of the layers whose multiplications run in int8, each time that they are called."""
 
 
 def why_missing(runtime: str) -> str | None:
@@ -58,7 +62,8 @@ def open_session(model: onnx.ModelProto, runtime: str, threads: int, *, tune: bo
     if reason := why_missing(runtime):
         raise UserError(f"measure.runtimes: {runtime} is {reason}")
     if runtime == "onnxruntime":
-        return _onnxruntime(tuned(model, "onnxruntime") if tune else model, threads)
+        saturates = int8_sums_saturate()
+        return _onnxruntime(tuned(model, "onnxruntime", saturates=saturates) if tune else model, threads)
     return _openvino(model, tuned(model, "openvino", MANY) if tune else model, threads)
 
 
@@ -79,12 +84,21 @@ def _onnxruntime(model: onnx.ModelProto, threads: int) -> Session:
         content = model.SerializeToString()
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         nodes = onnx.load(optimized).graph.node if integers else []
-    integer = frozenset(node.name.partition("_token_")[0] for node in nodes if node.op_type in _INTEGER_OPERATORS)
+    integer = {node.name.partition("_token_")[0] for node in nodes if node.op_type in _INTEGER_OPERATORS}
 
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
 
-    return Session(run, integer)
+    return Session(run, _layers(model, integer))
+
+
+def _layers(model: onnx.ModelProto, integer: set[str]) -> frozenset[str]:
+    """Return the layers of `model` of whose nodes that multiply all are in `integer`."""
+    nodes = defaultdict(set)
+    for node in model.graph.node:
+        if node.op_type in _MULTIPLIES:
+            nodes[node.name.partition(CALL)[0]].add(node.name)
+    return frozenset(layer for layer, names in nodes.items() if names <= integer)
 
 
 def _openvino(model: onnx.ModelProto, for_many: onnx.ModelProto, threads: int) -> Session:
@@ -93,7 +107,11 @@ def _openvino(model: onnx.ModelProto, for_many: onnx.ModelProto, threads: int) -
     read = openvino.Core().read_model
     many = None if for_many is model else read(for_many.SerializeToString())
     compiled = OpenVino(read(model.SerializeToString()), threads, many)
-    executed = compiled.request(1).get_compiled_model().get_runtime_model().get_ordered_ops()
+    return Session(compiled, _integer_layers(compiled, model, 1) & _integer_layers(compiled, for_many, MANY))
+
+
+def _integer_layers(compiled: "OpenVino", model: onnx.ModelProto, images: int) -> frozenset[str]:
+    executed = compiled.request(images).get_compiled_model().get_runtime_model().get_ordered_ops()
     facts = [{key: value.value for key, value in node.get_rt_info().items()} for node in executed]
     integer = [
         fact["originalLayersNames"].split(",")
@@ -103,7 +121,7 @@ def _openvino(model: onnx.ModelProto, for_many: onnx.ModelProto, threads: int) -
     ]
     layer_of = {output: node.name for node in model.graph.node for output in node.output}  # some go by their output
     found = {name.partition("/")[0] for names in integer for name in names}
-    return Session(compiled, frozenset(found | {layer_of[name] for name in found if name in layer_of}))
+    return _layers(model, found | {layer_of[name] for name in found if name in layer_of})
 
 
 class OpenVino:

@@ -1,3 +1,4 @@
+import copy
 import functools
 from collections import Counter
 from pathlib import Path
@@ -18,15 +19,18 @@ from quantstudy.methods.registry import POST_TRAINING
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import collect
 from quantstudy.quantization.variant import Variant, save_variant
+from quantstudy.runtimes import sessions
 from quantstudy.runtimes.sessions import open_session, why_missing
 
 SIZE, CLASSES = 32, 10
 PERCEPTRON = f"{__name__}:perceptron"
 METHODS = {
     "int8-static": P.Static(kind="static", weight_bits=8, activation_bits=8),
+    "7-bit-static": P.Static(kind="static", weight_bits=7, activation_bits=8),
     "int4-static": P.Static(kind="static", weight_bits=4, activation_bits=8),
     "4-bit-activations": P.Static(kind="static", weight_bits=4, activation_bits=4),
     "int8-dynamic": P.Dynamic(kind="dynamic", weight_bits=8, activation_bits=8),
+    "7-bit-dynamic": P.Dynamic(kind="dynamic", weight_bits=7, activation_bits=8),
     "int8-weight-only": P.WeightOnly(kind="weight_only", weight_bits=8),
     "int4-weight-only": P.WeightOnly(kind="weight_only", weight_bits=4, group_size=32),
     "3-bit-weights": P.WeightOnly(kind="weight_only", weight_bits=3, group_size=32),
@@ -101,6 +105,62 @@ def test_linear_layers_that_are_stored_transposed_are_quantized_too(runtime: str
     assert snr_db(model(images(2)), found) > 35
 
 
+class Reused(nn.Module):
+    """A layer that is called twice, two that share a weight, and a weight that is computed from a parameter."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.first, self.twice, self.tied = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.tied.weight = self.twice.weight
+        self.gain, self.head = nn.Parameter(torch.rand(8) + 1), nn.Linear(8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [N, 3, S, S] to logits [N, classes]."""
+        x = self.first(x).relu() * (1 + self.gain.exp())[:, None, None]
+        x = x + self.twice(x)
+        x = x + self.twice(x).relu()
+        return self.head((x + 3 * self.tied(x)).mean((2, 3)))
+
+
+def reused(num_classes: int) -> nn.Module:
+    return Reused(num_classes)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("method", ["fp32", "7-bit-static", "7-bit-dynamic", "int4-weight-only"])
+@torch.no_grad()
+def test_layers_are_reused_and_weights_computed_as_in_pytorch(method: str, runtime: str) -> None:
+    architecture = f"{__name__}:reused"
+    model = network(architecture) if method == "fp32" else variant(architecture, method)
+    exported = to_onnx(model, graph(architecture))
+    names = [node.name for node in exported.graph.node if node.name]
+    assert len(names) == len(set(names))
+    for tune in (False, True):
+        session = open_session(exported, runtime, 1, tune=tune)
+        torch.testing.assert_close(session.run(images()), model(images()), rtol=1e-3, atol=1e-3)
+    if (method, runtime) == ("7-bit-static", "onnxruntime"):  # here with float32 between the layers
+        assert session.integer_layers == {"twice", "tied", "head"}
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("saturates", [True, False])
+@torch.no_grad()
+def test_weights_of_7_bits_never_saturate(saturates: bool, runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "int8_sums_saturate", lambda: saturates)
+    model = copy.deepcopy(network(PERCEPTRON))
+    for layer in (model[1], model[3]):  # type: ignore[index]
+        layer.weight.abs_().clamp_(min=0.9 * float(layer.weight.max()))
+    x = 1 + images().abs()
+    statistics = collect(model, [(x, torch.zeros(8))], bins=64)
+    exact = [7, 8] if runtime == "onnxruntime" and saturates else [7]
+    for bits in exact:
+        settings = P.Static(kind="static", weight_bits=bits, activation_bits=8)
+        made = POST_TRAINING["static"](model, statistics, settings)
+        found = open_session(to_onnx(made, graph(PERCEPTRON)), runtime, 1)
+        torch.testing.assert_close(found.run(x), made(x), rtol=1e-2, atol=1e-2)
+        assert found.integer_layers == {"1", "3"}
+
+
 @pytest.mark.parametrize("method", ["int8-static", "int8-dynamic"])
 @pytest.mark.skipif(why_missing("onnxruntime") is not None, reason="no onnxruntime")
 def test_onnx_runtime_says_which_layers_it_computes_in_int8(method: str) -> None:
@@ -133,7 +193,7 @@ def test_a_linear_layer_between_others_runs_in_int8_without_tuning(tmp_path: Pat
 @pytest.mark.skipif(why_missing("openvino") is not None, reason="no openvino")
 @torch.no_grad()
 def test_a_long_sum_is_computed_in_parts_for_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = variant(PERCEPTRON, "int8-static")
+    model = variant(PERCEPTRON, "7-bit-static")
     exported = to_onnx(model, graph(PERCEPTRON))
     whole = open_session(exported, "openvino", 1)
     monkeypatch.setattr(tuning, "LONGEST_SUM", 1000)

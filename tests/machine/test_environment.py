@@ -15,7 +15,7 @@ def facts() -> dict[str, Any]:
     """A machine that has everything."""
     return {
         "gpu": {"available": True},
-        "cpu": {"architecture": "arm64"},
+        "cpu": {"architecture": "arm64", "int8_sums_saturate": False},
         "software": dict.fromkeys(("git", "dvc", "torchao", "ffmpeg"), "1.0"),
         "compiler": {"works": True},
         "native_arithmetic": {"cpu": {"float16": True, "bfloat16": True}},
@@ -42,6 +42,13 @@ def test_emulated_float16_is_a_reason_for_a_null(facts: dict[str, Any]) -> None:
     facts["native_arithmetic"]["cpu"]["float16"] = False
     assert "float16" in environment.null_metrics(facts)["speedup_b16"]
     assert any("float16 is emulated" in sentence for sentence in environment.remarks(facts))
+
+
+def test_int8_sums_that_saturate_are_told(facts: dict[str, Any]) -> None:
+    facts["gpu"]["available"] = False
+    assert "VNNI" not in " ".join(environment.remarks(facts))
+    facts["cpu"]["int8_sums_saturate"] = True
+    assert any("int8_reduce_range" in sentence for sentence in environment.remarks(facts))
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
