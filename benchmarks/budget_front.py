@@ -31,7 +31,7 @@ from quantstudy.errors import run_stage
 from quantstudy.files import read_json, write_json
 from quantstudy.measure.statistics import mcnemar_exact_p, sqnr_db, wilson_interval
 from quantstudy.methods.allocation import HALF
-from quantstudy.methods.registry import replaceable, settings_of
+from quantstudy.methods.registry import settings_of
 from quantstudy.methods.sensitivity import (
     Allocation,
     Row,
@@ -39,6 +39,7 @@ from quantstudy.methods.sensitivity import (
     allocations_within,
     divergence_from,
     mean_bits,
+    measurable,
     mixed,
     quantized_table,
 )
@@ -69,7 +70,7 @@ class Front:
     @functools.cached_property
     def layers(self) -> dict[str, Any]:
         """The layers that can be quantized, by name."""
-        return replaceable(self.model, self.calibration)
+        return measurable(self.model, self.calibration)
 
     def mean_bits(self, bits: Allocation) -> float:
         """Return the stored bits a weight, scales included."""

@@ -28,6 +28,7 @@ from quantstudy.params import Params
 from quantstudy.quantization.observers import collect
 from quantstudy.quantization.variant import load_variant, save_variant
 from quantstudy.runtimes.executables import build_executable
+from quantstudy.runtimes.kernels import int8_kernels_available
 from quantstudy.runtimes.sessions import OpenVino, open_session
 
 BATCH_SIZES = (1, 16)
@@ -106,12 +107,14 @@ def quantstudy(subject: Subject) -> Iterator[Candidate]:
         save_variant(path, variant, facts, method)
         size = path.stat().st_size / 1e6
         proto = to_onnx(variant, load_graph(layout.graph(subject.name)))
+        exported = subject.folder / f"{method}.onnx"
+        save_onnx(exported, proto)
         for runtime in ("openvino", "onnxruntime"):
             run = open_session(proto, runtime, subject.threads).run
-            yield Candidate("quantstudy", method, runtime, run, size, taken)
+            yield Candidate("quantstudy", method, runtime, run, exported.stat().st_size / 1e6, taken)
         if settings.kind in ("static", "dynamic"):
             eager = build_executable(variant, "eager", CPU)
-            last, simulated = torch.channels_last, not eager.real
+            last, simulated = torch.channels_last, not int8_kernels_available()
             yield Candidate("quantstudy", method, "eager", eager.run, size, taken, last, is_simulated=simulated)
         if settings.kind == "static":
             run = build_executable(load_variant(path), "inductor", CPU).run
@@ -159,14 +162,17 @@ def onnxruntime(subject: Subject) -> Iterator[Candidate]:
             return None if images is None else {INPUT: images.contiguous().numpy()}
 
     prepared, path = subject.folder / "prepared.onnx", subject.folder / "ort.onnx"
-    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "quant_format": QuantFormat.QDQ}
-    for reduces in _reduces_range():
+    choices: dict[str, dict[str, Any]] = {"quantize_static": {"weight_type": QuantType.QInt8}}
+    if int8_sums_saturate():
+        choices["quantize_static, reduce_range"] = {"weight_type": QuantType.QInt8, "reduce_range": True}
+        choices["quantize_static, U8U8"] = {"weight_type": QuantType.QUInt8}
+    for name, types in choices.items():
+        types |= {"activation_type": QuantType.QUInt8, "quant_format": QuantFormat.QDQ}
         started = time.perf_counter()
         quant_pre_process(str(subject.onnx_path), str(prepared))
-        quantize(str(prepared), str(path), Reader(), per_channel=True, reduce_range=reduces, **types)
+        quantize(str(prepared), str(path), Reader(), per_channel=True, **types)
         taken = time.perf_counter() - started
         run = open_session(onnx.load(path), "onnxruntime", subject.threads, tune=False).run
-        name = "quantize_static, reduce_range" if reduces else "quantize_static"
         yield Candidate("onnxruntime", name, "onnxruntime", run, path.stat().st_size / 1e6, taken)
 
 
@@ -179,7 +185,7 @@ def pt2e(subject: Subject) -> Iterator[Candidate]:
     config.freezing = True
     example = subject.calibration[0][:2].contiguous(memory_format=torch.channels_last)
     shapes: Any = ({0: torch.export.Dim("batch")},)
-    for reduces in _reduces_range():
+    for reduces in [False, True] if int8_sums_saturate() else [False]:
         started = time.perf_counter()
         exported = torch.export.export(copy.deepcopy(subject.fp32), (example,), dynamic_shapes=shapes, strict=True)
         quantizer = x86.X86InductorQuantizer()
@@ -289,11 +295,6 @@ TOOLS: dict[str, Callable[[Subject], Iterator[Candidate]]] = {
     "brevitas": brevitas,
     "aimet": aimet,
 }
-
-
-def _reduces_range() -> list[bool]:
-    """Whether a tool is to take a bit from its codes: not, and where sums saturate, once more and so."""
-    return [False, True] if int8_sums_saturate() else [False]
 
 
 def _size_mb(model: nn.Module, path: Path) -> float:

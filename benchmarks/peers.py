@@ -186,13 +186,13 @@ def _accuracy(candidates: list[Candidate]) -> list[str]:
 def _faithfulness(candidates: list[Candidate]) -> list[str]:
     """Compare logits with fp32's: a measure that a few hundred images settle, as they do not settle top-1."""
     reference = next(c.logits for c in candidates if c.method == "fp32")
-    found: dict[tuple[str, str], str] = {}
+    found = []
     for c in candidates:
         if c.method in COMPARED or c.tool != "quantstudy":
             same = 100 * float((c.logits.argmax(1) == reference.argmax(1)).mean())
-            text = f"{c.tool} {c.method} {sqnr_db(reference, c.logits):.1f} dB, {same:.1f} %"
-            found.setdefault((c.tool, c.method), text)
-    return [f"SQNR of the logits against fp32's, and images given the same class: {'; '.join(found.values())}."]
+            name = f"{c.tool} {c.method} on {c.runtime}" if c.tool == "quantstudy" else f"{c.tool} {c.method}"
+            found.append(f"{name} {sqnr_db(reference, c.logits):.1f} dB, {same:.1f} %")
+    return [f"SQNR of the logits against fp32's, and images given the same class: {'; '.join(found)}."]
 
 
 def _versions() -> str:

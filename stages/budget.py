@@ -12,8 +12,8 @@ from quantstudy.device import DTYPES, set_up
 from quantstudy.errors import run_stage
 from quantstudy.files import read_json
 from quantstudy.methods.allocation import HALF
-from quantstudy.methods.registry import replaceable, settings_of
-from quantstudy.methods.sensitivity import allocations_within, divergence_from, mixed, quantized_table
+from quantstudy.methods.registry import settings_of
+from quantstudy.methods.sensitivity import allocations_within, divergence_from, measurable, mixed, quantized_table
 from quantstudy.params import BUDGET, load_params
 from quantstudy.quantization.variant import save_variant
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     split, seen = load_split(layout.split(name, "calibration")), models.load_preprocessing(fp32)
     images = images_of(split, seen, study.calibration.batch_size)
     calibration = {"images": images, "image_size": study.data.image_size}
-    allocations = allocations_within(replaceable(model, calibration), rows, settings, f"methods.{method}")
+    allocations = allocations_within(measurable(model, calibration), rows, settings, f"methods.{method}")
     widths = sorted({width for bits in allocations for width in bits.values() if width < HALF})
     table = quantized_table(model, calibration, settings, widths)
     divergence = divergence_from(model, table, images, DTYPES[settings.dtype])

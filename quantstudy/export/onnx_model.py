@@ -80,7 +80,9 @@ class _Builder:
         self.source = graph
         self.initializers: dict[str, TensorProto] = {}
         self.nodes: list[onnx.NodeProto] = []
-        self.layer_of: dict[str, str] = {f"{name}.weight": name for name in self.layers}
+        first = {id(layer): name for name, layer in self.layers.items()}
+        modules = network.named_modules(remove_duplicate=False)
+        self.layer_of = {f"{name}.weight": first[id(module)] for name, module in modules if id(module) in first}
         self.quantized_inputs: dict[tuple[Any, ...], str] = {}
         self.calls: Counter[str] = Counter()
         self.early: dict[str, str] = {}
@@ -113,8 +115,8 @@ class _Builder:
     def _fill(self, initializer: TensorProto) -> None:
         """Give a parameter of the architecture its value; keep any other constant."""
         name = initializer.name
-        layer = self.layers.get(name.removesuffix(".weight"))
-        if layer is not None and name.endswith(".weight"):
+        if name in self.layer_of:
+            layer = self.layers[self.layer_of[name]]
             if layer.scheme.activation.mode != "dynamic":
                 self._dequantize_weight(name, layer)
         elif name not in self.state:

@@ -7,9 +7,9 @@
 - OpenVINO computes 64 outputs of an int8 product at a time. Where there are many inputs, the weights of 64 do not stay
   in a core's cache, and are read anew for every six images. Long sums are therefore cut in parts for large batches:
   VGG-11's first linear layer took 6.5 ms instead of 14 for 16 images. For a single image the parts are 0.4 ms slower.
-- An x86 CPU without VNNI adds two products of uint8 and int8 in 16 bits, where they saturate: logits of MobileNetV2 in
-  int8 had 8 dB of SQNR there instead of 17. ONNX Runtime multiplies uint8 by uint8 exactly, so weights with codes that
-  are large enough become uint8 with a zero point of 128. OpenVINO has no such kernels; it takes weights of 7 bits.
+- An x86 CPU without VNNI adds two products of uint8 and int8 in 16 bits, where they saturate. ONNX Runtime multiplies
+  uint8 by uint8 exactly, so weights with codes that are large enough become uint8 with a zero point of 128. OpenVINO
+  has no such kernels; it takes weights of 7 bits.
 
 Each is slower for another runtime or CPU, which is why exported files have none of it.
 """
@@ -27,6 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from quantstudy.errors import UserError
 from quantstudy.export.onnx_model import CALL, PRODUCER, checked, keeps_order, save_onnx
+from quantstudy.machine.hardware import int8_sums_saturate
 
 LONGEST_SUM = 4096
 """Inputs of an int8 product in OpenVINO, above which it is cut in parts."""
@@ -51,16 +52,15 @@ def tuned(
         images: in a batch.
         saturates: `int8_sums_saturate` on the CPU that is to run it.
     """
-    if not multiplies_integers(model) or (runtime == "openvino" and images < MANY):
-        return model
-    graph = _Graph.of(model)
-    change = _product if runtime == "onnxruntime" else _short_sums
-    changed = [change(graph, node) for node in model.graph.node]
-    nodes = [part for node, instead in zip(model.graph.node, changed, strict=True) for part in instead or [node]]
-    tensors = [*model.graph.initializer, *graph.added]
-    if runtime == "onnxruntime" and saturates:
+    nodes, tensors = list(model.graph.node), list(model.graph.initializer)
+    if multiplies_integers(model) and (runtime == "onnxruntime" or images >= MANY):
+        graph = _Graph.of(model)
+        change = _product if runtime == "onnxruntime" else _short_sums
+        nodes = [part for node in nodes for part in change(graph, node) or [node]]
+        tensors += graph.added
+    if runtime == "onnxruntime" and saturates and quantizes_inputs(model):
         nodes, tensors = _unsigned(nodes, tensors)
-    if not any(changed) and len(tensors) == len(model.graph.initializer):
+    if len(tensors) == len(model.graph.initializer):
         return model
     result = onnx.ModelProto()
     result.CopyFrom(model)
@@ -77,13 +77,15 @@ def tune(source: Path, runtime: Literal["onnxruntime", "openvino"], images: int,
 
     Raises:
         UserError: `source` is not a model that this project exported, or it was tuned before, or `out` is no other
-            .onnx file.
+            .onnx file, or OpenVINO has no kernels that do not saturate.
     """
     if out.suffix != ".onnx" or out.resolve() == source.resolve():
         raise UserError(f"--out: {str(out)!r}: name another file that ends in .onnx")
     if not source.is_file():
         raise UserError(f"{source}: no file; the stage export and `python -m quantstudy quantize` write such files")
     model = _load(source)
+    if saturates and runtime == "openvino" and may_saturate(model):
+        raise UserError("--without-vnni: there openvino saturates with 8-bit weights; quantize by int8_reduce_range")
     result = tuned(model, runtime, images, saturates=saturates)
     save_onnx(out, result)
     kinds = [Counter(node.op_type for node in m.graph.node) for m in (model, result)]
@@ -93,12 +95,15 @@ def tune(source: Path, runtime: Literal["onnxruntime", "openvino"], images: int,
     nothing = f"nothing to change for batches of less than {MANY}" if runtime == "openvino" else "nothing to change"
     found = f"new: {', '.join(new)}" if new else nothing if images < MANY else "nothing to change"
     print(f"{out}: {out.stat().st_size / 1e6:.3f} MB, for {runtime}; {found}")
+    if may_saturate(result) and int8_sums_saturate():
+        print("this CPU has no VNNI, and int8 saturates on it: quantize by int8_reduce_range, or see --without-vnni")
 
 
 def _load(source: Path) -> onnx.ModelProto:
     try:
         model = onnx.load_model_from_string(source.read_bytes())
-        onnx.checker.check_model(model)
+        if model.producer_name in (PRODUCER, ""):
+            onnx.checker.check_model(model)
     except (DecodeError, onnx.checker.ValidationError):
         raise UserError(f"{source}: not an ONNX model, or only a part of one") from None
     if model.producer_name != PRODUCER:
@@ -111,7 +116,7 @@ def _load(source: Path) -> onnx.ModelProto:
 
 
 def multiplies_integers(model: onnx.ModelProto) -> bool:
-    """Whether a runtime can compute a layer of `model` in int8: some input is quantized, no weight is in 4 bits."""
+    """Whether `model` is worth computing in int8: some input is quantized, no weight is in 4 bits."""
     return quantizes_inputs(model) and all(tensor.data_type != TensorProto.INT4 for tensor in model.graph.initializer)
 
 
@@ -122,7 +127,7 @@ def quantizes_inputs(model: onnx.ModelProto) -> bool:
 
 def may_saturate(model: onnx.ModelProto) -> bool:
     """Whether sums of products may saturate where a CPU has no VNNI."""
-    return multiplies_integers(model) and any(_large_codes(tensor) is not None for tensor in model.graph.initializer)
+    return quantizes_inputs(model) and any(_large_codes(tensor) is not None for tensor in model.graph.initializer)
 
 
 def _large_codes(tensor: TensorProto) -> np.ndarray | None:

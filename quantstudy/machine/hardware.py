@@ -34,10 +34,11 @@ _NATIVE: dict[str, tuple[str, ...]] = {
 def cpu_flags() -> frozenset[str]:
     """Return the CPU's features, named as Linux names them (`avx512_vnni`, `amx_int8`, `asimdhp`).
 
-    Elsewhere than on Linux PyTorch is asked; a feature that neither knows is absent.
+    PyTorch is asked too where Linux knows no VNNI, which older kernels do not name; a feature that neither knows is
+    absent.
     """
     flags = _from_cpuinfo()
-    return frozenset(flags) if flags else frozenset(_from_torch())
+    return frozenset(flags if not flags.isdisjoint(INSTRUCTION_SETS["VNNI"]) else flags | _from_torch())
 
 
 def cpu_model() -> str:

@@ -54,6 +54,12 @@ LOSSES: dict[str, Callable[[Row], float]] = {
 """What a layer at a width loses, by a row of `measure_layers`."""
 
 
+def measurable(model: nn.Module, calibration: Calibration) -> Layers:
+    """Return the layers of `model` that can be quantized and that `torch.fx` sees called, by name."""
+    called = {node.target for node in fx.symbolic_trace(model).graph.nodes if node.op == "call_module"}
+    return {name: layer for name, layer in replaceable(model, calibration).items() if name in called}
+
+
 def quantized_table(model: nn.Module, calibration: Calibration, settings: P.Rounding, widths: Sequence[int]) -> Table:
     """Return each layer of `model` quantized on its own (weights alone, frozen) at each of `widths`, all below 16.
 
@@ -119,7 +125,7 @@ def measure_layers(
         settings: widths, and how weights are rounded.
         macs: multiply-accumulates per image of every layer.
     """
-    layers = replaceable(model, calibration)
+    layers = measurable(model, calibration)
     labels = torch.cat([labels for _, labels in batches])
     reference = torch.cat([model(images) for images, _ in batches])
     rows = []

@@ -123,7 +123,7 @@ def _family(settings: Any) -> Family:
     if settings.kind.startswith("mixed"):
         return "mixed"
     clipped = _group(settings) == "outlier"
-    if settings.weight_bits == 8:
+    if settings.weight_bits in (7, 8):
         return "INT8 clipped" if clipped else "INT8"
     if settings.weight_bits == 4:
         return "INT4 clipped" if clipped else "uniform INT4"

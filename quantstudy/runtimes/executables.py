@@ -92,7 +92,8 @@ def open_executable(model: nn.Module, exported: "onnx.ModelProto", runtime: str)
     layers = layer_bits(model, runtime, torch.device("cpu"))
     for name, bits in layers.items():
         if not bits.is_float32:  # what is stored in 16 bits is computed in 32
-            layers[name] = replace(bits, real=_is_int8(bits, runtime) and name in session.integer_layers)
+            real = _is_int8(bits, runtime) and name in session.integer_layers
+            layers[name] = replace(bits, weight=8 if real else bits.weight, real=real)
     return Executable(runtime, session.run, layers, torch.contiguous_format)
 
 
@@ -164,7 +165,8 @@ def _quantized_bits(layer: Any, runtime: str, device: torch.device, width: int) 
     both_int8 = scheme.weight.bits in (7, 8) and activation == 8
     modes = ("static",) if runtime == "inductor" else ("static", "dynamic")
     on_kernel = layer.emits_int8 and scheme.activation.mode in modes and int8_kernels_available(device)
-    return LayerBits(scheme.weight.bits, activation, both_int8 and on_kernel)
+    real = both_int8 and on_kernel
+    return LayerBits(8 if real else scheme.weight.bits, activation, real)
 
 
 def use_int8_kernels(model: nn.Module) -> nn.Module:

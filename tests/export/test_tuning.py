@@ -1,11 +1,13 @@
 """`python -m quantstudy tune`: the same model in other operators."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto
 from torch import nn
 
 from quantstudy.__main__ import main
@@ -44,11 +46,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made(tmp_path_factory.mktemp("onnx"), 7)  # with 8 bits CPUs without VNNI saturate
 
 
-def made(folder: Path, bits: int) -> Path:
+def made(folder: Path, bits: int, **keys: Any) -> Path:
     torch.manual_seed(0)
     model = residual(CLASSES).eval().requires_grad_(False)
     statistics = collect(model, [(torch.randn(8, 3, SIZE, SIZE), torch.zeros(8))], bins=64)
-    variant = static(model, statistics, Static(kind="static", weight_bits=bits, activation_bits=8))
+    variant = static(model, statistics, Static(kind="static", weight_bits=bits, activation_bits=8, **keys))
     path = folder / "model.onnx"
     save_onnx(path, to_onnx(variant, network_graph(ARCHITECTURE, CLASSES, SIZE)))
     return path
@@ -87,6 +89,22 @@ def test_what_needs_no_change_is_copied(exported: Path, tmp_path: Path, capsys: 
     tune(exported, tmp_path / "x.onnx", "openvino", "--batch-size", "16")
     assert "nothing to change" in capsys.readouterr().out
     assert (tmp_path / "x.onnx").read_bytes() == exported.read_bytes()
+
+
+def test_openvino_has_no_kernels_for_8_bits_without_vnni(exported: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    with pytest.raises(UserError, match="int8_reduce_range"):
+        tune(made(tmp_path, 8), out, "openvino", "--without-vnni")
+    assert not out.exists()
+    tune(exported, out, "openvino", "--without-vnni")
+    assert out.exists()
+
+
+def test_the_8_bit_layers_beside_4_bits_become_unsigned_too(tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    tune(made(tmp_path, 4, edge_bits=8), out, "onnxruntime", "--without-vnni")
+    types = {tensor.data_type for tensor in onnx.load(out).graph.initializer if len(tensor.dims) > 1}
+    assert types == {TensorProto.UINT8, TensorProto.INT4}
 
 
 def test_mistakes_are_one_line_and_write_nothing(exported: Path, tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ from quantstudy import models
 from quantstudy.errors import UserError
 from quantstudy.methods.allocation import stored_bits
 from quantstudy.methods.post_training import freeze
-from quantstudy.methods.registry import replaceable
 from quantstudy.methods.sensitivity import (
     LOSSES,
     allocations_within,
     divergence_from,
     mean_bits,
+    measurable,
     measure_layers,
     mixed,
     quantized_table,
@@ -144,7 +144,7 @@ def test_layers_that_cannot_be_quantized_are_left_out(batches: list[tuple[Tensor
     rows = measure_layers(model, calibration, batches, settings_of(**keys), macs)
     assert {row["layer"] for row in rows} == {"second", "head"}
     settings = MixedBudget(kind="mixed_budget", mean_bits=8.0, dtype="bfloat16", **keys)
-    layers = replaceable(model, calibration)
+    layers = measurable(model, calibration)
     chosen = allocations_within(layers, rows, settings, "methods.m")[0]
     assert chosen.keys() == layers.keys() and mean_bits(layers, chosen, None) <= 8
     table = quantized_table(model, calibration, settings, WIDTHS[:-1])
