@@ -107,7 +107,8 @@ def _openvino(model: onnx.ModelProto, for_many: onnx.ModelProto, threads: int) -
     read = openvino.Core().read_model
     many = None if for_many is model else read(for_many.SerializeToString())
     compiled = OpenVino(read(model.SerializeToString()), threads, many)
-    return Session(compiled, _integer_layers(compiled, model, 1) & _integer_layers(compiled, for_many, MANY))
+    integer = _integer_layers(compiled, model, 1)
+    return Session(compiled, integer if many is None else integer & _integer_layers(compiled, for_many, MANY))
 
 
 def _integer_layers(compiled: "OpenVino", model: onnx.ModelProto, images: int) -> frozenset[str]:
