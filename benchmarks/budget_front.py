@@ -171,10 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     widths = sorted({*UNIFORM} | {row["bits"] for row in rows if row["bits"] < HALF})
     calibration = {"images": images, "image_size": study.data.image_size}
     table = quantized_table(model, calibration, settings, widths)
-    divergence, test = (
-        divergence_from(model, table, images, DTYPES[settings.dtype]),
-        load_split(layout.split(name, "test")),
-    )
+    divergence = divergence_from(model, table, images, DTYPES[settings.dtype])
+    test = load_split(layout.split(name, "test"))
     front = Front(model, settings, rows, table, divergence, calibration, load_checkpoint(fp32), test, seen)
 
     reference = front.logits(model)

@@ -114,8 +114,8 @@ def quantstudy(subject: Subject) -> Iterator[Candidate]:
             yield Candidate("quantstudy", method, runtime, run, exported.stat().st_size / 1e6, taken)
         if settings.kind in ("static", "dynamic"):
             eager = build_executable(variant, "eager", CPU)
-            last, simulated = torch.channels_last, not int8_kernels_available()
-            yield Candidate("quantstudy", method, "eager", eager.run, size, taken, last, is_simulated=simulated)
+            simulated = not int8_kernels_available()
+            yield Candidate("quantstudy", method, "eager", eager.run, size, taken, eager.memory_format, simulated)
         if settings.kind == "static":
             run = build_executable(load_variant(path), "inductor", CPU).run
             _compile(subject, run)

@@ -92,8 +92,8 @@ def tune(source: Path, runtime: Literal["onnxruntime", "openvino"], images: int,
     new = [f"{count} {kind}" for kind, count in sorted((kinds[1] - kinds[0]).items())]
     if unsigned := sum(tensor.name.endswith(_UNSIGNED) for tensor in result.graph.initializer):
         new.append(f"{unsigned} weights in uint8")
-    nothing = f"nothing to change for batches of less than {MANY}" if runtime == "openvino" else "nothing to change"
-    found = f"new: {', '.join(new)}" if new else nothing if images < MANY else "nothing to change"
+    within = f" for batches of less than {MANY}" if runtime == "openvino" and images < MANY else ""
+    found = f"new: {', '.join(new)}" if new else f"nothing to change{within}"
     print(f"{out}: {out.stat().st_size / 1e6:.3f} MB, for {runtime}; {found}")
     if may_saturate(result) and int8_sums_saturate():
         print("this CPU has no VNNI, and int8 saturates on it: quantize by int8_reduce_range, or see --without-vnni")

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     import onnx
 
 
+_INT8_WEIGHTS = (7, 8)
+"""Bits of weights whose kernel is int8: all of its range, or a reduced one."""
+
+
 @dataclass(frozen=True)
 class LayerBits:
     """Bits of a layer's weights and input in its arithmetic, and whether its kernel really computes in them."""
@@ -100,7 +104,7 @@ def open_executable(model: nn.Module, exported: "onnx.ModelProto", runtime: str)
 def _is_int8(bits: LayerBits, runtime: str) -> bool:
     """Whether a runtime's int8 kernel gives what a layer of these bits means: 7 are int8 of a reduced range."""
     exact = bits.weight == 7 or not (runtime == "openvino" and int8_sums_saturate())
-    return bits.weight in (7, 8) and bits.activation == 8 and exact
+    return bits.weight in _INT8_WEIGHTS and bits.activation == 8 and exact
 
 
 class _WideConvolutions(TorchFunctionMode):
@@ -162,7 +166,7 @@ def _quantized_bits(layer: Any, runtime: str, device: torch.device, width: int) 
     if runtime == "eager" and has_kernel(layer, device):
         return LayerBits(scheme.weight.bits, 16, True)
     activation = width if scheme.activation.mode == "none" else scheme.activation.bits
-    both_int8 = scheme.weight.bits in (7, 8) and activation == 8
+    both_int8 = scheme.weight.bits in _INT8_WEIGHTS and activation == 8
     modes = ("static",) if runtime == "inductor" else ("static", "dynamic")
     on_kernel = layer.emits_int8 and scheme.activation.mode in modes and int8_kernels_available(device)
     real = both_int8 and on_kernel

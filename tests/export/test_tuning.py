@@ -82,7 +82,7 @@ def test_the_file_computes_the_same(exported: Path, tmp_path: Path, capsys: pyte
         as_float32 = run(before, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
         in_integers = run(after, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
         np.testing.assert_allclose(as_float32, in_integers, rtol=1e-4, atol=1e-4)
-        assert after.stat().st_size < 1.5 * before.stat().st_size
+        assert after.stat().st_size < 1.3 * before.stat().st_size
 
 
 def test_what_needs_no_change_is_copied(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
