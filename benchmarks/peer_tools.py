@@ -76,8 +76,8 @@ class Subject:
 
     @property
     def threads(self) -> int:
-        """The threads of every runtime."""
-        return torch.get_num_threads()
+        """The threads of every runtime when it is timed."""
+        return self.params.measure.threads or torch.get_num_threads()
 
     @functools.cached_property
     def onnx_path(self) -> Path:
@@ -303,9 +303,12 @@ def _size_mb(model: nn.Module, path: Path) -> float:
 
 
 def _compile(subject: Subject, run: Callable[[Tensor], Tensor]) -> None:
-    """Call a compiled model once for each batch size, so that it is compiled for both."""
+    """Call a compiled model once for each batch size: it is compiled for both, and for the threads it is timed with."""
+    cores = torch.get_num_threads()
+    torch.set_num_threads(subject.threads)
     for batch in BATCH_SIZES:
         run(noise(subject, batch).contiguous(memory_format=torch.channels_last))
+    torch.set_num_threads(cores)
 
 
 def noise(subject: Subject, batch: int) -> Tensor:

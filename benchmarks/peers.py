@@ -11,7 +11,8 @@ compute in int8.
 
 All candidates are loaded in one process and take turns; that is done three times for each batch size, and a latency is
 the median of the three medians. The ratio of an int8 method of this project, on its fastest runtime, to the fastest
-int8 model of another tool is given with its extremes over the three.
+int8 model of another tool is given with its extremes over the three. Models are quantized with all cores and timed with
+`measure.threads` of them.
 """
 
 import argparse
@@ -58,12 +59,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, help="of this project")
     arguments = parser.parse_args(argv)
     params = load_params()
-    set_up(params.study(arguments.study).seed, params.measure.threads)
+    set_up(params.study(arguments.study).seed)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         subject = _subject(arguments.study, params, Path(folder), arguments.methods)
         candidates, failed = _candidates(subject, [tool for tool in TOOLS if tool not in arguments.without])
         _measure_accuracy(candidates, subject)
+        torch.set_num_threads(subject.threads)
         if arguments.seconds:
             _measure_latency([c for c in candidates if not c.is_simulated], subject, arguments.seconds)
         _write(subject, candidates, {**failed, **dict.fromkeys(arguments.without, "left out of this run")})

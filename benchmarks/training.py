@@ -115,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name, loop in (("plain loop", plain), ("this project", own)):
                 started = time.perf_counter()
                 loop.epoch()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
                 if round_:
                     rates[name].append(args.images / (time.perf_counter() - started))
     waiting = 100 * own.batches.seconds_waiting / sum(args.images / rate for rate in rates["this project"])

@@ -1,10 +1,10 @@
 """The ways a model can be run here, each an executable that says which of its layers run in their stated type.
 
 - `eager`: on a CPU with VNNI, layers with integer weights per channel and integer inputs run on oneDNN's int8
-  kernels (`runtimes.lowering`), linear layers with integer weights alone on kernels that read these
-  (`runtimes.weight_only`); every other quantized layer is simulated in floating point.
+  kernels (`runtimes.lowering`); on a CPU and on CUDA linear layers with integer weights alone run on kernels that read
+  these (`runtimes.weight_only`); every other quantized layer is simulated in floating point.
 - `inductor`: `torch.compile` with frozen weights. It fuses the quantize and dequantize operators around
-  convolutions and linear layers with a calibrated input into oneDNN int8 kernels.
+  convolutions and linear layers with a calibrated input into oneDNN int8 kernels. On CUDA it records CUDA graphs.
 - `onnxruntime` and `openvino`: the exported ONNX model on a CPU (`runtimes.sessions`), which say themselves what they
   compute in int8.
 
@@ -78,10 +78,10 @@ def build_executable(model: nn.Module, runtime: str, device: torch.device) -> Ex
     """Turn `model`, an fp32 network or a `Variant`, into an executable; the model is used up."""
     model = model.to(device).eval()
     layers = layer_bits(model, runtime, device)
+    if isinstance(model, Variant) and _reads_codes(runtime, device):
+        use_weight_only_kernels(model.network, device)
     if runtime == "inductor":
         return Executable(runtime, _compiled(model, device), layers)
-    if isinstance(model, Variant):
-        use_weight_only_kernels(model.network, device)
     if int8_kernels_available(device):
         model = use_int8_kernels(model)
     emulated = getattr(model, "dtype", None) == torch.float16 and not arithmetic_is_native("float16", device.type)
@@ -141,9 +141,16 @@ def worth_compiling(model: nn.Module, device: torch.device) -> bool:
     """Whether inductor is tried for `model`: if it runs in its stated types there.
 
     A simulated model gains nothing that could be reported, and a range found at run time keeps convolutions out of
-    inductor's int8 patterns.
+    inductor's int8 patterns. On a GPU so is one of which some layers read their codes: in eager mode launching its
+    kernels would take longer than running them.
     """
-    return all(layer.real for layer in layer_bits(model, "inductor", device).values())
+    reads = _reads_codes("inductor", device) and any(has_kernel(x, device) for x in quantized_layers(model).values())
+    return reads or all(layer.real for layer in layer_bits(model, "inductor", device).values())
+
+
+def _reads_codes(runtime: str, device: torch.device) -> bool:
+    """Whether the kernels of `runtimes.weight_only` are used: in eager mode, and beside compiled kernels on a GPU."""
+    return runtime == "eager" or device.type == "cuda"
 
 
 def layer_bits(model: nn.Module, runtime: str, device: torch.device) -> dict[str, LayerBits]:
@@ -163,7 +170,7 @@ def layer_bits(model: nn.Module, runtime: str, device: torch.device) -> dict[str
 
 def _quantized_bits(layer: Any, runtime: str, device: torch.device, width: int) -> LayerBits:
     scheme = layer.scheme
-    if runtime == "eager" and has_kernel(layer, device):
+    if _reads_codes(runtime, device) and has_kernel(layer, device):
         return LayerBits(scheme.weight.bits, 16, True)
     activation = width if scheme.activation.mode == "none" else scheme.activation.bits
     both_int8 = scheme.weight.bits in _INT8_WEIGHTS and activation == 8

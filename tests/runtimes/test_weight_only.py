@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -6,9 +8,14 @@ from quantstudy.quantization.layers import LayerScheme, QuantConv2d, QuantLinear
 from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
 from quantstudy.runtimes.weight_only import WeightOnlyLinear, has_kernel, use_weight_only_kernels
 
-CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(
-    not has_kernel(QuantLinear(nn.Linear(32, 16), LayerScheme(WeightScheme(8))), CPU), reason="needs AVX512"
+PROBE = QuantLinear(nn.Linear(32, 16), LayerScheme(WeightScheme(8)))
+WANTED = {"cpu": "needs AVX512", "cuda": "needs a GPU of compute capability 8.0"}
+pytestmark = pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param(device, marks=pytest.mark.skipif(not has_kernel(PROBE, torch.device(device)), reason=reason))
+        for device, reason in WANTED.items()
+    ],
 )
 
 
@@ -24,13 +31,13 @@ def quant_linear(
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, 32), (4, 64)], ids=["int8", "int4-g32", "int4-g64"])
-@pytest.mark.parametrize("rows", [(1,), (5,), (2, 3)], ids=str)
+@pytest.mark.parametrize("rows", [(1,), (5,), (2, 3), (40,)], ids=str)
 @torch.no_grad()
 def test_it_computes_the_layer_up_to_bfloat16(
-    bits: int, group_size: int | None, dtype: torch.dtype, bias: bool, rows: tuple[int, ...]
+    bits: int, group_size: int | None, dtype: torch.dtype, bias: bool, rows: tuple[int, ...], device: str
 ) -> None:
-    layer = quant_linear(bits, group_size, bias=bias)
-    x = torch.randn(*rows, 128).bfloat16().to(dtype)
+    layer = quant_linear(bits, group_size, bias=bias).to(device)
+    x = torch.randn(*rows, 128).bfloat16().to(device, dtype)
     found = WeightOnlyLinear(layer)(x)
     assert found.dtype == dtype
     torch.testing.assert_close(found.float(), layer(x.float()), rtol=0.01, atol=0.01)
@@ -50,8 +57,9 @@ def test_it_computes_the_layer_up_to_bfloat16(
     ],
     ids=["int8", "int4", "small-group", "per-channel", "odd-inputs", "few-outputs", "quantized-input", "convolution"],
 )
-def test_a_layer_that_no_kernel_takes_is_left(layer: nn.Module, can: bool) -> None:
-    assert has_kernel(layer, CPU) == can
+def test_a_layer_that_no_kernel_takes_is_left(layer: nn.Module, can: bool, device: str) -> None:
+    layer = copy.deepcopy(layer).to(device)
+    assert has_kernel(layer, torch.device(device)) == can
     network = nn.Sequential(layer)
-    use_weight_only_kernels(network, CPU)
+    use_weight_only_kernels(network, torch.device(device))
     assert isinstance(network[0], WeightOnlyLinear) == can
