@@ -1,7 +1,8 @@
 """Batches of a split on the device: resized, augmented, normalized, channels last.
 
 Decoded splits are indexed where they lie (on a GPU, in its memory when they fit). Encoded splits are decoded
-by threads that stay two batches ahead, so that the device does not wait.
+by threads that stay two batches ahead, so that the device does not wait. On a GPU with room for the decoded images each
+is decoded once: 16 cores decoded images of 256 px at little more than a third of the rate of VGG-11's training.
 """
 
 import os
@@ -53,6 +54,7 @@ class Batches:
         self._batch_size = batch_size
         self._device = torch.device(device)
         self._indices = torch.arange(len(split)) if indices is None else indices
+        self.images = len(self._indices)
         self._shuffle = shuffle
         self._augmentation: Augmentation = augmentation
         self._seed = seed
@@ -60,10 +62,10 @@ class Batches:
         self._epoch = 0
         self._labels = split.labels.to(self._device)
         self._resident = _resident(split, self._device)
+        self._kept = _Kept(split.side, self._indices, len(split), self._device) if self._can_keep() else None
         mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
         self._scale = (1 / (255 * std)).view(1, 3, 1, 1).to(self._device)
         self._offset = (-mean / std).view(1, 3, 1, 1).to(self._device)
-        self.images = len(self._indices)
         self.seconds_waiting = 0.0
 
     def __len__(self) -> int:
@@ -110,24 +112,61 @@ class Batches:
             return
         workers = min(_MAX_WORKERS, os.cpu_count() or 1)
         pool = ThreadPoolExecutor(workers)
-        ahead: deque[list[Future[Tensor]]] = deque()
+        ahead: deque[tuple[Tensor, list[Future[Tensor]]]] = deque()
         try:
             for number in range(len(chunks) + _AHEAD):
                 if number < len(chunks):
-                    parts = chunks[number].tensor_split(min(workers, len(chunks[number])))
-                    ahead.append([pool.submit(self._split.decode, part) for part in parts])
+                    wanted = chunks[number] if self._kept is None else self._kept.missing(chunks[number])
+                    parts = wanted.tensor_split(max(min(workers, len(wanted)), 1))
+                    ahead.append((wanted, [pool.submit(self._split.decode, part) for part in parts]))
                 if number >= _AHEAD:
-                    yield torch.cat([part.result() for part in ahead.popleft()]).to(self._device)
+                    wanted, decoding = ahead.popleft()
+                    decoded = torch.cat([part.result() for part in decoding]).to(self._device)
+                    if self._kept is None:
+                        yield decoded
+                    else:
+                        self._kept.put(wanted, decoded)
+                        yield self._kept.take(chunks[number - _AHEAD])
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def _can_keep(self) -> bool:
+        return self._split.images is None and self.images * 3 * self._split.side**2 <= _room(self._device)
+
+
+class _Kept:
+    """The decoded images of a part of a split, uint8 on the device, filled as they are decoded."""
+
+    def __init__(self, side: int, indices: Tensor, images: int, device: torch.device) -> None:
+        self._row = torch.zeros(images, dtype=torch.int64)
+        self._row[indices] = torch.arange(len(indices))
+        self._filled = torch.zeros(len(indices), dtype=torch.bool)
+        self._pixels = torch.empty(len(indices), 3, side, side, dtype=torch.uint8, device=device)
+
+    def missing(self, indices: Tensor) -> Tensor:
+        """Return those of `indices` whose images are not there yet."""
+        return indices[~self._filled[self._row[indices]]]
+
+    def put(self, indices: Tensor, decoded: Tensor) -> None:
+        """Keep the images at `indices`."""
+        rows = self._row[indices]
+        self._pixels[rows.to(decoded.device)] = decoded
+        self._filled[rows] = True
+
+    def take(self, indices: Tensor) -> Tensor:
+        """Return the images at `indices`."""
+        return self._pixels[self._row[indices].to(self._pixels.device)]
+
 
 def _resident(split: Split, device: torch.device) -> Tensor | None:
-    """Return the decoded images, on the device when they take at most a quarter of its free memory."""
-    if split.images is None or device.type != "cuda":
-        return split.images
-    free, _ = torch.cuda.mem_get_info(device)
-    return split.images.to(device) if split.images.nbytes <= _GPU_SHARE * free else split.images
+    """Return the decoded images, on a GPU when it has room for them."""
+    fits = split.images is not None and split.images.nbytes <= _room(device)
+    return split.images.to(device) if split.images is not None and fits else split.images
+
+
+def _room(device: torch.device) -> float:
+    """Return how many bytes of images a GPU may hold; 0 for a CPU."""
+    return _GPU_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def images_of(split: Split, preprocessing: Preprocessing, batch_size: int) -> list[Tensor]:
