@@ -19,14 +19,17 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def set_up(seed: int, threads: int | None = None) -> torch.device:
-    """Seed every generator, fix the number of CPU threads and return the device to run on."""
+def set_up(seed: int, threads: int | None = None, *, tf32: bool = False) -> torch.device:
+    """Seed every generator, fix the number of CPU threads and return the device to run on.
+
+    Without `tf32` float32 is float32 on a GPU too, where PyTorch lets convolutions round their operands to TF32.
+    """
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     if threads is not None:
         torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = tf32
     return pick_device()
 
 

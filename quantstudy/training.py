@@ -274,7 +274,7 @@ def _restore(run: Run, parts: dict[str, Any]) -> State:
     if not run.resume.is_file():
         return State()
     try:
-        content = torch.load(run.resume, weights_only=True)
+        content = torch.load(run.resume, map_location="cpu", weights_only=True)
         if content["fingerprint"] != run.fingerprint:
             return State()
     except Exception as error:

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     study = params.study(name)
     if parallel.launched("finetune", ["--study", name], params.runtime.processes):
         return
-    device = parallel.join(set_up(study.seed))
+    device = parallel.join(set_up(study.seed, tf32=True))
 
     seen = study.data.preprocessing
     split = load_split(layout.split(name, "train"))

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     study, settings = params.study(name), settings_of(params, method, TRAINED)
     if parallel.launched("qat", ["--study", name, "--method", method], params.runtime.processes):
         return
-    device = parallel.join(set_up(study.seed))
+    device = parallel.join(set_up(study.seed, tf32=True))
 
     fp32 = layout.model(name, "fp32")
     calibration = load_tensors(layout.calibration(name)) | {"image_size": study.data.image_size}

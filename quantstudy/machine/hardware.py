@@ -103,7 +103,7 @@ def remarks(has_gpu: bool, native_on_cpu: Mapping[str, bool], saturates: bool) -
         saturates: `int8_sums_saturate` here.
     """
     if has_gpu:
-        return []
+        return ["fp32 is float32: without TF32, which PyTorch lets convolutions use, and which is faster."]
     emulated = [dtype for dtype, native in native_on_cpu.items() if not native]
     found = ["No GPU latency or memory was taken: every figure is the CPU's."]
     found += [f"{dtype} is emulated on this CPU: its latency is not the type's." for dtype in emulated]
