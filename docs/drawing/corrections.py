@@ -73,7 +73,7 @@ def equalization(example: Example) -> Figure:
 
 
 def bias_correction(example: Example) -> Figure:
-    """Draw the mean error of each output channel of one layer, without and with both kinds of correction."""
+    """Draw the mean error of a layer's channels where the ReLU behind it lets them through, without and with correction."""
     drawn, axes = figure(1, 1)
     looks: tuple[tuple[Any, str, str, str], ...] = (
         (False, style.SKY, "o", "rounded to nearest"),
@@ -83,8 +83,14 @@ def bias_correction(example: Example) -> Figure:
     for corrected, colour, marker, label in looks:
         variant = quantize(example.model, example.calibration, weights_of(BITS, bias_correction=corrected))
         found, wanted = (_output(net, MEANS_OF, example) for net in (variant.network, example.model))
-        axes.plot((found - wanted).mean((0, 2, 3)), marker, color=colour, label=label)
-    axes.set(xlabel="output channel", ylabel="mean error", title=f"One layer of a network at {BITS} bits")
+        seen = wanted > 0
+        error = ((found - wanted) * seen).sum((0, 2, 3)) / seen.sum((0, 2, 3))
+        axes.plot(error, marker, color=colour, label=label)
+    axes.set(
+        xlabel="output channel",
+        ylabel="mean error",
+        title=f"Where the ReLU behind a layer lets it through, {BITS} bits",
+    )
     drawn.legend(loc="outside lower center", ncols=3)
     return drawn
 

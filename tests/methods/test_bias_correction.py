@@ -1,4 +1,4 @@
-"""Bias correction from calibration images is tested with the other methods; here, what BatchNorm alone tells."""
+"""Bias correction from calibration images, and from what BatchNorm alone tells."""
 
 import copy
 
@@ -16,7 +16,7 @@ from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
 
 ANALYTIC = WeightOnly(kind="weight_only", weight_bits=3, bias_correction="analytic")
-
+FROM_IMAGES = ANALYTIC.model_copy(update={"bias_correction": True})
 
 SIZE = {"image_size": 16}
 
@@ -121,3 +121,73 @@ def test_it_needs_no_images_and_is_not_for_training() -> None:
     assert not Static(kind="static", weight_bits=8, bias_correction="analytic").needs_images
     with pytest.raises(ValueError, match="bias_correction"):
         QatLsq(kind="qat_lsq", weight_bits=4, bias_correction="analytic")
+
+
+class Residual(nn.Module):
+    """Layers behind which come a ReLU, nothing, a sum in place and its ReLU, and a ReLU that is no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.alone = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1)
+        self.added, self.function = nn.Conv2d(16, 16, 1, bias=False), nn.Conv2d(16, 8, 1)
+        self.first, self.last = nn.ReLU(inplace=True), nn.Hardswish(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.alone(self.first(self.seen(x)))
+        y = self.added(x)
+        y += x
+        return nn.functional.relu(self.function(self.last(y)))
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Return what each layer gives, before others write to it, and under `sum` what the last activation reads."""
+    found: dict[str, Tensor] = {}
+    model = copy.deepcopy(model)
+    for name in ("seen", "alone", "added", "function"):
+        layer = model.get_submodule(name)
+        layer.register_forward_hook(lambda _, inputs, y, name=name: found.update({name: y.clone()}))
+    model.last.register_forward_pre_hook(lambda _, inputs: found.update(sum=inputs[0].clone()))  # type: ignore[operator]
+    model(images)
+    return found
+
+
+@pytest.mark.parametrize("settings", [FROM_IMAGES, FROM_IMAGES.model_copy(update={"rounding": "gptq"})], ids=str)
+def test_the_mean_error_is_zero_where_an_activation_lets_values_through(settings: WeightOnly, images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = Residual().eval()
+    fp32 = outputs(model, images)
+    found = outputs(quantize(model, {"images": [images]}, settings).network, images)
+    everywhere = torch.ones_like(fp32["alone"])
+    # Half the slope of a hardswish is at zero.
+    active = {"seen": fp32["seen"] > 0, "alone": everywhere, "added": fp32["sum"] > 0, "function": everywhere[:, :8]}
+    for name, where in active.items():
+        error = ((found[name] - fp32[name]) * where).sum((0, 2, 3)) / where.sum((0, 2, 3))
+        assert error.abs().max() < 1e-5, name
+
+
+def test_a_channel_that_is_nearly_always_off_is_not_moved_by_what_happens_there() -> None:
+    """All of its error lies where the ReLU is off: a weight of an input that is there when another is not."""
+    model = nn.Sequential(nn.Conv2d(2, 1, 1), nn.ReLU(), nn.Conv2d(1, 1, 1)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([1.0, -0.4]).view(1, 2, 1, 1))
+        model[0].bias.fill_(0.0)
+    images = torch.zeros(64, 2, 8, 8)
+    images[:, 0, 0], images[:, 1, 1:] = 1.0, 1.0
+    rounded = quantize(model, {"images": [images]}, FROM_IMAGES.model_copy(update={"weight_bits": 2}))
+    assert rounded.network[0].dequantized().flatten()[1] != model[0].weight.flatten()[1]
+    plain = quantize(model, {}, FROM_IMAGES.model_copy(update={"weight_bits": 2, "bias_correction": False}))
+    error = (plain.network[0].dequantized() - model[0].weight).flatten()[0]
+    torch.testing.assert_close(rounded.network[0].bias, -error.reshape(1))
+
+
+def test_few_positions_move_a_bias_little() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    images = torch.randn(40, 3, 2, 2)
+    variant = quantize(model, {"images": [images]}, FROM_IMAGES)
+    with torch.no_grad():
+        y = model[1](images.flatten(1))
+        error = (variant.network[1].dequantized() - model[1].weight) @ images.flatten(1).T
+        expected = model[1].bias - (error.T * (y > 0)).sum(0) / (y > 0).sum(0).clamp_min(40)
+    torch.testing.assert_close(variant.network[1].bias, expected)
