@@ -73,7 +73,7 @@ def equalization(example: Example) -> Figure:
 
 
 def bias_correction(example: Example) -> Figure:
-    """Draw the mean error of a layer's channels where the ReLU behind it lets them through, without and with correction."""
+    """Draw the mean error of each channel of a layer where the ReLU behind it lets it through, as corrected."""
     drawn, axes = figure(1, 1)
     looks: tuple[tuple[Any, str, str, str], ...] = (
         (False, style.SKY, "o", "rounded to nearest"),
