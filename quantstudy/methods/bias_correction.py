@@ -98,7 +98,7 @@ def _wanted_sums(model: nn.Module, names: list[str], images: Tensor) -> dict[str
         return hook
 
     def activate(module: Any, inputs: tuple[Tensor, ...]) -> None:
-        if read := waiting.pop(inputs[0], None):
+        if inputs and (read := waiting.pop(inputs[0], None)):
             name, call, y = read
             found[name][call] = _WantedSum(y, _is_active(module, inputs[0]))
 
