@@ -306,9 +306,11 @@ def _compile(subject: Subject, run: Callable[[Tensor], Tensor]) -> None:
     """Call a compiled model once for each batch size: it is compiled for both, and for the threads it is timed with."""
     cores = torch.get_num_threads()
     torch.set_num_threads(subject.threads)
-    for batch in BATCH_SIZES:
-        run(noise(subject, batch).contiguous(memory_format=torch.channels_last))
-    torch.set_num_threads(cores)
+    try:
+        for batch in BATCH_SIZES:
+            run(noise(subject, batch).contiguous(memory_format=torch.channels_last))
+    finally:
+        torch.set_num_threads(cores)
 
 
 def noise(subject: Subject, batch: int) -> Tensor:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.weight_only
 
-VGG-11's two large layers and MobileNetV2's classifier, for 1, 16 and 64 images; on a GPU the kernels alone, by events
-and with its cache emptied before each call (`triton.testing.do_bench`).
+VGG-11's two large layers and MobileNetV2's classifier, with what a layer does beside its product, for 1, 16 and 64
+images; on a GPU by events, with its cache emptied before each call (`triton.testing.do_bench`).
 """
 
 import argparse
@@ -22,7 +22,7 @@ from quantstudy.quantization.schemes import WeightScheme
 from quantstudy.runtimes.weight_only import WeightOnlyLinear, has_kernel
 
 SHAPES = ((25088, 4096), (4096, 4096), (1280, 1000))
-SCHEMES = {"int8": WeightScheme(8), "int4, groups of 32": WeightScheme(4, 32)}
+SCHEMES = {"int8": WeightScheme(8), "int4 in groups of 32": WeightScheme(4, 32)}
 
 
 @torch.no_grad()

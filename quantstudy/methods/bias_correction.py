@@ -33,7 +33,9 @@ from quantstudy.quantization.observers import QUANTIZABLE, run_watched
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.SiLU, nn.GELU, nn.Mish, nn.ELU, ChannelReLU)
 FEW = 50
-"""Of a channel that is active in fewer positions the mean error is divided by so many: it is mostly chance."""
+"""The sum of errors is divided by at least so many positions: the mean of fewer is mostly chance."""
+_IMAGES = 8
+"""So many are looked at together, for the sake of memory."""
 _STEP = 1e-2
 _PIXELS = 64 * 224 * 224
 """Of images that the empirical kind looks at together, for the sake of memory."""
@@ -57,7 +59,7 @@ def correct_biases(model: nn.Module, network: nn.Module, images: Tensor) -> None
         def hook(layer: Any, inputs: Any, y: Tensor) -> Tensor:
             missing = wanted[name].pop(0).missing(y)
             _add_to_bias(layer, missing)
-            return y + (missing.view(-1, 1, 1) if y.ndim == 4 else missing)
+            return y + (missing.view(-1, 1, 1) if isinstance(layer, QuantConv2d) else missing)
 
         return hook
 
@@ -70,19 +72,30 @@ def correct_biases(model: nn.Module, network: nn.Module, images: Tensor) -> None
 
 
 class _WantedSum:
-    """The sum of a layer's output for each channel, over all positions or those where it is `active`."""
+    """The sum of a layer's output for each channel, over all positions or those where the `activation` of `x` is on."""
 
-    def __init__(self, y: Tensor, active: Tensor | None = None) -> None:
-        self.positions = y.numel() // _channels(y)
-        self.packed = None if active is None else np.packbits(active.numpy())  # a byte a position would be gigabytes
-        self.sum = _sum(y if active is None else y * active)
+    def __init__(self, y: Tensor, channels: int, activation: nn.Module | None = None, x: Tensor | None = None) -> None:
+        self.channels, self.positions = channels, y.numel() // y.shape[channels]
+        self.on: list[np.ndarray] | None = None
+        if activation is None or x is None:
+            self.sum = _sum(y, channels)
+            return
+        self.on, self.sum = [], torch.zeros(y.shape[channels])
+        for part, read in zip(y.split(_IMAGES), x.split(_IMAGES), strict=True):
+            on = is_on(activation, read)
+            self.on.append(np.packbits(on.numpy()))  # a byte a position would be gigabytes
+            self.sum += _sum(part * on, channels)
 
     def missing(self, y: Tensor) -> Tensor:
-        """Return what the mean of `y` lacks, [C]; less of it for a channel that is active in fewer than `FEW`."""
-        if self.packed is None:
-            return (self.sum - _sum(y)) / self.positions
-        active = torch.from_numpy(np.unpackbits(self.packed, count=y.numel())).view(y.shape)
-        return (self.sum - _sum(y * active)) / _sum(active).clamp_min(min(FEW, self.positions))
+        """Return what the mean of `y` lacks, [C]."""
+        if self.on is None:
+            return (self.sum - _sum(y, self.channels)) / self.positions
+        missing, positions = self.sum.clone(), torch.zeros_like(self.sum)
+        for part, packed in zip(y.split(_IMAGES), self.on, strict=True):
+            on = torch.from_numpy(np.unpackbits(packed, count=part.numel())).view(part.shape)
+            missing -= _sum(part * on, self.channels)
+            positions += _sum(on, self.channels)
+        return missing / positions.clamp_min(min(FEW, self.positions))
 
 
 def _wanted_sums(model: nn.Module, names: list[str], images: Tensor) -> dict[str, list[_WantedSum]]:
@@ -91,16 +104,17 @@ def _wanted_sums(model: nn.Module, names: list[str], images: Tensor) -> dict[str
     waiting: Any = WeakIdKeyDictionary()  # outputs that an activation may read yet
 
     def remember(name: str) -> Callable[[Any, Any, Tensor], None]:
-        def hook(_: Any, inputs: Any, y: Tensor) -> None:
-            waiting[y] = (name, len(found[name]), y.clone())  # others may write to y
-            found[name].append(_WantedSum(y))
+        def hook(layer: Any, inputs: Any, y: Tensor) -> None:
+            channels = 1 if isinstance(layer, nn.Conv2d) else -1
+            waiting[y] = (name, len(found[name]), y.clone(), channels)  # others may write to y
+            found[name].append(_WantedSum(y, channels))
 
         return hook
 
     def activate(module: Any, inputs: tuple[Tensor, ...]) -> None:
         if inputs and (read := waiting.pop(inputs[0], None)):
-            name, call, y = read
-            found[name][call] = _WantedSum(y, _is_active(module, inputs[0]))
+            name, call, y, channels = read
+            found[name][call] = _WantedSum(y, channels, module, inputs[0])
 
     handles = [model.get_submodule(name).register_forward_hook(remember(name)) for name in names]
     activations = [module for module in model.modules() if isinstance(module, ACTIVATIONS)]
@@ -113,13 +127,11 @@ def _wanted_sums(model: nn.Module, names: list[str], images: Tensor) -> dict[str
     return found
 
 
-def _is_active(activation: nn.Module, x: Tensor) -> Tensor:
+def is_on(activation: nn.Module, x: Tensor) -> Tensor:
     """Return where the slope of an activation at `x` is more than a half."""
-    after, before = (
-        activation.forward(x + _STEP / 2),
-        activation.forward(x - _STEP / 2),
-    )  # it may write to what it reads
-    return after.sub_(before) > _STEP / 2
+    step = _STEP * x.abs().clamp_min(1)
+    after, before = activation.forward(x + step / 2), activation.forward(x - step / 2)  # it may write to what it reads
+    return after.sub_(before) > step / 2
 
 
 @torch.no_grad()
@@ -255,10 +267,6 @@ def _add_to_bias(layer: Any, missing: Tensor) -> None:
     layer.bias = nn.Parameter((0 if layer.bias is None else layer.bias) + missing, requires_grad=False)
 
 
-def _channels(y: Tensor) -> int:
-    return y.shape[1] if y.ndim == 4 else y.shape[-1]
-
-
-def _sum(y: Tensor) -> Tensor:
-    """Return the sum of a layer's output per channel: [N, C, H, W] or [..., C] to float32 [C]."""
-    return y.float().sum((0, 2, 3)) if y.ndim == 4 else y.float().flatten(0, -2).sum(0)
+def _sum(y: Tensor, channels: int) -> Tensor:
+    """Return the sum of a layer's output over all dimensions but that of the channels, float32 [C]."""
+    return y.float().sum([dimension for dimension in range(y.ndim) if dimension != channels % y.ndim])

@@ -141,8 +141,8 @@ def worth_compiling(model: nn.Module, device: torch.device) -> bool:
     """Whether inductor is tried for `model`: if it runs in its stated types there.
 
     A simulated model gains nothing that could be reported, and a range found at run time keeps convolutions out of
-    inductor's int8 patterns. On a GPU so is one of which some layers read their codes: in eager mode launching its
-    kernels would take longer than running them.
+    inductor's int8 patterns. On a GPU a model is tried too when some of its layers read their codes: in eager mode
+    launching its kernels takes longer than running them.
     """
     reads = _reads_codes("inductor", device) and any(has_kernel(x, device) for x in quantized_layers(model).values())
     return reads or all(layer.real for layer in layer_bits(model, "inductor", device).values())

@@ -40,7 +40,7 @@ def weight_int8_matmul(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """Return x @ (codes * scale).T, float32 [M, N].
 
     Args:
-        x: bfloat16 [M, K], contiguous; of another float type, the product is computed in that.
+        x: bfloat16 [M, K], contiguous (float32 in Triton's interpreter, which multiplies no bfloat16).
         codes: int8 [N, K], contiguous.
         scale: float32 [N].
     """

@@ -36,7 +36,7 @@ def has_kernel(layer: Any, device: torch.device) -> bool:
         return scheme.group_size is None
     if scheme.bits != 4 or scheme.group_size not in INT4_GROUPS or outputs % _INT4_OUTPUTS[device.type]:
         return False
-    return inputs % scheme.group_size == 0 and inputs % (16 * min(_CUDA_TILES)) == 0
+    return inputs % scheme.group_size == 0
 
 
 @functools.cache

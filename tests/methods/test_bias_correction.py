@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from quantstudy import models
 from quantstudy.errors import UserError
-from quantstudy.methods.bias_correction import clipped_normal_mean, input_means
+from quantstudy.methods.bias_correction import FEW, clipped_normal_mean, input_means, is_on
 from quantstudy.methods.equalization import equalize
 from quantstudy.methods.registry import quantize
 from quantstudy.params import QatLsq, Static, WeightOnly
@@ -191,3 +191,25 @@ def test_few_positions_move_a_bias_little() -> None:
         error = (variant.network[1].dequantized() - model[1].weight) @ images.flatten(1).T
         expected = model[1].bias - (error.T * (y > 0)).sum(0) / (y > 0).sum(0).clamp_min(40)
     torch.testing.assert_close(variant.network[1].bias, expected)
+
+
+@pytest.mark.parametrize("shape", [(400, 12), (80, 5, 12), (20, 16, 16, 12)], ids=str)
+@pytest.mark.parametrize("outputs", [16, 20])
+@torch.no_grad()
+def test_the_channels_of_a_linear_layer_come_last(shape: tuple[int, ...], outputs: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, outputs), nn.GELU()).eval()
+    x = torch.randn(shape) + 0.5
+    variant = quantize(model, {"images": [x]}, FROM_IMAGES)
+    wanted, found = (net[0](x).flatten(0, -2) for net in (model, variant.network))
+    seen = is_on(model[1], wanted)
+    error = ((found - wanted) * seen).sum(0) / seen.sum(0)
+    assert error[seen.sum(0) >= FEW].abs().max() < 1e-5
+    assert len(error) == outputs
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_an_activation_is_on_where_its_slope_is_large_at_any_size(size: float) -> None:
+    x = size * torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(is_on(nn.ReLU(inplace=True), x), x > 0)
+    assert torch.equal(is_on(nn.ReLU6(), x), (x > 0) & (x < 6))
