@@ -160,8 +160,9 @@ class _Kept:
 
 def _resident(split: Split, device: torch.device) -> Tensor | None:
     """Return the decoded images, on a GPU when it has room for them."""
-    fits = split.images is not None and split.images.nbytes <= _room(device)
-    return split.images.to(device) if split.images is not None and fits else split.images
+    if split.images is None or split.images.nbytes > _room(device):
+        return split.images
+    return split.images.to(device)
 
 
 def _room(device: torch.device) -> float:
