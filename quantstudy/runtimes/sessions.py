@@ -155,5 +155,6 @@ class OpenVino:
         import openvino
 
         request = self.request(len(images))
-        request.infer([openvino.Tensor(images.numpy(), shared_memory=True)], share_inputs=True)
+        request.set_input_tensor(openvino.Tensor(images.numpy(), shared_memory=True))  # passed to infer: 4 % slower
+        request.infer()
         return torch.from_numpy(request.get_output_tensor(0).data.copy())
