@@ -155,6 +155,6 @@ class OpenVino:
         import openvino
 
         request = self.request(len(images))
-        request.set_input_tensor(openvino.Tensor(images.numpy(), shared_memory=True))  # passed to infer: 4 % slower
+        request.set_input_tensor(openvino.Tensor(images.numpy(), shared_memory=True))  # not to infer: 0.25 ms more
         request.infer()
         return torch.from_numpy(request.get_output_tensor(0).data.copy())
