@@ -42,7 +42,7 @@ from quantstudy.report.peers import RECORD_KEYS, plot_peers, table
 from quantstudy.report.tables import p_value
 
 RUNS = 3
-COMPARED = ("int8_static", "int8_reduce_range", "w4a8_finetuned")
+COMPARED = ("int8_static", "int8_gptq", "w4a8_finetuned")
 """This project's best int8 and 4-bit methods, which are held against each other tool."""
 INT8 = COMPARED[:2]
 METHODS = [*INT8, "int8_dynamic", "int8_weight_only", "int4_weight_only", "int4_gptq", "int4_finetuned"]

@@ -166,7 +166,8 @@ class Rounding(Section):
         """Raise `ValueError` if one of `keys` is not its default."""
         if any(getattr(self, key) != type(self).model_fields[key].default for key in keys):
             kind = getattr(self, "kind", "")
-            raise ValueError(f"kind {kind} takes no {', '.join(keys[:-1])} or {keys[-1]}; remove them")
+            *most, last = keys
+            raise ValueError(f"kind {kind} takes no {', '.join(most)}{' or ' if most else ''}{last}; remove them")
 
     @field_validator("group_size")
     @classmethod
@@ -205,18 +206,34 @@ class WeightOnly(Scheme):
     kind: Literal["weight_only"]
 
 
-class Dynamic(Scheme):
+class IntegerProducts(Scheme):
+    """What integer weights and integer activations have in common."""
+
+    activation_bits: Bits = 8
+    saturation_free: bool = False
+    """Whether 8-bit weights are held to what int8 sums of x86 CPUs without VNNI can take, once they are frozen."""
+
+    @model_validator(mode="after")
+    def _codes_can_be_held(self) -> "IntegerProducts":
+        learned = self.rounding in ("adaround", "brecq") or self.finetune
+        if self.saturation_free and (self.group_size is not None or learned):
+            raise ValueError(
+                "saturation_free goes with scales per channel and rounding nearest or gptq; "
+                "remove it, or group_size, finetune or the rounding"
+            )
+        return self
+
+
+class Dynamic(IntegerProducts):
     """Integer weights; the activation range is taken per batch at run time."""
 
     kind: Literal["dynamic"]
-    activation_bits: Bits = 8
 
 
-class Static(Scheme):
+class Static(IntegerProducts):
     """Integer weights; the activation range comes from calibration, clipped at a percentile if one is given."""
 
     kind: Literal["static"]
-    activation_bits: Bits = 8
     activation_range: Literal["minmax", "moving_average", "mse", "entropy"] = "minmax"
     clip_percentile: Annotated[float, Field(gt=50, le=100)] | None = None
 
@@ -304,7 +321,7 @@ class QatLsq(QatWithScales):
 
     @model_validator(mode="after")
     def _is_trained(self) -> "QatLsq":
-        self._refuse("equalize", "rounding", "gain_correction", "bias_correction", "finetune")
+        self._refuse("equalize", "rounding", "gain_correction", "bias_correction", "finetune", "saturation_free")
         return self
 
 
@@ -317,6 +334,11 @@ class QatJoint(QatWithScales):
     kind: Literal["qat_joint"]  # type: ignore[assignment]
     learning_rate: Annotated[float, Field(gt=0)] = 0.03
     """Of the codes, in steps of the grid."""
+
+    @model_validator(mode="after")
+    def _moves_codes(self) -> "QatJoint":
+        self._refuse("saturation_free")
+        return self
 
 
 class QatCast(Section):

@@ -17,6 +17,7 @@ FIGURES: dict[str, Callable[[Example], Figure]] = {
     "schemes": grids.schemes,
     "ranges": grids.ranges,
     "casts": grids.casts,
+    "saturation": grids.saturation,
     "mixed_precision": mixed.mixed_precision,
     "equalization": corrections.equalization,
     "bias_correction": corrections.bias_correction,

@@ -10,7 +10,9 @@ from torch import Tensor
 from docs.drawing.tiny import Example, figure
 from quantstudy import params as P
 from quantstudy.methods.registry import quantize
+from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.ranges import activation_range, squared_error
+from quantstudy.quantization.saturation import LARGEST_PAIR, limit_of
 from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
 from quantstudy.report import style
 
@@ -114,4 +116,33 @@ def casts(example: Example) -> Figure:
     weights = torch.cat([p.flatten() for p in example.model.parameters()]).abs().numpy()
     lower.hist(weights, bins=np.logspace(-10, 6, 81).tolist(), color=style.SKY)
     lower.set(ylabel="parameters", xlabel="magnitude")
+    return drawn
+
+
+def saturation(example: Example) -> Figure:
+    """Draw the codes of neighbours in one layer, free and limited, and what each way costs each layer's weight."""
+    schemes = {
+        "8 bits, may saturate": (WeightScheme(8), style.SKY, "o"),
+        "8 bits, saturation-free": (WeightScheme(8, limit="pairs"), style.BLUE, "s"),
+        "7 bits": (WeightScheme(8, limit="codes"), style.VERMILLION, "^"),
+    }
+    layers: dict[str, Any] = quantizable_layers(example.model)
+    weights = {name: layer.weight.detach() for name, layer in layers.items() if limit_of(layer) == "pairs"}
+    drawn, (left, right) = figure(1, 2)
+    for sign in (1, -1):
+        edge = sign * LARGEST_PAIR
+        left.fill([0, edge, edge], [edge, 0, edge], color="#EEEEEE")
+    for scheme, colour, marker in list(schemes.values())[:2]:
+        codes = scheme.quantize(weights[LAYER], scheme.choose_scale(weights[LAYER])).flatten(1)
+        left.plot(codes[:, ::2].flatten(), codes[:, 1::2].flatten(), marker, color=colour, ms=3, ls="none")
+    left.set(xlabel="code of input channel 2k", ylabel="of 2k + 1", title="Grey: two products are too large")
+    for place, weight in enumerate(weights.values()):
+        for name, (scheme, colour, marker) in schemes.items():
+            scale = scheme.choose_scale(weight)
+            noise = scheme.dequantize(scheme.quantize(weight, scale), scale) - weight
+            sqnr = 10 * float(torch.log10(weight.square().sum() / noise.square().sum()))
+            right.plot(sqnr, place, marker, color=colour, label=name if not place else None)
+    right.set_yticks(range(len(weights)), list(weights))
+    right.set(xlabel="SQNR of the weight, dB", title="Each layer", ylim=(-0.5, len(weights) + 0.9))
+    right.legend(loc="upper left", fontsize=8)
     return drawn

@@ -54,7 +54,7 @@ def check(model: nn.Module, exported: onnx.ModelProto, test: Split, preprocessin
 def _cause(exported: onnx.ModelProto) -> str:
     """Say what makes a runtime's arithmetic differ; nothing is known where no input is quantized."""
     if int8_sums_saturate() and may_saturate(exported):
-        return "this CPU has no VNNI, so that sums of products of 8 by 8 bits saturate; weights of 7 bits do not"
+        return "this CPU has no VNNI, so that sums of these weights saturate; those of saturation_free do not"
     return "codes that fall on the other side of a half in another order of sums" if quantizes_inputs(exported) else ""
 
 

@@ -8,26 +8,28 @@
   in a core's cache, and are read anew for every six images. Long sums are therefore cut in parts for large batches:
   VGG-11's first linear layer took 6.5 ms instead of 14 for 16 images. For a single image the parts are 0.4 ms slower.
 - An x86 CPU without VNNI adds two products of uint8 and int8 in 16 bits, where they saturate. ONNX Runtime multiplies
-  uint8 by uint8 exactly, so weights with codes that are large enough become uint8 with a zero point of 128. OpenVINO
-  has no such kernels; it takes weights of 7 bits.
+  uint8 by uint8 exactly, so weights that may saturate (`quantization.saturation`) become uint8 with a zero point of
+  128. OpenVINO has no such kernels; it takes weights that are `saturation_free`, or of 7 bits.
 
 Each is slower for another runtime or CPU, which is why exported files have none of it.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import onnx
+import torch
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto, helper, numpy_helper
 
 from quantstudy.errors import UserError
 from quantstudy.export.onnx_model import CALL, PRODUCER, checked, keeps_order, save_onnx
 from quantstudy.machine.hardware import int8_sums_saturate
+from quantstudy.quantization import saturation
 
 LONGEST_SUM = 4096
 """Inputs of an int8 product in OpenVINO, above which it is cut in parts."""
@@ -35,8 +37,8 @@ MANY = 8
 """Images in a batch, from which on that pays."""
 _UNSIGNED = ".unsigned"
 _ACTIVATIONS = ("Relu", "Clip")
-LARGEST_CODE = 64
-"""Of int8 weights whose products with uint8, 255 at most, never saturate when two are added: 2 * 255 * 64 < 2**15."""
+MULTIPLIES = ("Conv", "Gemm", "MatMul", "ConvInteger", "MatMulInteger")
+"""The operators that a layer's multiplications are in."""
 
 
 def tuned(
@@ -85,7 +87,7 @@ def tune(source: Path, runtime: Literal["onnxruntime", "openvino"], images: int,
         raise UserError(f"{source}: no file; the stage export and `python -m quantstudy quantize` write such files")
     model = _load(source)
     if saturates and runtime == "openvino" and may_saturate(model):
-        raise UserError("--without-vnni: there openvino saturates with 8-bit weights; quantize by int8_reduce_range")
+        raise UserError("--without-vnni: there openvino saturates with these weights; quantize with saturation_free")
     result = tuned(model, runtime, images, saturates=saturates)
     save_onnx(out, result)
     kinds = [Counter(node.op_type for node in m.graph.node) for m in (model, result)]
@@ -96,7 +98,7 @@ def tune(source: Path, runtime: Literal["onnxruntime", "openvino"], images: int,
     found = f"new: {', '.join(new)}" if new else f"nothing to change{within}"
     print(f"{out}: {out.stat().st_size / 1e6:.3f} MB, for {runtime}; {found}")
     if may_saturate(result) and int8_sums_saturate():
-        print("this CPU has no VNNI, and int8 saturates on it: quantize by int8_reduce_range, or see --without-vnni")
+        print("without VNNI, as here, these weights may saturate: quantize with saturation_free, or see --without-vnni")
 
 
 def _load(source: Path) -> onnx.ModelProto:
@@ -127,13 +129,25 @@ def quantizes_inputs(model: onnx.ModelProto) -> bool:
 
 def may_saturate(model: onnx.ModelProto) -> bool:
     """Whether sums of products may saturate where a CPU has no VNNI."""
-    return quantizes_inputs(model) and any(_large_codes(tensor) is not None for tensor in model.graph.initializer)
+    return quantizes_inputs(model) and bool(_saturating(model.graph.node, model.graph.initializer))
 
 
-def _large_codes(tensor: TensorProto) -> np.ndarray | None:
-    """Return the int8 codes of a weight of which some may saturate; None of any other tensor."""
-    codes = numpy_helper.to_array(tensor) if tensor.data_type == TensorProto.INT8 else np.zeros(1, np.int8)
-    return codes if np.abs(codes.astype(np.int16)).max() > LARGEST_CODE else None
+def _saturating(nodes: Iterable[onnx.NodeProto], tensors: Iterable[TensorProto]) -> dict[str, np.ndarray]:
+    """Return the int8 codes of the weights that may saturate, by name."""
+    stored = {tensor.name: tensor for tensor in tensors if tensor.data_type == TensorProto.INT8}
+    dequantized = {node.output[0]: node.input[0] for node in nodes if node.op_type == "DequantizeLinear"}
+    found = {}
+    for node in nodes:
+        if node.op_type not in MULTIPLIES:
+            continue
+        name = dequantized.get(node.input[1], node.input[1])
+        if name in stored and name not in found:
+            codes = numpy_helper.to_array(stored[name])
+            rows = codes.T if node.op_type.startswith("MatMul") else codes
+            groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+            if saturation.may_saturate(torch.from_numpy(rows.copy()), groups):
+                found[name] = codes
+    return found
 
 
 @dataclass
@@ -223,7 +237,8 @@ def _short_sums(graph: _Graph, node: onnx.NodeProto) -> list[onnx.NodeProto]:
         return []
     codes, scale = found
     parts = -(-codes.shape[1] // LONGEST_SUM)
-    width = -(-codes.shape[1] // parts)
+    while (width := -(-codes.shape[1] // parts)) % 2:  # neighbours stay together (`quantization.saturation`)
+        parts += 1
     names = [f"{node.name}{CALL}part{part}" for part in range(parts)]
     inputs = [f"{name}.input" for name in names]
     nodes = [helper.make_node("Split", [node.input[0]], inputs, name=f"{node.name}.split", axis=1, num_outputs=parts)]
@@ -241,12 +256,12 @@ def _unsigned(
     nodes: Sequence[onnx.NodeProto], tensors: Sequence[TensorProto]
 ) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
     """Store weights that may saturate as uint8 with a zero point of 128: the same values."""
+    saturating = _saturating(nodes, tensors)
     stored = {tensor.name: tensor for tensor in tensors}
     changed = []
     for node in nodes:
         place = {"DequantizeLinear": 0, "ConvInteger": 1, "MatMulInteger": 1}.get(node.op_type)
-        tensor = stored.get(node.input[place]) if place is not None else None
-        codes = _large_codes(tensor) if tensor is not None else None
+        codes = saturating.get(node.input[place]) if place is not None else None
         if place is None or codes is None:
             changed.append(node)
             continue

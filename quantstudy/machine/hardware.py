@@ -65,7 +65,7 @@ def instruction_sets() -> dict[str, bool]:
 def int8_sums_saturate() -> bool:
     """Return whether int8 kernels here add two products of uint8 and int8 in 16 bits: on an x86 CPU without VNNI.
 
-    `vpmaddubsw` then gives 32767 for 255 * 127 + 255 * 127. Of 8 bits by 7 no such sum is too large. See
+    `vpmaddubsw` then gives 32767 for 255 * 127 + 255 * 127; which weights are safe `quantization.saturation` says. See
     https://oneapi-src.github.io/oneDNN/dev_guide_int8_computations.html.
     """
     return platform.machine() in ("x86_64", "AMD64") and not instruction_sets()["VNNI"]
@@ -109,8 +109,8 @@ def remarks(has_gpu: bool, native_on_cpu: Mapping[str, bool], saturates: bool) -
     found += [f"{dtype} is emulated on this CPU: its latency is not the type's." for dtype in emulated]
     if saturates:
         found.append(
-            "This CPU has no VNNI: eager mode simulates int8, and OpenVINO's int8 kernels saturate unless weights have "
-            "7 bits, as those of int8_reduce_range."
+            "This CPU has no VNNI: int8 sums saturate unless weights are saturation_free or have fewer than 8 bits; "
+            "eager mode simulates what may saturate, OpenVINO does not."
         )
     return found
 

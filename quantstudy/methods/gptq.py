@@ -7,13 +7,15 @@ H, damped by 1 % of its mean diagonal. The order of the columns is the weight's 
 
 Here a convolution is a linear layer over patches, each group of it with its own H, all groups at once; the scales are
 chosen before, from the weight alone, so that the codes are stored like any other method's; a row longer than
-`moments.BLOCK` is a sequence of blocks without correlation between them.
+`moments.BLOCK` is a sequence of blocks without correlation between them. Where codes must not saturate in pairs, the
+first of a pair leaves room for what the second has become so far, and the second takes what room is left.
 """
 
 import torch
 from torch import Tensor
 
 from quantstudy.methods.moments import Moments
+from quantstudy.quantization.saturation import bounds_beside, round_pairs
 from quantstudy.quantization.schemes import WeightScheme
 
 DAMPING = 0.01
@@ -36,29 +38,46 @@ def gptq_codes(weight: Tensor, scale: Tensor, scheme: WeightScheme, moments: Mom
     step = scale.repeat_interleave(scheme.grouped(weight).shape[2], dim=1)[:, : rows.shape[1]]
     rows, step = (value.unflatten(0, (groups, -1)).clone() for value in (rows, step))  # [groups, O / groups, K]
     codes = torch.empty_like(rows)
+    area = weight.shape[2:].numel() if scheme.limit == "pairs" else None
     start = 0
     for second in moments.second:
-        columns = slice(start, start + second.shape[1])
-        codes[:, :, columns] = _round_block(rows[:, :, columns], step[:, :, columns], scheme, second)
-        start = columns.stop
+        _round_block(rows, step, codes, scheme, second, slice(start, start + second.shape[1]), area)
+        start += second.shape[1]
     return codes.flatten(0, 1).to(torch.int8).view(weight.shape)
 
 
-def _round_block(rows: Tensor, step: Tensor, scheme: WeightScheme, second: Tensor) -> Tensor:
+def _round_block(
+    rows: Tensor, step: Tensor, codes: Tensor, scheme: WeightScheme, second: Tensor, columns: slice, area: int | None
+) -> None:
+    """Round `columns` of `rows` [groups, O / groups, K] into `codes`; `rows` change. Neighbours are `area` apart."""
     factor = _inverse_factor(second)
-    rows, codes = rows.clone(), torch.empty_like(rows)
-    width = rows.shape[2]
+    block = rows[:, :, columns]
+    width = block.shape[2]
     for begin in range(0, width, _LAZY):
         end = min(begin + _LAZY, width)
-        errors = torch.empty_like(rows[:, :, begin:end])
+        errors = torch.empty_like(block[:, :, begin:end])
         for i in range(begin, end):
-            column = rows[:, :, i]
-            codes[:, :, i] = (column / step[:, :, i]).round_().clamp_(scheme.lowest, scheme.highest)
-            error = (column - codes[:, :, i] * step[:, :, i]) / factor[:, None, i, i]
+            column = columns.start + i
+            code = _round_column(rows, step, codes, scheme, column, area)
+            codes[:, :, column] = code
+            error = (block[:, :, i] - code * step[:, :, column]) / factor[:, None, i, i]
             errors[:, :, i - begin] = error
-            rows[:, :, i:end] -= error[:, :, None] * factor[:, None, i, i:end]
-        rows[:, :, end:] -= errors @ factor[:, begin:end, end:]
-    return codes
+            block[:, :, i:end] -= error[:, :, None] * factor[:, None, i, i:end]
+        block[:, :, end:] -= errors @ factor[:, begin:end, end:]
+
+
+def _round_column(
+    rows: Tensor, step: Tensor, codes: Tensor, scheme: WeightScheme, column: int, area: int | None
+) -> Tensor:
+    value = (rows[:, :, column] / step[:, :, column]).clamp_(scheme.lowest, scheme.highest)
+    if area is None:
+        return value.round_()
+    if column // area % 2:
+        low, high = bounds_beside(codes[:, :, column - area])
+        return value.round_().maximum(low).minimum(high)
+    other = (rows[:, :, column + area] / step[:, :, column + area]).clamp_(scheme.lowest, scheme.highest)
+    pair = torch.stack([value.flatten(), other.flatten()], dim=1)
+    return round_pairs(pair, torch.Size([1, 2]))[:, 0].view(value.shape)
 
 
 def _inverse_factor(second: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from quantstudy.models import conv_norm_pairs
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.observers import quantizable_layers, run_watched
 from quantstudy.quantization.ranges import activation_range
+from quantstudy.quantization.saturation import limit_of
 from quantstudy.quantization.schemes import ActivationScheme, Mode, WeightScheme
 from quantstudy.quantization.variant import Variant, cast
 
@@ -166,12 +167,15 @@ def _quantized(model: nn.Module, settings: P.Scheme, names: Iterable[str], mode:
 
 
 def _schemes(model: nn.Module, settings: P.Scheme, names: Iterable[str], mode: Mode) -> dict[str, LayerScheme]:
-    layers = list(quantizable_layers(model))
+    layers: dict[str, Any] = quantizable_layers(model)
+    order = list(layers)
 
     def scheme(name: str) -> LayerScheme:
-        least = settings.edge_bits if name in (layers[0], layers[-1]) else None
+        least = settings.edge_bits if name in (order[0], order[-1]) else None
         bits, activation_bits = (max(b, least or 0) for b in (settings.weight_bits, _activation_bits(settings)))
-        weight = WeightScheme(bits, settings.group_size, settings.weight_range)
+        limited = bits == 8 and getattr(settings, "saturation_free", False)
+        limit = limit_of(layers[name]) if limited else "none"
+        weight = WeightScheme(bits, settings.group_size, settings.weight_range, limit)
         return LayerScheme(weight, ActivationScheme(mode, activation_bits))
 
     return {name: scheme(name) for name in names}

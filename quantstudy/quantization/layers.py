@@ -11,6 +11,7 @@ The input is quantized by `ActivationQuantizer`. In eager mode both use fast sim
 fuses to oneDNN int8 kernels and ONNX knows as QuantizeLinear and DequantizeLinear.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 from torch import Tensor, nn
 
 from quantstudy.quantization.packing import pack, unpack
+from quantstudy.quantization.saturation import may_saturate
 from quantstudy.quantization.schemes import SMALLEST_SCALE, ActivationScheme, WeightScheme
 
 OPS = torch.ops.quantized_decomposed
@@ -124,6 +126,7 @@ class _QuantLayer(nn.Module):
         """Store int8 codes of the weight's shape and float32 scales [O, groups]; the layer is frozen after."""
         self.weight = self.weight_quantizer = None
         self.forget_dense()
+        self.__dict__.pop("may_saturate", None)
         self.register_buffer("packed", pack(codes, self.scheme.weight.bits))
         self.register_buffer("weight_scale", scale.to(self.scheme.weight.scale_dtype))
         self.requires_grad_(False)
@@ -169,6 +172,11 @@ class _QuantLayer(nn.Module):
     def emits_int8(self) -> bool:
         """Whether a compiled graph may compute this layer in int8: one scale per channel, a quantized input."""
         return self.scheme.activation.mode != "none" and self.scheme.weight.group_size is None
+
+    @functools.cached_property
+    def may_saturate(self) -> bool:
+        """Whether int8 sums of a frozen layer may saturate on a CPU where that is possible."""
+        return may_saturate(self.weight_codes(), getattr(self, "groups", 1), self.scheme.activation.highest)
 
     def forward_weight(self) -> Tensor:
         """Return the weight that the operator multiplies with, as the layer's state and the tracer want it."""

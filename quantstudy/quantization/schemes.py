@@ -11,12 +11,14 @@ The formulas are those of torchao's `choose_qparams_affine` (SYMMETRIC_NO_CLIPPI
 than a stage's own work.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from quantstudy.quantization.saturation import Limit, round_pairs
 
 Mode = Literal["none", "static", "dynamic"]
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
@@ -29,21 +31,28 @@ class WeightScheme:
     """Symmetric integer weights of `bits`, one scale per output channel or per `group_size` weights of it.
 
     `weight_range` is minmax for the smallest scales that clip nothing, mse for those of the least squared error.
+    `limit` holds 8-bit codes per channel to what never saturates (`quantization.saturation`); where that is a limit
+    of pairs, the scale has the least squared error of those that clip nothing, or of all.
     """
 
     bits: int
     group_size: int | None = None
     weight_range: Literal["minmax", "mse"] = "minmax"
+    limit: Limit = "none"
 
     @property
     def lowest(self) -> int:
         """The smallest code."""
-        return -(2 ** (self.bits - 1))
+        return -(2 ** (self._code_bits - 1))
 
     @property
     def highest(self) -> int:
         """The largest code."""
-        return 2 ** (self.bits - 1) - 1
+        return 2 ** (self._code_bits - 1) - 1
+
+    @property
+    def _code_bits(self) -> int:
+        return min(self.bits, 7) if self.limit == "codes" else self.bits
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -68,32 +77,45 @@ class WeightScheme:
         """Return the scales: float32 [O, groups], already rounded to their dtype."""
         low, high = torch.aminmax(self.grouped(weight.detach()), dim=2)
         scale = torch.maximum(low / self.lowest, high / self.highest).float()
-        if self.weight_range == "mse":
+        if self.weight_range == "mse" or self.limit == "pairs":
             groups = self.grouped(weight.detach().float())
             rows = cached_rows(groups)
             parts = zip(groups.split(rows), scale.split(rows), strict=True)
-            scale = torch.cat([self._search_scale(part, largest) for part, largest in parts])
+            scale = torch.cat([self._search_scale(part, largest, weight.shape) for part, largest in parts])
         return self.rounded(scale)
 
     def rounded(self, scale: Tensor) -> Tensor:
         """Round scales to the type that stores them; none is zero or negative."""
         return scale.clamp_min(SMALLEST_SCALE).to(self.scale_dtype).float()
 
-    def _search_scale(self, groups: Tensor, largest: Tensor) -> Tensor:
-        """Return, of 40 scales from 0.4 to 1 times the one that clips nothing, each group's with the least error."""
+    def _search_scale(self, groups: Tensor, largest: Tensor, shape: torch.Size) -> Tensor:
+        """Return, of some shares of the scale that clips nothing, each group's with the least error.
+
+        They go from 0.4 to 1 where the range may clip, on to 2, which 7 bits have, where pairs are limited.
+        """
+        shares = [*torch.linspace(1.0, 0.4, 40).tolist()] if self.weight_range == "mse" else [1.0]
+        shares += torch.linspace(1.0, 2.0, 21).tolist()[1:] if self.limit == "pairs" else []
         best, least = largest, torch.full_like(largest, torch.inf)
-        for share in torch.linspace(1.0, 0.4, 40).tolist():
+        for share in shares:
             scale = self.rounded(share * largest)
             step = scale.unsqueeze(2)
-            codes = torch.div(groups, step).round_().clamp_(self.lowest, self.highest)
-            error = (codes.mul_(step) - groups).square_().sum(2)
+            error = (self._round(torch.div(groups, step), shape).mul_(step) - groups).square_().sum(2)
             best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
         return best
 
+    def _round(self, values: Tensor, shape: torch.Size) -> Tensor:
+        """Round weights over their scale, [rows, groups, group size] of a weight of `shape`, to float codes."""
+        if self.limit != "pairs":
+            return values.round_().clamp_(self.lowest, self.highest)
+        return round_pairs(values.clamp_(self.lowest, self.highest).flatten(1), shape).view(values.shape)
+
     def quantize(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Round float weights [O, ...] to int8 codes of the same shape; `scale` is float32 [O, groups]."""
-        codes = torch.div(self.grouped(weight.detach().float()), scale.unsqueeze(2))
-        return self.ungrouped(codes.round_().clamp_(self.lowest, self.highest).to(torch.int8), weight.shape)
+        groups = self.grouped(weight.detach().float())
+        rows = cached_rows(groups) if self.limit == "pairs" else len(groups)
+        parts = zip(groups.split(rows), scale.unsqueeze(2).split(rows), strict=True)
+        codes = [self._round(torch.div(part, step), weight.shape).to(torch.int8) for part, step in parts]
+        return self.ungrouped(torch.cat(codes), weight.shape)
 
     def dequantize(self, codes: Tensor, scale: Tensor) -> Tensor:
         """Turn int8 codes [O, ...] into float32 weights of the same shape; `scale` is float32 [O, groups]."""
@@ -102,9 +124,11 @@ class WeightScheme:
     def fake_quantize(self, weight: Tensor) -> Tensor:
         """Quantize and dequantize with the straight-through estimator: the gradient passes unchanged.
 
-        The range is the weights' own, so nothing is clipped and the estimator needs no mask.
+        The range is the weights' own, so nothing is clipped and the estimator needs no mask. Pairs are not limited:
+        to search for scales in each step takes too long, and few change.
         """
-        result: Tensor = _StraightThrough.apply(weight, self)
+        scheme = replace(self, limit="none") if self.limit == "pairs" else self
+        result: Tensor = _StraightThrough.apply(weight, scheme)
         return result
 
 

@@ -1,6 +1,6 @@
 """The ways a model can be run here, each an executable that says which of its layers run in their stated type.
 
-- `eager`: on a CPU with VNNI, layers with integer weights per channel and integer inputs run on oneDNN's int8
+- `eager`: on an x86 CPU, layers with integer weights per channel and integer inputs run on oneDNN's int8
   kernels (`runtimes.lowering`); on a CPU and on CUDA linear layers with integer weights alone run on kernels that read
   these (`runtimes.weight_only`); every other quantized layer is simulated in floating point.
 - `inductor`: `torch.compile` with frozen weights. It fuses the quantize and dequantize operators around
@@ -10,7 +10,8 @@
 
 A layer is real when its multiplications run in the types its scheme names, of which 7-bit weights are int8 with its
 range reduced. Codes of fewer bits run on int8 kernels too, with the same result as in their own type, but that is int8
-arithmetic: not real. Nor are sums that saturate (`int8_sums_saturate`).
+arithmetic: not real. Nor are sums that may saturate (`quantization.saturation`), on a CPU without VNNI: eager mode
+simulates such a layer, ONNX Runtime gets it in uint8.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from quantstudy.quantization.layers import put_layers, quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.variant import Variant
 from quantstudy.runtimes.kernels import int8_kernels_available
-from quantstudy.runtimes.lowering import lower_int8, make_kernel
+from quantstudy.runtimes.lowering import lower_int8, make_kernel, runs_in_int8
 from quantstudy.runtimes.weight_only import has_kernel, use_weight_only_kernels
 
 if TYPE_CHECKING:
@@ -94,17 +95,19 @@ def open_executable(model: nn.Module, exported: "onnx.ModelProto", runtime: str)
 
     session = open_session(exported, runtime, torch.get_num_threads())
     layers = layer_bits(model, runtime, torch.device("cpu"))
+    wrong = _saturating(model) if runtime == "openvino" else set()
     for name, bits in layers.items():
         if not bits.is_float32:  # what is stored in 16 bits is computed in 32
-            real = _is_int8(bits, runtime) and name in session.integer_layers
+            both_int8 = bits.weight in _INT8_WEIGHTS and bits.activation == 8
+            real = both_int8 and name in session.integer_layers and name not in wrong
             layers[name] = replace(bits, weight=8 if real else bits.weight, real=real)
     return Executable(runtime, session.run, layers, torch.contiguous_format)
 
 
-def _is_int8(bits: LayerBits, runtime: str) -> bool:
-    """Whether a runtime's int8 kernel gives what a layer of these bits means: 7 are int8 of a reduced range."""
-    exact = bits.weight == 7 or not (runtime == "openvino" and int8_sums_saturate())
-    return bits.weight in _INT8_WEIGHTS and bits.activation == 8 and exact
+def _saturating(model: nn.Module) -> set[str]:
+    """Return the layers whose int8 sums may saturate here."""
+    layers = quantized_layers(model.network if isinstance(model, Variant) else model)
+    return {name for name, layer in layers.items() if int8_sums_saturate() and layer.may_saturate}
 
 
 class _WideConvolutions(TorchFunctionMode):
@@ -175,8 +178,7 @@ def _quantized_bits(layer: Any, runtime: str, device: torch.device, width: int) 
     activation = width if scheme.activation.mode == "none" else scheme.activation.bits
     both_int8 = scheme.weight.bits in _INT8_WEIGHTS and activation == 8
     modes = ("static",) if runtime == "inductor" else ("static", "dynamic")
-    on_kernel = layer.emits_int8 and scheme.activation.mode in modes and int8_kernels_available(device)
-    real = both_int8 and on_kernel
+    real = both_int8 and scheme.activation.mode in modes and int8_kernels_available(device) and runs_in_int8(layer)
     return LayerBits(8 if real else scheme.weight.bits, activation, real)
 
 
@@ -191,7 +193,7 @@ def use_int8_kernels(model: nn.Module) -> nn.Module:
     with contextlib.suppress(fx.proxy.TraceError):
         model = Variant(lower_int8(model.network), model.dtype).eval()
     layers = quantized_layers(model).items()
-    put_layers(model, {name: make_kernel(layer) for name, layer in layers if layer.emits_int8})
+    put_layers(model, {name: make_kernel(layer) for name, layer in layers if runs_in_int8(layer)})
     return model
 
 

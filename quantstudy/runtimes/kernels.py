@@ -18,13 +18,14 @@ What makes it fast:
   that lies in the padding altogether, a group of 33 output channels).
 - A 1x1 convolution of stride 1 is computed as a linear layer over the channels, which is faster and has no such cost.
 
-An x86 CPU without VNNI adds pairs of u8 * s8 products in saturating int16 (`vpmaddubsw`), so large codes would give
-wrong sums; oneDNN's advice there is 7-bit inputs. `int8_kernels_available` therefore wants a CPU with VNNI
-and a convolution with the largest codes that comes out exact.
+An x86 CPU without VNNI adds pairs of u8 * s8 products in saturating int16 (`vpmaddubsw`), so there the kernels refuse
+weights whose sums may saturate (`quantization.saturation`). `int8_kernels_available` wants an x86 CPU and a convolution
+with the largest codes it takes that comes out exact.
 """
 
 import functools
 import math
+import platform
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from quantstudy.machine.hardware import instruction_sets
+from quantstudy.machine.hardware import int8_sums_saturate
+from quantstudy.quantization.saturation import LARGEST_PAIR, may_saturate
 from quantstudy.runtimes.onednn_geometry import as_pair, split_padding, stride_to_thin
 from quantstudy.runtimes.uint8 import CodeMaxPool2d, choose_dynamic_qparams, pad_codes, quantize_to_uint8
 
@@ -151,8 +153,8 @@ class Int8Conv2d(_Int8Layer):
     `weight_codes` is int8 [O, I / groups, kH, kW], `weight_scale` float32 [O] (symmetric), `bias` float32 [O] or
     None; `stride`, `padding` ("same" and "valid" too), `dilation` and `groups` are those of `nn.Conv2d`. `post_op`
     is applied to the output inside the kernel. Padding stands for the value zero, whatever the zero point.
-    Inputs must be finite. Raises RuntimeError where `int8_kernels_available` is False, ValueError for an `output`
-    of fewer than 8 bits.
+    Inputs must be finite. Raises RuntimeError where `int8_kernels_available` is False or the sums may saturate,
+    ValueError for an `output` of fewer than 8 bits.
     """
 
     def __init__(
@@ -169,7 +171,7 @@ class Int8Conv2d(_Int8Layer):
         post_op: PostOp = "none",
         output: StaticActivation | None = None,
     ) -> None:
-        _require_kernels()
+        _require_kernels(weight_codes, groups, activation)
         super().__init__(weight_scale, bias, activation, _Options(post_op, output))
         self.stride, self.dilation, self.groups = as_pair(stride), as_pair(dilation), groups
         self._thinning = stride_to_thin(weight_codes, self.stride, groups)
@@ -244,7 +246,7 @@ class Int8Linear(_Int8Layer):
 
     `weight_codes` is int8 [O, I], `weight_scale` float32 [O] (symmetric), `bias` float32 [O] or None. `post_op` is
     applied to the output inside the kernel. Inputs must be finite. Raises RuntimeError where
-    `int8_kernels_available` is False.
+    `int8_kernels_available` is False or the sums may saturate.
     """
 
     def __init__(
@@ -257,7 +259,7 @@ class Int8Linear(_Int8Layer):
         post_op: PostOp = "none",
         output: StaticActivation | None = None,
     ) -> None:
-        _require_kernels()
+        _require_kernels(weight_codes, 1, activation)
         super().__init__(weight_scale, bias, activation, _Options(post_op, output))
         self._packed = _PackedWeight(torch.ops.onednn.qlinear_prepack(weight_codes, None))
 
@@ -267,19 +269,26 @@ class Int8Linear(_Int8Layer):
 
 
 def int8_kernels_available(device: torch.device | str = "cpu") -> bool:
-    """Whether `Int8Conv2d` and `Int8Linear` run, fast and exact, on `device`: an x86 CPU with VNNI, oneDNN's operators.
+    """Whether `Int8Conv2d` and `Int8Linear` run, fast and exact, on `device`: an x86 CPU, oneDNN's operators.
 
     The answer is found once per process, by looking at the CPU and by computing a convolution whose sums saturate
-    in 16 bits.
+    in 16 bits, or just do not on a CPU without VNNI: there, some weights are refused (`runs_exactly`).
     """
     return torch.device(device).type == "cpu" and _probe()
 
 
+def runs_exactly(codes: Tensor, groups: int, highest: int) -> bool:
+    """Whether the kernels compute with int8 codes [O, I, ...], `groups`, and inputs from 0 to `highest` exactly."""
+    return not (int8_sums_saturate() and may_saturate(codes, groups, highest))
+
+
 @functools.cache
 def _probe() -> bool:
-    if not (instruction_sets()["VNNI"] and all(hasattr(torch.ops.onednn, name) for name in _OPERATORS)):
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    if not (x86 and all(hasattr(torch.ops.onednn, name) for name in _OPERATORS)):
         return False
-    weight = torch.full((16, 16, 3, 3), 127, dtype=torch.int8)
+    code = LARGEST_PAIR // 2 if int8_sums_saturate() else 127
+    weight = torch.full((16, 16, 3, 3), code, dtype=torch.int8)
     scale, zeros = torch.ones(16), torch.zeros(16, dtype=torch.int32)
     geometry: Any = ([1, 1], [0, 0], [1, 1], 1)
     try:
@@ -292,9 +301,11 @@ def _probe() -> bool:
         )
     except (RuntimeError, TypeError, AttributeError):  # an operator of another torch, or of a build without oneDNN
         return False
-    return bool((y == 255 * 127 * 16 * 9).all())
+    return bool((y == 255 * code * 16 * 9).all())
 
 
-def _require_kernels() -> None:
+def _require_kernels(codes: Tensor, groups: int, activation: Activation) -> None:
     if not int8_kernels_available():
-        raise RuntimeError("int8 kernels need an x86 CPU with AVX512-VNNI or AVX-VNNI and torch with oneDNN")
+        raise RuntimeError("int8 kernels need an x86 CPU and torch with oneDNN")
+    if not runs_exactly(codes, groups, activation.highest):
+        raise RuntimeError("without VNNI the sums of these weights may saturate: quantize with saturation_free")

@@ -26,6 +26,7 @@ import torch
 from torch import fx, nn
 
 from quantstudy.errors import one_line
+from quantstudy.machine.hardware import int8_sums_saturate
 from quantstudy.quantization.layers import QuantConv2d, QuantLinear
 from quantstudy.runtimes.kernels import (
     Activation,
@@ -61,8 +62,8 @@ def lower_int8(model: nn.Module) -> fx.GraphModule:
     """Return an int8 network for CPU inference that computes what `model` simulates; `model` stays as it is.
 
     `model` is in eval mode, on the CPU, float32, its quantized layers frozen, and `torch.fx` can trace it. Layers
-    that the kernels cannot run (weight-only, group scales, not frozen) stay simulated: `count_kernels` tells. The
-    result shares tensors with `model` and cannot be pickled.
+    that the kernels cannot run (`runs_in_int8`) stay simulated: `count_kernels` tells. The result shares tensors with
+    `model` and cannot be pickled.
 
     Raises:
         RuntimeError: `int8_kernels_available` is False, or the model is in training mode.
@@ -79,7 +80,7 @@ def lower_int8(model: nn.Module) -> fx.GraphModule:
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for node in list(graph.nodes):
         layer = _module(lowered, node)
-        if _runs_in_int8(layer):
+        if runs_in_int8(layer):
             post_op, output = _fuse(lowered, node) if calls[node.target] == 1 else ("none", None)
             lowered.set_submodule(str(node.target), make_kernel(layer, post_op, output))
     _join_pooling(lowered)
@@ -102,8 +103,11 @@ def make_kernel(layer: Any, post_op: PostOp = "none", output: StaticActivation |
     return Int8Conv2d(*tensors, **geometry, post_op=post_op, output=output)
 
 
-def _runs_in_int8(layer: Any) -> bool:
-    return isinstance(layer, QuantConv2d | QuantLinear) and layer.frozen and layer.emits_int8
+def runs_in_int8(layer: Any) -> bool:
+    """Whether the kernels here take a layer: frozen, one scale per channel, a quantized input, exact sums."""
+    if not (isinstance(layer, QuantConv2d | QuantLinear) and layer.frozen and layer.emits_int8):
+        return False
+    return not (int8_sums_saturate() and layer.may_saturate)
 
 
 def _grid(layer: Any) -> Activation:
@@ -173,7 +177,7 @@ def _readers(model: fx.GraphModule, node: fx.Node) -> set[Activation | None]:
     found: set[Activation | None] = set()
     for user in node.users:
         layer = _module(model, user)
-        if isinstance(layer, Kernel) or _runs_in_int8(layer):
+        if isinstance(layer, Kernel) or runs_in_int8(layer):
             found.add(_grid(layer))
         elif isinstance(layer, _ORDER_KEEPING) or user.target in _ORDER_KEEPING_CALLS:
             found |= _readers(model, user)

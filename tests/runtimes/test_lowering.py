@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from quantstudy.machine.hardware import int8_sums_saturate
 from quantstudy.quantization.layers import ActivationQuantizer, LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.schemes import ActivationScheme, Mode, WeightScheme
 from quantstudy.runtimes import kernels
@@ -15,9 +16,8 @@ from quantstudy.runtimes.kernels import Int8Conv2d, PooledConv2d, StaticActivati
 from quantstudy.runtimes.lowering import count_kernels, lower_int8
 from quantstudy.runtimes.uint8 import CodeMaxPool2d
 
-pytestmark = pytest.mark.skipif(
-    not int8_kernels_available("cpu"), reason="this machine has no VNNI, so no exact int8 kernels"
-)
+pytestmark = pytest.mark.skipif(not int8_kernels_available("cpu"), reason="no int8 kernels here")
+INT8 = WeightScheme(8, limit="codes" if int8_sums_saturate() else "none")
 
 
 class Residual(nn.Module):
@@ -74,7 +74,7 @@ def quantized(network: nn.Module, mode: Mode, bits: int = 8, weight: WeightSchem
     network.eval()(images())
     for hook in hooks:
         hook.remove()
-    scheme = LayerScheme(weight or WeightScheme(8), ActivationScheme(mode, bits))
+    scheme = LayerScheme(weight or INT8, ActivationScheme(mode, bits))
     for name, layer in quantize_layers(network, dict.fromkeys(ranges, scheme)).items():
         layer.activation.scale, layer.activation.zero_point = scheme.activation.choose_qparams(*ranges[name])
         layer.freeze()
@@ -206,7 +206,7 @@ def test_torchvision_classifiers_are_lowered_whole(architecture: str) -> None:
 
     torch.manual_seed(0)
     model = fold_batchnorm(build(architecture, 10).eval())
-    scheme = LayerScheme(WeightScheme(8), ActivationScheme("static", 8))
+    scheme = LayerScheme(INT8, ActivationScheme("static", 8))
     layers = {name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
     for layer in quantize_layers(model, dict.fromkeys(layers, scheme)).values():
         layer.activation.scale, layer.activation.zero_point = 0.03, 128
