@@ -14,6 +14,9 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from quantstudy.machine.hardware import int8_sums_saturate
+from quantstudy.quantization.saturation import LARGEST_PAIR
+
 
 class Probe(TypedDict):
     """The result of trying a kernel."""
@@ -69,16 +72,19 @@ def _equal(found: Tensor, wanted: Tensor, tolerance: float) -> str:
 
 
 def _int8_conv_onednn() -> str:
-    # The largest codes: without VNNI instructions oneDNN may saturate sums of pairs in int16.
+    # The largest codes that the kernels are given: without VNNI oneDNN saturates sums of larger pairs in int16.
+    saturates = int8_sums_saturate()
+    code = LARGEST_PAIR // 2 if saturates else 127
     codes = torch.full((1, 64, 3, 3), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-    weight, scale = torch.full((16, 64, 3, 3), 127, dtype=torch.int8), torch.ones(16)
+    weight, scale = torch.full((16, 64, 3, 3), code, dtype=torch.int8), torch.ones(16)
     geometry = ([1, 1], [0, 0], [1, 1], 1)
     packed = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 0, *geometry, None)
     zeros = torch.zeros(16, dtype=torch.int32)
     found = torch.ops.onednn.qconv2d_pointwise(
         codes, 1.0, 0, packed, scale, zeros, None, *geometry, 1.0, 0, torch.float32, "none", [], ""
     )
-    return _equal(found, torch.full((1, 16, 1, 1), 255.0 * 127 * 64 * 9), 1e-6)
+    limits = ", with weights that are saturation_free" if saturates else ""
+    return _equal(found, torch.full((1, 16, 1, 1), 255.0 * code * 64 * 9), 1e-6) + limits
 
 
 def _int8_weight_only_cpu() -> str:

@@ -69,15 +69,14 @@ def _round_block(
 def _round_column(
     rows: Tensor, step: Tensor, codes: Tensor, scheme: WeightScheme, column: int, area: int | None
 ) -> Tensor:
-    value = (rows[:, :, column] / step[:, :, column]).clamp_(scheme.lowest, scheme.highest)
+    if area is not None and not column // area % 2:
+        pair = torch.stack([rows[:, :, column].flatten(), rows[:, :, column + area].flatten()], dim=1)
+        return round_pairs(pair, step[:, :, column].flatten(), torch.Size([1, 2]))[:, 0].view(rows.shape[:2])
+    code = (rows[:, :, column] / step[:, :, column]).round_().clamp_(scheme.lowest, scheme.highest)
     if area is None:
-        return value.round_()
-    if column // area % 2:
-        low, high = bounds_beside(codes[:, :, column - area])
-        return value.round_().maximum(low).minimum(high)
-    other = (rows[:, :, column + area] / step[:, :, column + area]).clamp_(scheme.lowest, scheme.highest)
-    pair = torch.stack([value.flatten(), other.flatten()], dim=1)
-    return round_pairs(pair, torch.Size([1, 2]))[:, 0].view(value.shape)
+        return code
+    low, high = bounds_beside(codes[:, :, column - area])
+    return code.maximum(low).minimum(high)
 
 
 def _inverse_factor(second: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ multiply with, and ONNX Runtime lay out the weights so. A convolution with an od
 otherwise, by one of them at least; its codes stay within 7 bits. Depthwise convolutions add no products in 16 bits.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -33,27 +34,53 @@ def limit_of(layer: nn.Conv2d | nn.Linear) -> Limit:
     return "codes" if inputs % 2 else "pairs"
 
 
-def round_pairs(values: Tensor, shape: torch.Size) -> Tensor:
-    """Round weights over their scale to codes, of which two neighbours never saturate.
+@dataclass(frozen=True)
+class Pairs:
+    """Neighbouring weights of some rows [R, K]: their sizes, each [R, I / 2, ...], and 1 where they have one sign."""
 
-    Where both together are too large, each gives way by half of what is too much.
+    first: Tensor
+    second: Tensor
+    together: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, shape: torch.Size) -> "Pairs":
+        """Split float32 rows [R, K] of a weight of `shape`, [O, I, ...] with I even."""
+        first, second = rows.view(len(rows), shape[1] // 2, 2, -1).unbind(2)
+        return cls(first.abs(), second.abs(), (first * second > 0).float())
+
+    def rounded(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sizes of the codes at a scale for each row, float32 [R].
+
+        Where both together are too large, each gives way by half of what is too much.
+        """
+        inverse = (1 / scale).view(-1, 1, 1)
+        first, second = ((size * inverse).clamp_max_(LARGEST_PAIR) for size in (self.first, self.second))
+        excess = (first + second).sub_(LARGEST_PAIR).clamp_min_(0.0).mul_(self.together)
+        first.sub_(excess, alpha=0.5).round_()
+        room = (first * self.together).neg_().add_(LARGEST_PAIR)
+        return first, second.round_().minimum(room)
+
+    def error(self, scale: Tensor) -> Tensor:
+        """Return the squared error of each row's weights at its scale, float32 [R]."""
+        step = scale.view(-1, 1, 1)
+        rounded = zip(self.rounded(scale), (self.first, self.second), strict=True)
+        parts = [codes.mul_(step).sub_(sizes).square_().flatten(1).sum(1) for codes, sizes in rounded]
+        return parts[0] + parts[1]
+
+
+def round_pairs(rows: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:
+    """Round weights to codes of which two neighbours never saturate.
 
     Args:
-        values: float32 [R, K], rows of weights over their scale, from -128 to 127.
-        shape: of the whole weight, [O, I, ...], with I even; K = I * ...
+        rows: float32 [R, K], of a weight of `shape`.
+        scale: float32 [R].
+        shape: [O, I, ...] with I even; K = I * ...
 
     Returns:
-        The codes, float32 [R, K].
+        The codes, float32 [R, K], from -128 to 127.
     """
-    pairs = values.view(len(values), shape[1] // 2, 2, -1)
-    signs, sizes = pairs.sign(), pairs.abs()
-    together = signs[:, :, :1] * signs[:, :, 1:] > 0
-    excess = sizes.sum(2, keepdim=True).sub_(LARGEST_PAIR).clamp_min_(0.0).mul_(together)
-    first = sizes[:, :, :1].sub(excess, alpha=0.5).round_()
-    room = torch.where(together, LARGEST_PAIR - first, float(LARGEST_PAIR))
-    second = torch.minimum(sizes[:, :, 1:].round_(), room)
-    codes = torch.cat([first, second], dim=2).mul_(signs).clamp_max_(LARGEST_PAIR - 1)
-    return codes.view(values.shape)
+    sizes = torch.stack(Pairs.of(rows, shape).rounded(scale), dim=2)
+    return sizes.view(rows.shape).mul_(rows.sign()).clamp_max_(LARGEST_PAIR - 1)
 
 
 def bounds_beside(neighbour: Tensor) -> tuple[Tensor, Tensor]:

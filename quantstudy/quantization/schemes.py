@@ -11,6 +11,7 @@ The formulas are those of torchao's `choose_qparams_affine` (SYMMETRIC_NO_CLIPPI
 than a stage's own work.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantstudy.quantization.saturation import Limit, round_pairs
+from quantstudy.quantization.saturation import Limit, Pairs, round_pairs
 
 Mode = Literal["none", "static", "dynamic"]
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
@@ -91,31 +92,45 @@ class WeightScheme:
     def _search_scale(self, groups: Tensor, largest: Tensor, shape: torch.Size) -> Tensor:
         """Return, of some shares of the scale that clips nothing, each group's with the least error.
 
-        They go from 0.4 to 1 where the range may clip, on to 2, which 7 bits have, where pairs are limited.
+        They go from 1 down to 0.4 where the range may clip, and up to 2, which 7 bits have, where pairs are limited; up
+        until three in a row are better for no group.
         """
-        shares = [*torch.linspace(1.0, 0.4, 40).tolist()] if self.weight_range == "mse" else [1.0]
-        shares += torch.linspace(1.0, 2.0, 21).tolist()[1:] if self.limit == "pairs" else []
-        best, least = largest, torch.full_like(largest, torch.inf)
-        for share in shares:
+        error = self._error_of(groups, shape)
+        best, least, since = largest, error(self.rounded(largest)), 0
+        down = torch.linspace(1.0, 0.4, 40).tolist()[1:] if self.weight_range == "mse" else []
+        up = torch.linspace(1.0, 2.0, 21).tolist()[1:] if self.limit == "pairs" else []
+        for share in [*down, *up]:
             scale = self.rounded(share * largest)
-            step = scale.unsqueeze(2)
-            error = (self._round(torch.div(groups, step), shape).mul_(step) - groups).square_().sum(2)
-            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+            found = error(scale)
+            better = found < least
+            since = 0 if share < 1 or bool(better.any()) else since + 1
+            if since == 3:
+                break
+            best, least = torch.where(better, scale, best), torch.minimum(found, least)
         return best
 
-    def _round(self, values: Tensor, shape: torch.Size) -> Tensor:
-        """Round weights over their scale, [rows, groups, group size] of a weight of `shape`, to float codes."""
-        if self.limit != "pairs":
-            return values.round_().clamp_(self.lowest, self.highest)
-        return round_pairs(values.clamp_(self.lowest, self.highest).flatten(1), shape).view(values.shape)
+    def _error_of(self, groups: Tensor, shape: torch.Size) -> Callable[[Tensor], Tensor]:
+        """Return the function of scales [rows, groups] that gives each group's squared error, of the same shape."""
+        if self.limit == "pairs":
+            pairs = Pairs.of(groups.flatten(1), shape)
+            return lambda scale: pairs.error(scale).view(scale.shape)
+
+        def error(scale: Tensor) -> Tensor:
+            step = scale.unsqueeze(2)
+            codes = torch.div(groups, step).round_().clamp_(self.lowest, self.highest)
+            return (codes.mul_(step) - groups).square_().sum(2)
+
+        return error
 
     def quantize(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Round float weights [O, ...] to int8 codes of the same shape; `scale` is float32 [O, groups]."""
         groups = self.grouped(weight.detach().float())
-        rows = cached_rows(groups) if self.limit == "pairs" else len(groups)
-        parts = zip(groups.split(rows), scale.unsqueeze(2).split(rows), strict=True)
-        codes = [self._round(torch.div(part, step), weight.shape).to(torch.int8) for part, step in parts]
-        return self.ungrouped(torch.cat(codes), weight.shape)
+        if self.limit == "pairs":
+            parts = zip(groups.flatten(1).split(cached_rows(groups)), scale.split(cached_rows(groups)), strict=True)
+            codes = torch.cat([round_pairs(rows, step.flatten(), weight.shape).to(torch.int8) for rows, step in parts])
+            return codes.view(weight.shape)
+        codes = torch.div(groups, scale.unsqueeze(2))
+        return self.ungrouped(codes.round_().clamp_(self.lowest, self.highest).to(torch.int8), weight.shape)
 
     def dequantize(self, codes: Tensor, scale: Tensor) -> Tensor:
         """Turn int8 codes [O, ...] into float32 weights of the same shape; `scale` is float32 [O, groups]."""

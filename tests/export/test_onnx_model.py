@@ -21,13 +21,14 @@ from quantstudy.methods.registry import POST_TRAINING
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import collect
 from quantstudy.quantization.variant import Variant, save_variant
-from quantstudy.runtimes import executables, sessions
+from quantstudy.runtimes import executables, lowering, sessions
 from quantstudy.runtimes.sessions import open_session, why_missing
 
 SIZE, CLASSES = 32, 10
 PERCEPTRON = f"{__name__}:perceptron"
 METHODS = {
     "int8-static": P.Static(kind="static", weight_bits=8, activation_bits=8),
+    "saturation-free": P.Static(kind="static", weight_bits=8, activation_bits=8, saturation_free=True),
     "7-bit-static": P.Static(kind="static", weight_bits=7, activation_bits=8),
     "int4-static": P.Static(kind="static", weight_bits=4, activation_bits=8),
     "4-bit-activations": P.Static(kind="static", weight_bits=4, activation_bits=4),
@@ -172,12 +173,11 @@ def test_a_runtime_that_predicts_otherwise_is_told_with_the_cause(
 def test_a_layer_is_real_in_int8_where_its_sums_do_not_saturate(
     saturates: bool, runtime: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (executables, sessions):
+    for module in (executables, lowering, sessions):
         monkeypatch.setattr(module, "int8_sums_saturate", lambda: saturates)
-    if saturates:
-        monkeypatch.setattr(executables, "int8_kernels_available", lambda device: False)
     exact = not saturates or runtime == "onnxruntime"  # which multiplies uint8 by uint8 then
-    for method, wanted in (("int8-static", exact), ("7-bit-static", True), ("int4-static", False)):
+    real = {"int8-static": exact, "saturation-free": True, "7-bit-static": True, "int4-static": False}
+    for method, wanted in real.items():
         made = variant(PERCEPTRON, method)
         found = executables.open_executable(made, to_onnx(made, graph(PERCEPTRON)), runtime)
         assert {bits.real for bits in found.layers.values()} == {wanted}, method
@@ -189,7 +189,7 @@ def test_a_layer_is_real_in_int8_where_its_sums_do_not_saturate(
 @pytest.mark.parametrize("saturates", [True, False])
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 @torch.no_grad()
-def test_weights_of_7_bits_never_saturate(
+def test_weights_of_7_bits_or_limited_never_saturate(
     kind: str, saturates: bool, runtime: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sessions, "int8_sums_saturate", lambda: saturates)
@@ -198,13 +198,13 @@ def test_weights_of_7_bits_never_saturate(
         layer.weight.abs_().clamp_(min=0.9 * float(layer.weight.max()))
     x = 1 + images().abs()
     statistics = collect(model, [(x, torch.zeros(8))], bins=64)
-    for bits in (7, 8):
-        settings = P.Static if kind == "static" else P.Dynamic
-        made = POST_TRAINING[kind](model, statistics, settings(kind=kind, weight_bits=bits, activation_bits=8))
+    for bits, limited in ((7, False), (8, True), (8, False)):
+        keys = {"kind": kind, "weight_bits": bits, "saturation_free": limited}
+        made = POST_TRAINING[kind](model, statistics, (P.Static if kind == "static" else P.Dynamic)(**keys))
         exported = to_onnx(made, graph(PERCEPTRON))
-        assert tuning.may_saturate(exported) == (bits == 8)
-        is_exact = bits == 7 or runtime == "onnxruntime"
-        if is_exact and (bits == 7 or saturates):  # on this CPU 8 bits may saturate or not
+        safe = bits == 7 or limited
+        assert tuning.may_saturate(exported) != safe
+        if safe or (runtime == "onnxruntime" and saturates):  # on this CPU others may saturate or not
             found = open_session(exported, runtime, 1)
             torch.testing.assert_close(found.run(x), made(x), rtol=1e-2, atol=1e-2)
             assert found.integer_layers == ({"1", "3"} if kind == "static" or runtime == "onnxruntime" else set())

@@ -51,7 +51,7 @@ def test_int8_sums_that_saturate_are_told(facts: dict[str, Any]) -> None:
     facts["gpu"]["available"] = False
     assert "VNNI" not in " ".join(environment.remarks(facts))
     facts["cpu"]["int8_sums_saturate"] = True
-    assert any("int8_reduce_range" in sentence for sentence in environment.remarks(facts))
+    assert any("saturation_free" in sentence for sentence in environment.remarks(facts))
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

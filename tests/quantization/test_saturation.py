@@ -83,7 +83,7 @@ def test_what_may_saturate_is_what_does(pairs: list[tuple[int, int]], highest: i
 @settings(max_examples=300, deadline=None)
 @given(st.floats(-128, 127, width=32), st.floats(-128, 127, width=32))
 def test_a_pair_is_cut_no_more_than_it_must(first: float, second: float) -> None:
-    codes = round_pairs(torch.tensor([[first, second]]), torch.Size([1, 2]))[0]
+    codes = round_pairs(torch.tensor([[first, second]]), torch.ones(1), torch.Size([1, 2]))[0]
     a, b = codes.tolist()
     excess = max(0.0, abs(first) + abs(second) - 128) if first * second > 0 else 0.0
     assert min(a, b) >= -128 and max(a, b) <= 127 and (a * b <= 0 or abs(a + b) <= 128)
