@@ -92,20 +92,20 @@ class WeightScheme:
     def _search_scale(self, groups: Tensor, largest: Tensor, shape: torch.Size) -> Tensor:
         """Return, of some shares of the scale that clips nothing, each group's with the least error.
 
-        They go from 1 down to 0.4 where the range may clip, and up to 2, which 7 bits have, where pairs are limited; up
-        until three in a row are better for no group.
+        They go from 1 up to 2, which 7 bits have, where pairs are limited, until three in a row are better for no
+        group; and down to 0.4 where the range may clip.
         """
         error = self._error_of(groups, shape)
-        best, least, since = largest, error(self.rounded(largest)), 0
-        down = torch.linspace(1.0, 0.4, 40).tolist()[1:] if self.weight_range == "mse" else []
+        best, least, in_vain = largest, error(self.rounded(largest)), 0
         up = torch.linspace(1.0, 2.0, 21).tolist()[1:] if self.limit == "pairs" else []
-        for share in [*down, *up]:
+        down = torch.linspace(1.0, 0.4, 40).tolist()[1:] if self.weight_range == "mse" else []
+        for share in [*up, *down]:
+            if share > 1 and in_vain == 3:
+                continue
             scale = self.rounded(share * largest)
             found = error(scale)
             better = found < least
-            since = 0 if share < 1 or bool(better.any()) else since + 1
-            if since == 3:
-                break
+            in_vain = 0 if bool(better.any()) else in_vain + 1
             best, least = torch.where(better, scale, best), torch.minimum(found, least)
         return best
 
