@@ -132,22 +132,28 @@ def may_saturate(model: onnx.ModelProto) -> bool:
     return quantizes_inputs(model) and bool(_saturating(model.graph.node, model.graph.initializer))
 
 
-def _saturating(nodes: Iterable[onnx.NodeProto], tensors: Iterable[TensorProto]) -> dict[str, np.ndarray]:
-    """Return the int8 codes of the weights that may saturate, by name."""
-    stored = {tensor.name: tensor for tensor in tensors if tensor.data_type == TensorProto.INT8}
-    dequantized = {node.output[0]: node.input[0] for node in nodes if node.op_type == "DequantizeLinear"}
-    found = {}
+def _saturating(nodes: Sequence[onnx.NodeProto], tensors: Iterable[TensorProto]) -> dict[str, np.ndarray]:
+    """Return the int8 codes that may saturate, by name: of all that are large, those that no layer shows to be safe."""
+    codes = {t.name: numpy_helper.to_array(t) for t in tensors if t.data_type == TensorProto.INT8 and len(t.dims) > 1}
+    writer = {node.output[0]: node for node in nodes}
+    safe: dict[str, bool] = {}
     for node in nodes:
-        if node.op_type not in MULTIPLIES:
-            continue
-        name = dequantized.get(node.input[1], node.input[1])
-        if name in stored and name not in found:
-            codes = numpy_helper.to_array(stored[name])
-            rows = codes.T if node.op_type.startswith("MatMul") else codes
-            groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
-            if saturation.may_saturate(torch.from_numpy(rows.copy()), groups):
-                found[name] = codes
-    return found
+        if node.op_type in MULTIPLIES:
+            name, turned = _weight_of(node, writer)
+            if name in codes:
+                rows = torch.from_numpy(np.array(codes[name].T if turned else codes[name]))
+                groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+                safe[name] = safe.get(name, True) and not saturation.may_saturate(rows, groups)
+    return {name: found for name, found in codes.items() if not safe.get(name, np.abs(np.int16(found)).max() <= 64)}
+
+
+def _weight_of(node: onnx.NodeProto, writer: dict[str, onnx.NodeProto]) -> tuple[str, bool]:
+    """Return the name of a layer's stored weight, and whether it is stored [I, O] and not [O, I, ...]."""
+    is_gemm = node.op_type == "Gemm" and not any(a.name == "transB" and a.i for a in node.attribute)
+    name, turned = node.input[1], is_gemm or node.op_type.startswith("MatMul")
+    while (source := writer.get(name)) is not None and source.op_type in ("DequantizeLinear", "Transpose"):
+        name, turned = source.input[0], turned != (source.op_type == "Transpose")
+    return name, turned
 
 
 @dataclass

@@ -36,17 +36,20 @@ def limit_of(layer: nn.Conv2d | nn.Linear) -> Limit:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Neighbouring weights of some rows [R, K]: their sizes, each [R, I / 2, ...], and 1 where they have one sign."""
+    """Neighbouring weights of some rows [R, K], each [R, I / 2, ...]: their sizes, and 1 where they have one sign."""
 
     first: Tensor
     second: Tensor
     together: Tensor
+    largest: tuple[Tensor, Tensor]
+    """The sizes that the codes of both may have: 127 of a positive one, 128 of a negative."""
 
     @classmethod
     def of(cls, rows: Tensor, shape: torch.Size) -> "Pairs":
         """Split float32 rows [R, K] of a weight of `shape`, [O, I, ...] with I even."""
         first, second = rows.view(len(rows), shape[1] // 2, 2, -1).unbind(2)
-        return cls(first.abs(), second.abs(), (first * second > 0).float())
+        largest = tuple(LARGEST_PAIR - (weight > 0).float() for weight in (first, second))
+        return cls(first.abs(), second.abs(), (first * second > 0).float(), largest)  # type: ignore[arg-type]
 
     def rounded(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sizes of the codes at a scale for each row, float32 [R].
@@ -54,7 +57,8 @@ class Pairs:
         Where both together are too large, each gives way by half of what is too much.
         """
         inverse = (1 / scale).view(-1, 1, 1)
-        first, second = ((size * inverse).clamp_max_(LARGEST_PAIR) for size in (self.first, self.second))
+        sizes = zip((self.first, self.second), self.largest, strict=True)
+        first, second = (torch.minimum(size * inverse, largest) for size, largest in sizes)
         excess = (first + second).sub_(LARGEST_PAIR).clamp_min_(0.0).mul_(self.together)
         first.sub_(excess, alpha=0.5).round_()
         room = (first * self.together).neg_().add_(LARGEST_PAIR)
@@ -80,7 +84,7 @@ def round_pairs(rows: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:
         The codes, float32 [R, K], from -128 to 127.
     """
     sizes = torch.stack(Pairs.of(rows, shape).rounded(scale), dim=2)
-    return sizes.view(rows.shape).mul_(rows.sign()).clamp_max_(LARGEST_PAIR - 1)
+    return sizes.view(rows.shape).mul_(rows.sign())
 
 
 def bounds_beside(neighbour: Tensor) -> tuple[Tensor, Tensor]:
