@@ -6,6 +6,7 @@ where the CPU has it, which is then no longer the model that was asked for.
 """
 
 import importlib.util
+import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -29,6 +30,8 @@ _EXECUTED = ("Convolution", "FullyConnected", "MatMul", "GroupConvolution")
 """What OpenVINO calls the operators that multiply."""
 _AT_ONCE = 8
 """Images that OpenVINO computes at once, if weights are small."""
+_SMALL = 2**24
+"""Bytes of weights that are read again from a cache."""
 _INTEGER_OPERATORS = (
     "QLinearConv",
     "ConvInteger",
@@ -109,7 +112,8 @@ def _openvino(model: onnx.ModelProto, for_many: onnx.ModelProto, threads: int) -
 
     read = openvino.Core().read_model
     many = None if for_many is model else read(for_many.SerializeToString())
-    compiled = OpenVino(read(model.SerializeToString()), threads, many)
+    own_ranges = any(node.op_type == "DynamicQuantizeLinear" for node in model.graph.node)  # are the whole batch's
+    compiled = OpenVino(read(model.SerializeToString()), threads, many, in_parts=not own_ranges)
     integer = _integer_layers(compiled, model, 1)
     return Session(compiled, integer if many is None else integer & _integer_layers(compiled, for_many, MANY))
 
@@ -130,12 +134,15 @@ def _integer_layers(compiled: "OpenVino", model: onnx.ModelProto, images: int) -
 class OpenVino:
     """An OpenVINO model (`openvino.Model`) as a function of images, compiled for each batch size: that is faster.
 
-    `many` computes the same and is used for large batches, whole: its weights are large. Without it large batches go
-    in parts, whose values stay in the cache: 16 images through MobileNetV2 at 224 px took 2 to 4 % less time so, and in
-    some processes, where the whole batch was slow, 40 %.
+    `many` computes the same and is used for large batches. Where weights are small, large batches go in parts, unless
+    `in_parts` is False, as ranges of the whole batch want it. Their values stay in the cache: 16 images through
+    MobileNetV2 at 224 px took 2 to 4 % less time so, and in some processes, where the whole batch was slow, 40 %.
     """
 
-    def __init__(self, model: Any, threads: int, many: Any = None) -> None:
+    def __init__(self, model: Any, threads: int, many: Any = None, *, in_parts: bool = True) -> None:
+        constants = [op.output(0) for op in model.get_ops() if op.get_type_name() == "Constant"]
+        stored = sum(out.get_element_type().bitwidth * math.prod(out.get_shape()) // 8 for out in constants)
+        self._in_parts = in_parts and stored <= _SMALL
         self._model, self._many, self._requests = model, many, dict[int, Any]()
         self._settings = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -156,7 +163,7 @@ class OpenVino:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the logits of contiguous float32 images."""
-        if self._many is None and len(images) > _AT_ONCE:
+        if self._in_parts and len(images) > _AT_ONCE:
             return torch.cat([self(part) for part in images.split(_AT_ONCE)])
         import openvino
 
