@@ -26,6 +26,7 @@ from quantstudy.machine.hardware import describe_machine
 from quantstudy.models import build, fold_batchnorm
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
+from quantstudy.quantization.saturation import limit_of
 from quantstudy.quantization.schemes import ActivationScheme, Mode, WeightScheme
 from quantstudy.runtimes.lowering import lower_int8, make_kernel
 
@@ -74,9 +75,10 @@ def quantized(model: nn.Module, mode: Mode, x: Tensor) -> nn.Module:
             lambda _, inputs, name=name: ranges.update({name: (inputs[0].min().item(), inputs[0].max().item())})
         )
     model(x)
-    scheme = LayerScheme(WeightScheme(8), ActivationScheme(mode, 8))
-    for name, layer in quantize_layers(model, dict.fromkeys(ranges, scheme)).items():
-        layer.activation.scale, layer.activation.zero_point = scheme.activation.choose_qparams(*ranges[name])
+    activation, layers = ActivationScheme(mode, 8), quantizable_layers(model)
+    schemes = {name: LayerScheme(WeightScheme(8, limit=limit_of(layers[name])), activation) for name in ranges}
+    for name, layer in quantize_layers(model, schemes).items():
+        layer.activation.scale, layer.activation.zero_point = activation.choose_qparams(*ranges[name])
         layer.freeze()
     return model.eval()
 

@@ -144,7 +144,12 @@ def _saturating(nodes: Sequence[onnx.NodeProto], tensors: Iterable[TensorProto])
                 rows = torch.from_numpy(np.array(codes[name].T if turned else codes[name]))
                 groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
                 safe[name] = safe.get(name, True) and not saturation.may_saturate(rows, groups)
-    return {name: found for name, found in codes.items() if not safe.get(name, np.abs(np.int16(found)).max() <= 64)}
+    return {name: found for name, found in codes.items() if not (safe[name] if name in safe else _is_small(found))}
+
+
+def _is_small(codes: np.ndarray) -> bool:
+    """Whether int8 codes never saturate, however they are laid out."""
+    return bool(2 * np.abs(codes.astype(np.int16)).max() <= saturation.LARGEST_PAIR)
 
 
 def _weight_of(node: onnx.NodeProto, writer: dict[str, onnx.NodeProto]) -> tuple[str, bool]:

@@ -166,7 +166,7 @@ def missing(facts: dict[str, Any]) -> list[dict[str, str]]:
         kernels["int8_conv_onednn"]["available"],
         "int8 convolutions of oneDNN",
         "real int8 kernels on the CPU; int8 variants are simulated and get no speed-up",
-        "run on an x86 CPU",
+        "run on an x86 CPU, with a torch that has oneDNN; leave DNNL_MAX_CPU_ISA unset",
     )
     lacks(
         not x86 or not cpu_flags().isdisjoint(("amx_int8", "amx_bf16")),

@@ -68,7 +68,12 @@ def int8_sums_saturate() -> bool:
     `vpmaddubsw` then gives 32767 for 255 * 127 + 255 * 127; which weights are safe `quantization.saturation` says. See
     https://oneapi-src.github.io/oneDNN/dev_guide_int8_computations.html.
     """
-    return platform.machine() in ("x86_64", "AMD64") and not instruction_sets()["VNNI"]
+    return is_x86() and not instruction_sets()["VNNI"]
+
+
+def is_x86() -> bool:
+    """Return whether this is a 64-bit x86 CPU."""
+    return platform.machine() in ("x86_64", "AMD64")
 
 
 def arithmetic_is_native(dtype: str, device: str) -> bool:
@@ -110,7 +115,7 @@ def remarks(has_gpu: bool, native_on_cpu: Mapping[str, bool], saturates: bool) -
     if saturates:
         found.append(
             "This CPU has no VNNI: int8 sums saturate unless weights are saturation_free or have fewer than 8 bits; "
-            "eager mode simulates what may saturate, OpenVINO does not."
+            "eager mode simulates what may saturate, OpenVINO and inductor do not."
         )
     return found
 

@@ -126,8 +126,9 @@ class WeightScheme:
         """Round float weights [O, ...] to int8 codes of the same shape; `scale` is float32 [O, groups]."""
         groups = self.grouped(weight.detach().float())
         if self.limit == "pairs":
-            parts = zip(groups.flatten(1).split(cached_rows(groups)), scale.split(cached_rows(groups)), strict=True)
-            codes = torch.cat([round_pairs(rows, step.flatten(), weight.shape).to(torch.int8) for rows, step in parts])
+            rows = cached_rows(groups)
+            parts = zip(groups.flatten(1).split(rows), scale.flatten().split(rows), strict=True)
+            codes = torch.cat([round_pairs(part, step, weight.shape).to(torch.int8) for part, step in parts])
             return codes.view(weight.shape)
         codes = torch.div(groups, scale.unsqueeze(2))
         return self.ungrouped(codes.round_().clamp_(self.lowest, self.highest).to(torch.int8), weight.shape)

@@ -10,8 +10,8 @@
 
 A layer is real when its multiplications run in the types its scheme names, of which 7-bit weights are int8 with its
 range reduced. Codes of fewer bits run on int8 kernels too, with the same result as in their own type, but that is int8
-arithmetic: not real. Nor are sums that may saturate (`quantization.saturation`), on a CPU without VNNI: eager mode
-simulates such a layer, ONNX Runtime gets it in uint8.
+arithmetic: not real. On a CPU without VNNI, sums that may saturate (`quantization.saturation`) are not real in eager
+mode, which simulates them, nor on inductor and OpenVINO, which saturate; ONNX Runtime gets them in uint8 and is exact.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from quantstudy.machine.hardware import arithmetic_is_native, int8_sums_saturate
+from quantstudy.machine.hardware import arithmetic_is_native
 from quantstudy.quantization.layers import put_layers, quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.variant import Variant
@@ -95,19 +95,14 @@ def open_executable(model: nn.Module, exported: "onnx.ModelProto", runtime: str)
 
     session = open_session(exported, runtime, torch.get_num_threads())
     layers = layer_bits(model, runtime, torch.device("cpu"))
-    wrong = _saturating(model) if runtime == "openvino" else set()
+    quantized = quantized_layers(model.network if isinstance(model, Variant) else model)
     for name, bits in layers.items():
         if not bits.is_float32:  # what is stored in 16 bits is computed in 32
             both_int8 = bits.weight in _INT8_WEIGHTS and bits.activation == 8
-            real = both_int8 and name in session.integer_layers and name not in wrong
+            exact = runtime == "onnxruntime" or runs_in_int8(quantized.get(name))
+            real = both_int8 and name in session.integer_layers and exact
             layers[name] = replace(bits, weight=8 if real else bits.weight, real=real)
     return Executable(runtime, session.run, layers, torch.contiguous_format)
-
-
-def _saturating(model: nn.Module) -> set[str]:
-    """Return the layers whose int8 sums may saturate here."""
-    layers = quantized_layers(model.network if isinstance(model, Variant) else model)
-    return {name for name, layer in layers.items() if int8_sums_saturate() and layer.may_saturate}
 
 
 class _WideConvolutions(TorchFunctionMode):

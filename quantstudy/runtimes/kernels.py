@@ -25,7 +25,6 @@ with the largest codes it takes that comes out exact.
 
 import functools
 import math
-import platform
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from quantstudy.machine.hardware import int8_sums_saturate
+from quantstudy.machine.hardware import int8_sums_saturate, is_x86
 from quantstudy.quantization.saturation import LARGEST_PAIR, may_saturate
 from quantstudy.runtimes.onednn_geometry import as_pair, split_padding, stride_to_thin
 from quantstudy.runtimes.uint8 import CodeMaxPool2d, choose_dynamic_qparams, pad_codes, quantize_to_uint8
@@ -272,20 +271,14 @@ def int8_kernels_available(device: torch.device | str = "cpu") -> bool:
     """Whether `Int8Conv2d` and `Int8Linear` run, fast and exact, on `device`: an x86 CPU, oneDNN's operators.
 
     The answer is found once per process, by looking at the CPU and by computing a convolution whose sums saturate
-    in 16 bits, or just do not on a CPU without VNNI: there, some weights are refused (`runs_exactly`).
+    in 16 bits, or just do not on a CPU without VNNI: there, some weights are refused (`lowering.runs_in_int8`).
     """
     return torch.device(device).type == "cpu" and _probe()
 
 
-def runs_exactly(codes: Tensor, groups: int, highest: int) -> bool:
-    """Whether the kernels compute with int8 codes [O, I, ...], `groups`, and inputs from 0 to `highest` exactly."""
-    return not (int8_sums_saturate() and may_saturate(codes, groups, highest))
-
-
 @functools.cache
 def _probe() -> bool:
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    if not (x86 and all(hasattr(torch.ops.onednn, name) for name in _OPERATORS)):
+    if not (is_x86() and all(hasattr(torch.ops.onednn, name) for name in _OPERATORS)):
         return False
     code = LARGEST_PAIR // 2 if int8_sums_saturate() else 127
     weight = torch.full((16, 16, 3, 3), code, dtype=torch.int8)
@@ -307,5 +300,5 @@ def _probe() -> bool:
 def _require_kernels(codes: Tensor, groups: int, activation: Activation) -> None:
     if not int8_kernels_available():
         raise RuntimeError("int8 kernels need an x86 CPU and torch with oneDNN")
-    if not runs_exactly(codes, groups, activation.highest):
+    if int8_sums_saturate() and may_saturate(codes, groups, activation.highest):
         raise RuntimeError("without VNNI the sums of these weights may saturate: quantize with saturation_free")

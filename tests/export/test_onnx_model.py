@@ -173,7 +173,7 @@ def test_a_runtime_that_predicts_otherwise_is_told_with_the_cause(
 def test_a_layer_is_real_in_int8_where_its_sums_do_not_saturate(
     saturates: bool, runtime: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (executables, lowering, sessions):
+    for module in (lowering, sessions):
         monkeypatch.setattr(module, "int8_sums_saturate", lambda: saturates)
     exact = not saturates or runtime == "onnxruntime"  # which multiplies uint8 by uint8 then
     real = {"int8-static": exact, "saturation-free": True, "7-bit-static": True, "int4-static": False}
@@ -298,3 +298,12 @@ def test_int4_codes_are_those_of_the_layer() -> None:
     for name, layer in quantized_layers(model.network).items():
         codes = onnx.numpy_helper.to_array(stored[f"{name}.weight.codes"]).astype(np.int8)
         np.testing.assert_array_equal(codes, layer.weight_codes().numpy())
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@torch.no_grad()
+def test_a_range_found_at_run_time_is_that_of_the_whole_batch(runtime: str) -> None:
+    made = variant(PERCEPTRON, "7-bit-dynamic")
+    x = torch.cat([images(), 8 * images()])
+    found = open_session(to_onnx(made, graph(PERCEPTRON)), runtime, 1).run(x)
+    assert snr_db(made(x)[:8], found[:8]) > snr_db(made(x[:8]), found[:8]) + 10

@@ -1,6 +1,7 @@
 """Codes that never saturate: by their definition, near the weights, and exact on every runtime that is here."""
 
 import itertools
+import math
 
 import numpy as np
 import onnx
@@ -17,6 +18,7 @@ from quantstudy.methods.gptq import gptq_codes
 from quantstudy.methods.moments import input_moments
 from quantstudy.quantization.saturation import bounds_beside, limit_of, may_saturate, round_pairs
 from quantstudy.quantization.schemes import WeightScheme
+from quantstudy.runtimes import kernels
 from quantstudy.runtimes.kernels import Int8Conv2d, Int8Linear, StaticActivation, int8_kernels_available
 from quantstudy.runtimes.sessions import why_missing
 
@@ -129,14 +131,14 @@ def test_gptq_keeps_the_limit_and_loses_less_of_the_output(name: str) -> None:
     assert output_error(codes) < 0.7 * output_error(scheme.quantize(weight, scale))
 
 
-def as_onnx(layer: nn.Conv2d | nn.Linear, codes: Tensor) -> onnx.ModelProto:
-    """The layer on images of integers from 0 to 255, its output quantized to steps of 1024."""
+def as_onnx(layer: nn.Conv2d | nn.Linear, codes: Tensor, step: float) -> onnx.ModelProto:
+    """The layer on images of integers from 0 to 255, its output quantized to steps of a power of two."""
     constants = {
         "one": np.float32(1),
         "zero": np.uint8(0),
         "codes": codes.numpy(),
         "scales": np.ones(len(codes), np.float32),
-        "step": np.float32(1024),
+        "step": np.float32(step),
         "middle": np.uint8(128),
     }
     nodes = [
@@ -180,7 +182,10 @@ def test_runtimes_are_exact_as_exported(name: str, runtime: str) -> None:
     if why_missing(runtime):
         pytest.skip(f"no {runtime}")
     layer, codes = limited(name)
-    model, x = as_onnx(layer, codes), large_inputs(layer)
+    x = large_inputs(layer)
+    sums = exact(layer, codes, x)
+    step = 2.0 ** math.ceil(math.log2(float(sums.abs().max()) / 127))  # nothing is clipped
+    model = as_onnx(layer, codes, step)
     assert not file_may_saturate(model)
     if runtime == "onnxruntime":
         import onnxruntime
@@ -191,8 +196,7 @@ def test_runtimes_are_exact_as_exported(name: str, runtime: str) -> None:
 
         compiled = openvino.Core().compile_model(openvino.Core().read_model(model.SerializeToString()), "CPU")
         found = compiled([x.numpy()])[0]
-    wanted = (exact(layer, codes, x) / 1024).round().clamp(-128, 127) * 1024
-    assert torch.equal(torch.from_numpy(found).double(), wanted)
+    assert torch.equal(torch.from_numpy(found).double(), (sums / step).round() * step)
 
 
 @pytest.mark.skipif(not int8_kernels_available(), reason="no int8 kernels here")
@@ -218,3 +222,17 @@ def test_a_cpu_without_vnni_saturates_otherwise(name: str) -> None:
             Int8Conv2d(codes, torch.ones(len(codes)), None, StaticActivation(1.0, 0))
         else:
             Int8Linear(codes, torch.ones(len(codes)), None, StaticActivation(1.0, 0))
+
+
+@pytest.mark.skipif(not int8_sums_saturate(), reason="this CPU has VNNI")
+@pytest.mark.parametrize("pairing", ["free", "of other neighbours"])
+def test_sums_are_wrong_without_the_limit_or_with_another_pairing(
+    pairing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, codes = limited("linear")
+    codes = codes.roll(1, dims=1) if pairing != "free" else torch.full_like(codes, 127)
+    assert may_saturate(codes)
+    monkeypatch.setattr(kernels, "int8_sums_saturate", lambda: False)
+    x = large_inputs(layer)
+    kernel = Int8Linear(codes, torch.ones(len(codes)), None, StaticActivation(1.0, 0))
+    assert not torch.equal(kernel(x).double(), exact(layer, codes, x))
