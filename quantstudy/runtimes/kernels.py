@@ -26,24 +26,31 @@ with the largest codes it takes that comes out exact.
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from quantstudy.machine.hardware import int8_sums_saturate, is_x86
 from quantstudy.quantization.saturation import LARGEST_PAIR, may_saturate
+from quantstudy.runtimes import avx2
 from quantstudy.runtimes.onednn_geometry import as_pair, split_padding, stride_to_thin
 from quantstudy.runtimes.uint8 import CodeMaxPool2d, choose_dynamic_qparams, pad_codes, quantize_to_uint8
 
 PostOp = Literal["none", "relu", "relu6"]
+T = TypeVar("T")
 
 _ATTRIBUTES: dict[PostOp, tuple[str, list[float]]] = {
     "none": ("none", []),
     "relu": ("relu", []),
     "relu6": ("hardtanh", [0.0, 6.0]),
+}
+_LIMITS: dict[PostOp, tuple[float, float]] = {
+    "none": (-math.inf, math.inf),
+    "relu": (0.0, math.inf),
+    "relu6": (0.0, 6.0),
 }
 _CACHED_BYTES = 2**24
 """What the last level of a cache holds. VGG-11 at 224 px was as fast with 4 and 8 MB, within the noise."""
@@ -85,14 +92,23 @@ class _Options:
             return 1.0, 0, torch.float32, name, scalars, ""
         return self.output.scale, self.output.zero_point, torch.uint8, name, scalars, ""
 
+    def ending(self) -> avx2.Ending:
+        """Return the same for the kernels of `avx2`."""
+        low, high = _LIMITS[self.post_op]
+        return avx2.Ending(low, high, None if self.output is None else (self.output.scale, self.output.zero_point))
 
-class _PackedWeight:
-    """A weight in oneDNN's own layout. It never changes, so copies of a layer share it."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+class _PackedWeight(Generic[T]):
+    """A weight in a kernel's own layout, packed when first needed. It never changes, so copies of a layer share it."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_PackedWeight":
+    def __init__(self, pack: Callable[[], T]) -> None:
+        self._pack = pack
+
+    @functools.cached_property
+    def value(self) -> T:
+        return self._pack()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_PackedWeight[T]":
         return self
 
     def __reduce__(self) -> Any:
@@ -105,16 +121,19 @@ class _Int8Layer(nn.Module):
     They hold plain tensors, no parameters: nothing to train, to save or to move off the CPU.
     """
 
-    _packed: _PackedWeight
+    _packed: _PackedWeight[Tensor]
 
-    def __init__(self, scale: Tensor, bias: Tensor | None, activation: Activation, options: "_Options") -> None:
+    def __init__(
+        self, weight_codes: Tensor, scale: Tensor, bias: Tensor | None, activation: Activation, options: "_Options"
+    ) -> None:
         super().__init__()
         self.activation = activation
         self.post_op, self.output = options.post_op, options.output
-        self._last_arguments = options.arguments()
+        self._last_arguments, self._ending = options.arguments(), options.ending()
         self._scale = scale.detach().float().flatten().contiguous()
         self._zero_point = torch.zeros(len(self._scale), dtype=torch.int32)
         self._bias = None if bias is None else bias.detach().float()
+        self._code_sum = weight_codes.flatten(1).sum(dim=1).double().mul(self._scale).float()
 
     def extra_repr(self) -> str:
         """Show the input grid and the fused operator in `print(model)`."""
@@ -132,13 +151,24 @@ class _Int8Layer(nn.Module):
             codes.clamp_(max=self.activation.highest)
         return codes, scale, zero_point
 
+    def _shifted_bias(self, scale: float, zero_point: int) -> Tensor | None:
+        """Return the bias with the zero point's part of the sums, zero_point * sum(q_w), in it."""
+        if not zero_point:
+            return self._bias
+        shift = self._code_sum * (-zero_point * scale)
+        return shift if self._bias is None else shift.add_(self._bias)
+
+    def _for_avx2(self, scale: float, zero_point: int) -> tuple[Tensor, Tensor, avx2.Ending]:
+        bias = self._shifted_bias(scale, zero_point)
+        return self._scale * scale, torch.zeros_like(self._scale) if bias is None else bias, self._ending
+
     def _multiply(self, codes: Tensor, scale: float, zero_point: int) -> Tensor:
         """Multiply codes [..., I] with a packed weight [O, I]; of an empty input oneDNN would lose the shape."""
         if not codes.numel():
             dtype = torch.float32 if self.output is None else torch.uint8
             return torch.empty(*codes.shape[:-1], len(self._scale), dtype=dtype)
         return torch.ops.onednn.qlinear_pointwise(
-            *(codes, scale, zero_point, self._packed.tensor, self._scale, self._zero_point, self._bias),
+            *(codes, scale, zero_point, self._packed.value, self._scale, self._zero_point, self._bias),
             *self._last_arguments,
         )
 
@@ -171,21 +201,23 @@ class Int8Conv2d(_Int8Layer):
         output: StaticActivation | None = None,
     ) -> None:
         _require_kernels(weight_codes, groups, activation)
-        super().__init__(weight_scale, bias, activation, _Options(post_op, output))
+        super().__init__(weight_codes, weight_scale, bias, activation, _Options(post_op, output))
         self.stride, self.dilation, self.groups = as_pair(stride), as_pair(dilation), groups
         self._thinning = stride_to_thin(weight_codes, self.stride, groups)
         if self._thinning is not None:
             self.stride = [1, 1]
         self.padding, self._before = split_padding(padding, weight_codes.shape[2:], self.dilation)
-        self._code_sum = weight_codes.sum(dim=(1, 2, 3)).double().mul(self._scale).float()
         steps = groups == 1 and self.stride == [1, 1] and self._thinning is None
         self._pointwise = steps and not any(self.padding) and weight_codes.shape[2:].numel() == 1
+        geometry = (self.stride, self.padding, self.dilation, groups)
+        self._winograd: _PackedWeight[avx2.Convolution3x3] | None = None
+        if avx2.is_3x3(weight_codes, *geometry) and not any(self._before) and avx2.available():
+            self._winograd = _PackedWeight(lambda: avx2.Convolution3x3(weight_codes))
         if self._pointwise:
-            packed = torch.ops.onednn.qlinear_prepack(weight_codes.flatten(1), None)
+            self._packed = _PackedWeight(lambda: torch.ops.onednn.qlinear_prepack(weight_codes.flatten(1), None))
         else:
-            geometry = (self.stride, self.padding, self.dilation, groups)
-            packed = torch.ops.onednn.qconv_prepack(weight_codes, self._scale, 1.0, 0, *geometry, None)
-        self._packed = _PackedWeight(packed)
+            arguments = (weight_codes, self._scale, 1.0, 0, *geometry, None)
+            self._packed = _PackedWeight(lambda: torch.ops.onednn.qconv_prepack(*arguments))
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve; an empty batch gives an empty output."""
@@ -206,16 +238,15 @@ class Int8Conv2d(_Int8Layer):
         return len(self._scale) * math.prod(max(1, side // step) for side, step in zip(size, self.stride, strict=True))
 
     def _convolve(self, codes: Tensor, scale: float, zero_point: int) -> Tensor:
-        """Convolve with the zero point's part of the sums, zero_point * sum(q_w), moved into the bias."""
-        padding, bias = self.padding, self._bias
-        if zero_point:
-            if any(padding):
-                codes = pad_codes(codes, [padding[1], padding[1], padding[0], padding[0]], zero_point)
-                padding = [0, 0]
-            shift = self._code_sum * (-zero_point * scale)
-            bias = shift if bias is None else shift.add_(bias)
+        if self._winograd is not None and self._winograd.value.pays(codes.shape):
+            return self._winograd.value(codes, zero_point, *self._for_avx2(scale, zero_point))
+        padding = self.padding
+        if zero_point and any(padding):
+            codes = pad_codes(codes, [padding[1], padding[1], padding[0], padding[0]], zero_point)
+            padding = [0, 0]
+        bias = self._shifted_bias(scale, zero_point)
         return torch.ops.onednn.qconv2d_pointwise(
-            *(codes, scale, 0, self._packed.tensor, self._scale, self._zero_point, bias),
+            *(codes, scale, 0, self._packed.value, self._scale, self._zero_point, bias),
             *(self.stride, padding, self.dilation, self.groups, *self._last_arguments),
         )
 
@@ -259,12 +290,20 @@ class Int8Linear(_Int8Layer):
         output: StaticActivation | None = None,
     ) -> None:
         _require_kernels(weight_codes, 1, activation)
-        super().__init__(weight_scale, bias, activation, _Options(post_op, output))
-        self._packed = _PackedWeight(torch.ops.onednn.qlinear_prepack(weight_codes, None))
+        super().__init__(weight_codes, weight_scale, bias, activation, _Options(post_op, output))
+        self._packed = _PackedWeight(lambda: torch.ops.onednn.qlinear_prepack(weight_codes, None))
+        self._few_rows: _PackedWeight[avx2.Product] | None = None
+        if avx2.available():
+            self._few_rows = _PackedWeight(lambda: avx2.Product(weight_codes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply; an empty batch gives an empty output."""
-        return self._multiply(*self._quantize(x.contiguous()))
+        codes, scale, zero_point = self._quantize(x.contiguous())
+        rows = codes.reshape(-1, codes.shape[-1])
+        if self._few_rows is not None and self._few_rows.value.pays(len(rows)):
+            y = self._few_rows.value(rows, *self._for_avx2(scale, zero_point))
+            return y.view(*codes.shape[:-1], len(self._scale))
+        return self._multiply(codes, scale, zero_point)
 
 
 def int8_kernels_available(device: torch.device | str = "cpu") -> bool:

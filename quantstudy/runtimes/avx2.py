@@ -1,0 +1,231 @@
+"""Int8 layers on x86 CPUs without VNNI, in products of 16-bit integers (`avx2.cpp`), compiled when first needed.
+
+There oneDNN's, ONNX Runtime's and OpenVINO's int8 kernels take three instructions for 32 products: two that multiply,
+one that adds. A product of 16-bit integers takes two for 16, so nothing is lost by widening; and a 3x3 convolution by
+Winograd's F(2x2, 3x3), which wants the wider integers, has 2.25 times fewer of them:
+
+- Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016, https://arxiv.org/abs/1509.09308;
+- Meng and Brothers, Efficient Winograd Convolution via Integer Arithmetic, 2019, https://arxiv.org/abs/1901.01965.
+
+All is exact: the sums are those of the direct convolution, to the bit. A 3x3 convolution took {half} of oneDNN's time;
+VGG-11's first linear layer a fifth of it for one image. Other layers stay on oneDNN.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantstudy.errors import one_line
+from quantstudy.machine.hardware import cpu_flags, int8_sums_saturate
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+_FLAGS = ("-std=c++17", "-O3", "-mavx2", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
+_TRANSFORMS = {
+    2: torch.tensor([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]], dtype=torch.float64),
+    3: torch.tensor([[3, 0, 0], [-3, -3, -3], [-1, 1, -1], [1, 2, 4], [0, 0, 6]], dtype=torch.float64),
+}
+"""G of F(2, 3) times 2 and of F(3, 3) times 6, so that they are whole."""
+_OUTPUTS = 16
+_MOST_CHANNELS = 1800
+"""Input channels, up to which 4 * 9 * 255 * 128 * channels stays below 2^31."""
+_LEAST_CHANNELS = 32
+"""Input channels, of which fewer are too few to pay for the transforms."""
+_LEAST_TILES = 24
+"""Of a batch, of which fewer are too few to pay for reading larger weights."""
+_MOST_ROWS = 64
+"""Of a matrix product, of which oneDNN does more as fast."""
+_TILES, _TILES_OF_LARGE, _LARGE = 24, 72, 2**22
+"""Tiles that a core transforms at a time, and for how many bytes of weights more, as those are read again for each."""
+
+
+class _Output(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("scale", "bias", "to")),
+        *((name, ctypes.c_float) for name in ("low", "high", "inverse")),
+        *((name, ctypes.c_int32) for name in ("zero_point", "writes_codes")),
+        ("outputs", ctypes.c_int64),
+    ]
+
+
+class _Convolution(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("images", "weights")),
+        ("output", _Output),
+        *((name, ctypes.c_int64) for name in ("n", "h", "w", "c")),
+        ("zero_point", ctypes.c_int32),
+    ]
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("rows", "weights")),
+        ("output", _Output),
+        *((name, ctypes.c_int64) for name in ("n", "inputs")),
+    ]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What becomes of a layer's sums: y = sum * scale + bias within [low, high], then the codes of a grid, if any."""
+
+    low: float = -torch.inf
+    high: float = torch.inf
+    grid: tuple[float, int] | None = None
+    """Scale and zero point of the uint8 codes to write; without, y is written, float32."""
+
+    def of(self, scale: Tensor, bias: Tensor, to: Tensor) -> _Output:
+        """Return the kernel's argument; the tensors have to outlive it."""
+        low, high, (step, zero_point) = self.low, self.high, self.grid or (1.0, 0)
+        if self.grid is not None:  # what is far outside the grid would not fit into an int32
+            low, high = max(low, -1e6 * step), min(high, 1e6 * step)
+        pointers = (scale.data_ptr(), bias.data_ptr(), to.data_ptr())
+        return _Output(*pointers, low, high, 1 / step, zero_point, self.grid is not None, len(scale))
+
+    def empty(self, *shape: int) -> Tensor:
+        """Return what the output, [N, ...], is written to."""
+        return torch.empty(*shape, dtype=torch.float32 if self.grid is None else torch.uint8)
+
+
+def available() -> bool:
+    """Whether these kernels are of use and run: on an x86 CPU with AVX2 and without VNNI, and with a C++ compiler.
+
+    What is compiled is kept in TORCHINDUCTOR_CACHE_DIR, beside inductor's kernels, or in ~/.cache/quantstudy.
+    """
+    return int8_sums_saturate() and "avx2" in cpu_flags() and _library() is not None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """Return the kernels, None, with a warning, where they cannot be compiled."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    try:
+        folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path.home() / ".cache" / "quantstudy")
+        digest = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, _FLAGS)).encode()).hexdigest()
+        path = folder / f"avx2-{digest[:16]}.so"
+        if not path.exists():
+            if compiler is None:
+                raise RuntimeError("there is no C++ compiler; install g++ or set CXX")
+            _compile(compiler, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, RuntimeError) as error:
+        warnings.warn(f"int8 layers all run on oneDNN, slower than need be: {one_line(error)}", stacklevel=2)
+        return None
+
+
+def _compile(compiler: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        done = subprocess.run([compiler, *_FLAGS, str(SOURCE), "-o", str(built)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{compiler} failed: {done.stderr.strip()}")
+        built.replace(path)  # at once, whoever else compiles it
+
+
+def _call(name: str, given: ctypes.Structure, *numbers: int) -> None:
+    library = _library()
+    assert library is not None, "ask `available` first"
+    getattr(library, name)(ctypes.byref(given), *map(ctypes.c_int64, numbers), ctypes.c_int64(torch.get_num_threads()))
+
+
+class Convolution3x3:
+    """A 3x3 convolution with a stride and a padding of 1, from uint8 codes."""
+
+    def __init__(self, codes: Tensor) -> None:
+        """Keep int8 `codes`, [O, I, 3, 3]."""
+        self._codes = codes
+        self._packed: dict[int, Tensor] = {}
+
+    def _weights(self, side: int) -> Tensor:
+        """Return the transformed weights for tiles of `side`, int16 [O / 16, (side + 2)^2, I / 2, 16, 2]."""
+        if side not in self._packed:
+            g = _TRANSFORMS[side]
+            moved = torch.einsum("yi,ocij,xj->yxoc", g, self._codes.double(), g).to(torch.int16)
+            self._packed[side] = _in_pairs(moved.flatten(0, 1)).permute(1, 0, 2, 3, 4).contiguous()
+        return self._packed[side]
+
+    def pays(self, size: Sequence[int]) -> bool:
+        """Whether images of a size, [N, I, H, W], are convolved faster than by oneDNN."""
+        n, channels, h, w = size
+        return channels >= _LEAST_CHANNELS and n * _tiles(_side(h, w), h, w) >= _LEAST_TILES
+
+    def __call__(self, codes: Tensor, zero_point: int, scale: Tensor, bias: Tensor, ending: Ending) -> Tensor:
+        """Convolve uint8 [N, I, H, W], channels_last, to [N, O, H, W], channels_last.
+
+        Args:
+            codes: the images.
+            zero_point: code that stands around them.
+            scale: float32 [O].
+            bias: float32 [O].
+            ending: what becomes of the sums of the codes as they are.
+        """
+        n, channels, h, w = codes.shape
+        _check(channels, self._codes.shape[1])
+        y = ending.empty(n, h, w, len(scale))
+        side = _side(h, w)
+        weights = self._weights(side)
+        pointers = (codes.data_ptr(), weights.data_ptr())
+        given = _Convolution(*pointers, ending.of(scale, bias, y), n, h, w, channels, zero_point)
+        tiles = _TILES if weights.nbytes <= _LARGE else _TILES_OF_LARGE
+        _call("convolve_3x3", given, side, tiles)
+        return y.permute(0, 3, 1, 2)
+
+
+class Product:
+    """The packed weight of a linear layer, from uint8 codes."""
+
+    def __init__(self, codes: Tensor) -> None:
+        """Pack int8 `codes`, [O, I], to [O / 16, I / 2, 16, 2]."""
+        self._inputs = codes.shape[1]
+        self._weights = _in_pairs(codes.unsqueeze(0)).squeeze(0).contiguous()
+
+    def pays(self, rows: int) -> bool:
+        """Whether so many rows are multiplied faster than by oneDNN."""
+        return rows <= _MOST_ROWS
+
+    def __call__(self, codes: Tensor, scale: Tensor, bias: Tensor, ending: Ending) -> Tensor:
+        """Multiply contiguous uint8 [N, I] to [N, O]; `scale` and `bias` are float32 [O]."""
+        rows, inputs = codes.shape
+        _check(inputs, self._inputs)
+        y = ending.empty(rows, len(scale))
+        given = _Product(codes.data_ptr(), self._weights.data_ptr(), ending.of(scale, bias, y), rows, inputs)
+        _call("multiply_rows", given)
+        return y
+
+
+def is_3x3(codes: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
+    """Whether `Convolution3x3` does a convolution with int8 weights [O, I / groups, kH, kW]."""
+    plain = groups == 1 and all(list(pair) == [1, 1] for pair in (stride, padding, dilation))
+    return plain and codes.shape[2:] == (3, 3) and codes.shape[1] <= _MOST_CHANNELS
+
+
+def _side(h: int, w: int) -> int:
+    """Return the side of the tiles that an image takes the fewest products with."""
+    return min(_TRANSFORMS, key=lambda side: _tiles(side, h, w) * (side + 2) ** 2)
+
+
+def _tiles(side: int, h: int, w: int) -> int:
+    return -(-h // side) * -(-w // side)
+
+
+def _check(inputs: int, expected: int) -> None:
+    if inputs != expected:  # the kernels would read beyond the weights
+        raise RuntimeError(f"{inputs} input channels, the weights have {expected}")
+
+
+def _in_pairs(weights: Tensor) -> Tensor:
+    """Return [B, O, I] as [B, O / 16, I / 2, 16, 2], zeros where there is no output or input."""
+    count, outputs, inputs = weights.shape
+    padded = torch.nn.functional.pad(weights, (0, inputs % 2, 0, -outputs % _OUTPUTS))
+    return padded.view(count, -1, _OUTPUTS, padded.shape[2] // 2, 2).transpose(2, 3)
