@@ -87,6 +87,18 @@ def _int8_conv_onednn() -> str:
     return _equal(found, torch.full((1, 16, 1, 1), 255.0 * code * 64 * 9), 1e-6) + limits
 
 
+def _int8_avx2() -> str:
+    from quantstudy.runtimes import avx2  # imports more than the other probes need
+
+    if not int8_sums_saturate():
+        raise Unavailable("not needed: this CPU has VNNI")
+    if not avx2.available():
+        raise Unavailable("needs AVX2 and a C++ compiler")
+    codes, weight = torch.full((2, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
+    found = avx2.Product(weight)(codes, torch.ones(16), torch.zeros(16), avx2.Ending())
+    return _equal(found, torch.full((2, 16), 255.0 * 127 * 64), 1e-6)
+
+
 def _int8_weight_only_cpu() -> str:
     x = torch.ones(2, 64, dtype=torch.bfloat16)
     weight, scale = torch.full((32, 64), 3, dtype=torch.int8), torch.ones(32, dtype=torch.bfloat16)
@@ -154,6 +166,7 @@ def _cutlass_inductor() -> str:
 
 PROBES: dict[str, Callable[[], str]] = {
     "int8_conv_onednn": _int8_conv_onednn,
+    "int8_avx2": _int8_avx2,
     "int8_weight_only_cpu": _int8_weight_only_cpu,
     "int4_tinygemm_cpu": _int4_tinygemm_cpu,
     "int4_opaque_cpu": _int4_opaque_cpu,

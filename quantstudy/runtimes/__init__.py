@@ -1,1 +1,1 @@
-"""What a variant runs on: simulation, oneDNN's int8 kernels, inductor."""
+"""What a variant runs on: simulation, int8 kernels of oneDNN and its own, inductor."""

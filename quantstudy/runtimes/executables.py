@@ -1,8 +1,8 @@
 """The ways a model can be run here, each an executable that says which of its layers run in their stated type.
 
-- `eager`: on an x86 CPU, layers with integer weights per channel and integer inputs run on oneDNN's int8
-  kernels (`runtimes.lowering`); on a CPU and on CUDA linear layers with integer weights alone run on kernels that read
-  these (`runtimes.weight_only`); every other quantized layer is simulated in floating point.
+- `eager`: on an x86 CPU, layers with integer weights per channel and integer inputs run on int8 kernels, oneDNN's or
+  this project's own (`runtimes.lowering`); on a CPU and on CUDA linear layers with integer weights alone run on kernels
+  that read these (`runtimes.weight_only`); every other quantized layer is simulated in floating point.
 - `inductor`: `torch.compile` with frozen weights. It fuses the quantize and dequantize operators around
   convolutions and linear layers with a calibrated input into oneDNN int8 kernels. On CUDA it records CUDA graphs.
 - `onnxruntime` and `openvino`: the exported ONNX model on a CPU (`runtimes.sessions`), which say themselves what they
@@ -178,7 +178,7 @@ def _quantized_bits(layer: Any, runtime: str, device: torch.device, width: int) 
 
 
 def use_int8_kernels(model: nn.Module) -> nn.Module:
-    """Return `model` on oneDNN's int8 kernels, one after another without float32 where `torch.fx` can trace it.
+    """Return `model` on int8 kernels, one after another without float32 where `torch.fx` can trace it.
 
     A network that cannot be traced gets them layer by layer, and so does what lies inside a module that is not
     traced. Widths below 8 bits are widened.

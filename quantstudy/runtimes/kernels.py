@@ -18,6 +18,9 @@ What makes it fast:
   that lies in the padding altogether, a group of 33 output channels).
 - A 1x1 convolution of stride 1 is computed as a linear layer over the channels, which is faster and has no such cost.
 
+On CPUs without VNNI, 3x3 convolutions and linear layers of few rows run on kernels of this project's own (`avx2`),
+which compute the same faster.
+
 An x86 CPU without VNNI adds pairs of u8 * s8 products in saturating int16 (`vpmaddubsw`), so there the kernels refuse
 weights whose sums may saturate (`quantization.saturation`). `int8_kernels_available` wants an x86 CPU and a convolution
 with the largest codes it takes that comes out exact.
