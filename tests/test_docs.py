@@ -1,5 +1,6 @@
 """README and the pages of docs/ hold: commands parse, rows validate, links resolve, methods and figures are there."""
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable
@@ -10,8 +11,11 @@ import pytest
 import yaml
 
 from docs.drawing.__main__ import FIGURES, FOLDER, main
+from quantstudy import layout, models
 from quantstudy import params as P
 from quantstudy.files import read_json
+from quantstudy.methods.registry import quantize
+from quantstudy.quantization.variant import save_variant
 from quantstudy.report.ablation import markdown
 from tests.blocks import PAGES, Block, blocks, dialogues, headings, inline_commands, prose
 from tests.commands import check
@@ -45,8 +49,17 @@ def check_rows(block: Block, folder: Path) -> None:
 
 
 def check_python(block: Block, folder: Path) -> None:
-    """`test_readme` runs README's; the pages of docs/ have none."""
-    assert block.page == ROOT / "README.md"
+    """Run a block of docs/; `test_readme` runs README's."""
+    if block.page == ROOT / "README.md":
+        return
+    facts = {"architecture": "mobilenet_v2", "classes": 10, "image_size": 32, "preprocessing": {}}
+    network = models.skeleton("mobilenet_v2", 10).to_empty(device="cpu").requires_grad_(False)
+    for tensor in network.state_dict().values():
+        tensor.fill_(1)
+    variant = quantize(network, {}, P.WeightOnly(kind="weight_only", weight_bits=8))
+    with contextlib.chdir(folder):
+        save_variant(layout.model("mobilenetv2_digits", "int8_static"), variant, facts, "int8_static")
+        exec(block.text, {})
 
 
 def check_flowchart(block: Block, folder: Path) -> None:
