@@ -52,7 +52,7 @@ def check_python(block: Block, folder: Path) -> None:
     """Run a block of docs/; `test_readme` runs README's."""
     if block.page == ROOT / "README.md":
         return
-    facts = {"architecture": "mobilenet_v2", "classes": 10, "image_size": 32, "preprocessing": {}}
+    facts = {"architecture": "mobilenet_v2", "classes": 10, "preprocessing": {"image_size": 32}}
     network = models.skeleton("mobilenet_v2", 10).to_empty(device="cpu").requires_grad_(False)
     for tensor in network.state_dict().values():
         tensor.fill_(1)
