@@ -24,6 +24,8 @@ Limit = Literal["none", "pairs", "codes"]
 LARGEST_PAIR = 128
 """What two neighbours of one sign may add up to."""
 _INT16 = 2**15 - 1
+_AT_ONCE = 2**18
+"""Codes that are looked at while they are in the cache."""
 
 
 def limit_of(layer: nn.Conv2d | nn.Linear) -> Limit:
@@ -100,8 +102,12 @@ def may_saturate(codes: Tensor, groups: int = 1, highest: int = 255) -> bool:
         return False
     if codes.shape[1] % 2:
         return True
+    parts = codes.split(max(1, _AT_ONCE // codes[0].numel()))
+    return any(_largest_pair(part) * highest > _INT16 for part in parts)
+
+
+def _largest_pair(codes: Tensor) -> int:
     pairs = codes.view(codes.shape[0], codes.shape[1] // 2, 2, -1)
     first, second = pairs[:, :, 0].to(torch.int16), pairs[:, :, 1].to(torch.int16)
-    above = int((first.clamp_min(0) + second.clamp_min(0)).max())
-    below = -int((first.clamp_max(0) + second.clamp_max(0)).min())
-    return max(above, below) * highest > _INT16
+    above = (first.clamp_min(0) + second.clamp_min(0)).max()
+    return max(int(above), -int((first.clamp_max(0) + second.clamp_max(0)).min()))

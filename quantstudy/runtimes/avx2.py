@@ -7,8 +7,8 @@ Winograd's F(2x2, 3x3), which wants the wider integers, has 2.25 times fewer of 
 - Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016, https://arxiv.org/abs/1509.09308;
 - Meng and Brothers, Efficient Winograd Convolution via Integer Arithmetic, 2019, https://arxiv.org/abs/1901.01965.
 
-All is exact: the sums are those of the direct convolution, to the bit. VGG-11's convolutions at 224 px took 0.5 to 0.8 of
-oneDNN's time, its first linear layer 0.3, beside other work on an AMD EPYC (Zen 3). Other layers stay on oneDNN.
+All is exact: the sums are those of the direct convolution, to the bit. On an AMD EPYC (Zen 3) VGG-11's convolutions at
+224 px took 0.5 to 0.8 of oneDNN's time, its first linear layer 0.3. Other layers stay on oneDNN.
 """
 
 import ctypes

@@ -102,7 +102,7 @@ class _Options:
 
 
 class _PackedWeight(Generic[T]):
-    """A weight in a kernel's own layout, packed when first needed. It never changes, so copies of a layer share it."""
+    """What a kernel needs of a weight, made when first needed. It never changes, so copies of a layer share it."""
 
     def __init__(self, pack: Callable[[], T]) -> None:
         self._pack = pack
@@ -136,7 +136,7 @@ class _Int8Layer(nn.Module):
         self._scale = scale.detach().float().flatten().contiguous()
         self._zero_point = torch.zeros(len(self._scale), dtype=torch.int32)
         self._bias = None if bias is None else bias.detach().float()
-        self._code_sum = weight_codes.flatten(1).sum(dim=1).double().mul(self._scale).float()
+        self._code_sum = _PackedWeight(lambda: weight_codes.flatten(1).sum(dim=1).double().mul(self._scale).float())
 
     def extra_repr(self) -> str:
         """Show the input grid and the fused operator in `print(model)`."""
@@ -158,7 +158,7 @@ class _Int8Layer(nn.Module):
         """Return the bias with the zero point's part of the sums, zero_point * sum(q_w), in it."""
         if not zero_point:
             return self._bias
-        shift = self._code_sum * (-zero_point * scale)
+        shift = self._code_sum.value * (-zero_point * scale)
         return shift if self._bias is None else shift.add_(self._bias)
 
     def _for_avx2(self, scale: float, zero_point: int) -> tuple[Tensor, Tensor, avx2.Ending]:
