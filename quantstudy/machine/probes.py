@@ -91,9 +91,9 @@ def _int8_avx2() -> str:
     from quantstudy.runtimes import avx2  # imports more than the other probes need
 
     if not int8_sums_saturate():
-        raise Unavailable("not needed: this CPU has VNNI")
+        raise Unavailable("not needed: of use on x86 CPUs without VNNI alone")
     if not avx2.available():
-        raise Unavailable("needs AVX2 and a C++ compiler")
+        raise Unavailable("needs AVX2, a C++ compiler and a place to keep what it compiles")
     codes, weight = torch.full((2, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
     found = avx2.Product(weight)(codes, torch.ones(16), torch.zeros(16), avx2.Ending())
     return _equal(found, torch.full((2, 16), 255.0 * 127 * 64), 1e-6)

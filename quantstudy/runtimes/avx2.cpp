@@ -1,4 +1,5 @@
-// Int8 layers in products of 16-bit integers (vpmaddwd), for x86 CPUs without VNNI: exact, whatever the codes are.
+// Int8 layers in products of 16-bit integers (vpmaddwd), for x86 CPUs without VNNI: exact, whatever the codes are, if the
+// sums fit into 32 bits.
 //
 // A convolution with a 3x3 kernel is Winograd's F(MxM, 3x3), M = 2 or 3: each tile of (M + 2)^2 pixels and each kernel is
 // transformed, and as many products of the two give MxM outputs, where the kernel itself takes 9 for each. In integers,

@@ -1,20 +1,21 @@
 """Int8 layers on x86 CPUs without VNNI, in products of 16-bit integers (`avx2.cpp`), compiled when first needed.
 
 There oneDNN's, ONNX Runtime's and OpenVINO's int8 kernels take three instructions for 32 products: two that multiply,
-one that adds. A product of 16-bit integers takes two for 16, so nothing is lost by widening; and a 3x3 convolution by
-Winograd's F(2x2, 3x3), which wants the wider integers, has 2.25 times fewer of them:
+one that adds. Products of 16-bit integers take as many that multiply and one more that adds; but a 3x3 convolution by
+Winograd's F(2x2, 3x3) or F(3x3, 3x3), which want the wider integers, has 2.25 or 3.24 times fewer of them:
 
 - Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016, https://arxiv.org/abs/1509.09308;
 - Meng and Brothers, Efficient Winograd Convolution via Integer Arithmetic, 2019, https://arxiv.org/abs/1901.01965.
 
-All is exact: the sums are those of the direct convolution, to the bit. On an AMD EPYC (Zen 3) VGG-11's convolutions at
-224 px took 0.5 to 0.8 of oneDNN's time, its first linear layer 0.3. Other layers stay on oneDNN.
+All is exact: the sums are those of the direct convolution, if they fit into 32 bits. On an AMD EPYC (Zen 3) VGG-11's
+convolutions at 224 px took 0.5 to 0.8 of oneDNN's time, its first linear layer 0.3. Other layers stay on oneDNN.
 """
 
 import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -111,15 +112,16 @@ def _library() -> ctypes.CDLL | None:
     """Return the kernels, None, with a warning, where they cannot be compiled."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     try:
-        folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path.home() / ".cache" / "quantstudy")
-        digest = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, _FLAGS)).encode()).hexdigest()
+        folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path.home() / ".cache" / "quantstudy").absolute()
+        built_by = repr((compiler, _FLAGS, platform.libc_ver()))
+        digest = hashlib.sha256(SOURCE.read_bytes() + built_by.encode()).hexdigest()
         path = folder / f"avx2-{digest[:16]}.so"
         if not path.exists():
             if compiler is None:
                 raise RuntimeError("there is no C++ compiler; install g++ or set CXX")
             _compile(compiler, path)
         return ctypes.CDLL(str(path))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # the last of a CXX with an open quotation mark
         warnings.warn(f"int8 layers all run on oneDNN, slower than need be: {one_line(error)}", stacklevel=2)
         return None
 
@@ -129,10 +131,15 @@ def _compile(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         done = subprocess.run(
-            [*shlex.split(compiler), *_FLAGS, str(SOURCE), "-o", str(built)], capture_output=True, text=True
+            [*shlex.split(compiler), *_FLAGS, str(SOURCE), "-o", str(built)],
+            capture_output=True,
+            text=True,
+            errors="replace",
         )
         if done.returncode:
             raise RuntimeError(f"{compiler} failed: {done.stderr.strip()}")
+        with built.open("rb") as file:
+            os.fsync(file.fileno())  # half a library would end the process that loads it
         built.replace(path)  # at once, whoever else compiles it
 
 
@@ -173,8 +180,9 @@ class Convolution3x3:
             bias: float32 [O].
             ending: what becomes of the sums of the codes as they are.
         """
+        codes = codes.contiguous(memory_format=torch.channels_last)
         n, channels, h, w = codes.shape
-        _check(channels, self._codes.shape[1])
+        _check(self._codes.shape, channels, scale, bias)
         y = ending.empty(n, h, w, len(scale))
         side = _side(h, w)
         weights = self._weights(side)
@@ -190,17 +198,18 @@ class Product:
 
     def __init__(self, codes: Tensor) -> None:
         """Pack int8 `codes`, [O, I], to [O / 16, I / 2, 16, 2]."""
-        self._inputs = codes.shape[1]
+        self._shape = codes.shape
         self._weights = _in_pairs(codes.unsqueeze(0)).squeeze(0).contiguous()
 
-    def pays(self, rows: int) -> bool:
+    @staticmethod
+    def pays(rows: int) -> bool:
         """Whether so many rows are multiplied faster than by oneDNN."""
         return rows <= _MOST_ROWS
 
     def __call__(self, codes: Tensor, scale: Tensor, bias: Tensor, ending: Ending) -> Tensor:
         """Multiply contiguous uint8 [N, I] to [N, O]; `scale` and `bias` are float32 [O]."""
         rows, inputs = codes.shape
-        _check(inputs, self._inputs)
+        _check(self._shape, inputs, scale, bias)
         y = ending.empty(rows, len(scale))
         given = _Product(codes.data_ptr(), self._weights.data_ptr(), ending.of(scale, bias, y), rows, inputs)
         _call("multiply_rows", given)
@@ -222,9 +231,13 @@ def _tiles(side: int, h: int, w: int) -> int:
     return -(-h // side) * -(-w // side)
 
 
-def _check(inputs: int, expected: int) -> None:
-    if inputs != expected:  # the kernels would read beyond the weights
-        raise RuntimeError(f"{inputs} input channels, the weights have {expected}")
+def _check(shape: Sequence[int], inputs: int, scale: Tensor, bias: Tensor) -> None:
+    """Raise RuntimeError where the kernels would read beyond a tensor."""
+    if (inputs, len(scale), len(bias)) != (shape[1], shape[0], shape[0]):
+        counts = f"{inputs} input channels, {len(scale)} scales and {len(bias)} biases"
+        raise RuntimeError(f"{counts}, the weights are {list(shape)}")
+    if not (scale.is_contiguous() and bias.is_contiguous()):
+        raise RuntimeError("scales and biases have to be contiguous")
 
 
 def _in_pairs(weights: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ class _Int8Layer(nn.Module):
         self._last_arguments, self._ending = options.arguments(), options.ending()
         self._scale = scale.detach().float().flatten().contiguous()
         self._zero_point = torch.zeros(len(self._scale), dtype=torch.int32)
-        self._bias = None if bias is None else bias.detach().float()
+        self._bias = None if bias is None else bias.detach().float().contiguous()
         self._code_sum = _PackedWeight(lambda: weight_codes.flatten(1).sum(dim=1).double().mul(self._scale).float())
 
     def extra_repr(self) -> str:
@@ -303,7 +303,7 @@ class Int8Linear(_Int8Layer):
         """Multiply; an empty batch gives an empty output."""
         codes, scale, zero_point = self._quantize(x.contiguous())
         rows = codes.reshape(-1, codes.shape[-1])
-        if self._few_rows is not None and self._few_rows.value.pays(len(rows)):
+        if self._few_rows is not None and avx2.Product.pays(len(rows)):
             y = self._few_rows.value(rows, *self._for_avx2(scale, zero_point))
             return y.view(*codes.shape[:-1], len(self._scale))
         return self._multiply(codes, scale, zero_point)

@@ -19,9 +19,10 @@ _SMALLEST_SCALE = np.float32(torch.finfo(torch.float32).eps)
 
 
 def quantize_to_uint8(x: Tensor, scale: float, zero_point: int) -> Tensor:
-    """Return uint8 codes clamp(round(x * (1 / scale)) + zero_point, 0, 255), in the shape and strides of `x`.
+    """Return uint8 codes clamp(round(x * (1 / scale)) + zero_point, 0, 255), in the shape of `x`.
 
-    `x` is float32; rounding is half to even. Values beyond 2^31 steps (infinity) give a wrong code.
+    They lie in memory as `x` does, unless that is one image whose strides are those of no batch. `x` is float32;
+    rounding is half to even. Values beyond 2^31 steps (infinity) give a wrong code.
     """
     quantized = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
     storage: Any = quantized.untyped_storage()
@@ -32,7 +33,8 @@ def choose_dynamic_qparams(x: Tensor, highest: int = 255) -> tuple[float, int]:
     """Return the scale and the zero point for the values of float32 `x`, in a range that is made to hold zero.
 
     The arithmetic is float32: scale = max((high - low) / highest, eps), zero_point = round(-low / scale). An empty
-    `x` counts as zero. Values that are not finite give a scale of NaN, so that the output is NaN too.
+    `x` counts as zero. Values that are not finite give a scale of NaN, so that the sums are NaN
+    too (oneDNN's ReLU makes numbers of these).
     """
     if not x.numel():
         return float(_SMALLEST_SCALE), 0

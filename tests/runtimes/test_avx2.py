@@ -110,12 +110,39 @@ def test_not_a_number_stays_one() -> None:
 
 
 @needs_avx2
-def test_wrong_number_of_inputs_is_refused() -> None:
+@pytest.mark.parametrize(("inputs", "scales", "biases"), [(31, 16, 16), (32, 15, 16), (32, 16, 3)])
+def test_what_does_not_fit_the_weights_is_refused(inputs: int, scales: int, biases: int) -> None:
     weights = weights_of((16, 32, 3, 3), "random")
-    with pytest.raises(RuntimeError, match="31 input channels, the weights have 32"):
-        Convolution3x3(weights)(codes_of((1, 31, 4, 4), "random"), 0, torch.ones(16), torch.zeros(16), Ending())
-    with pytest.raises(RuntimeError, match="9 input channels, the weights have 288"):
-        Product(weights.flatten(1))(codes_of((1, 9), "random"), torch.ones(16), torch.zeros(16), Ending())
+    scale, bias = torch.ones(scales), torch.zeros(biases)
+    complaint = f"{inputs} input channels, {scales} scales and {biases} biases, the weights are"
+    with pytest.raises(RuntimeError, match=complaint):
+        Convolution3x3(weights)(codes_of((1, inputs, 4, 4), "random"), 0, scale, bias, Ending())
+    with pytest.raises(RuntimeError, match=complaint):
+        Product(weights[:, :, 0, 0])(codes_of((1, inputs), "random"), scale, bias, Ending())
+    with pytest.raises(RuntimeError, match="contiguous"):
+        Product(weights[:, :, 0, 0])(codes_of((1, 32), "random"), torch.ones(32)[::2], torch.zeros(16), Ending())
+
+
+@needs_avx2
+@pytest.mark.skipif(not kernels.int8_kernels_available(), reason="no int8 kernels here")
+@pytest.mark.parametrize("layout", ["one of a batch", "without a batch", "cut out"])
+def test_images_that_lie_otherwise_in_memory(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(avx2, "available", lambda: True)
+    torch.manual_seed(0)
+    weights, bias = torch.randint(-64, 65, (32, 32, 3, 3)).to(torch.int8), torch.randn(64)[::2]
+    layer = kernels.Int8Conv2d(weights, torch.full((32,), 1e-3), bias, kernels.DynamicActivation(), padding=1)
+    network = nn.Sequential(layer, layer)
+    batch = torch.randn(3, 32, 30, 20).contiguous(memory_format=torch.channels_last)
+    expected = network(batch[1:2].contiguous())
+    if layout == "one of a batch":
+        found = network(batch[1][None])
+    elif layout == "without a batch":
+        found = network(batch[1])[None]
+    else:
+        found = network(nn.functional.pad(batch, [1, 2, 3, 4])[1:2, :, 3:33, 1:21])
+    torch.testing.assert_close(found, expected)
+    simulated = nn.functional.conv2d(batch[1:2], weights * 1e-3, bias, padding=1)
+    assert (layer(batch[1])[None] - simulated).abs().max() < 0.02 * simulated.abs().max()
 
 
 @needs_avx2
@@ -139,7 +166,9 @@ def test_layers_use_them_and_compute_the_same(activation: kernels.Activation, mo
 
 
 @pytest.mark.skipif(os.name != "posix", reason="runs a compiler of that system")
-@pytest.mark.parametrize(("compiler", "reason"), [("false", "false failed"), ("/no/compiler", "No such file")])
+@pytest.mark.parametrize(
+    ("compiler", "reason"), [("false", "false failed"), ("/no/compiler", "No such file"), ("g++ '", "quotation")]
+)
 def test_without_a_compiler_there_are_none(
     compiler: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
