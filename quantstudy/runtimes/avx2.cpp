@@ -6,6 +6,8 @@
 // with weights times 4 or 36, nothing is rounded: pixels become at most 4590, weights 10368. Sums may wrap around, and what
 // is left when the 4 or 36 is divided out is right if 4 times the result fits into 32 bits.
 //
+// For layers whose weights alone are quantized there is a product of float32 rows too.
+//
 // Values are rows of 16-bit integers, weights lie in pairs of inputs for 16 outputs at a time: [O / 16, I / 2, 16, 2].
 #include <immintrin.h>
 
@@ -43,6 +45,15 @@ struct Product {
     const int8_t* weights;  // [O / 16, I / 2, 16, 2]
     Output output;          // [N, O]
     int64_t n, inputs;
+};
+
+struct FloatProduct {
+    const float* rows;       // [N, I]
+    const uint8_t* weights;  // int8 [O / 16, I, 16], or two 4-bit codes + 8 a byte, [O / 16, I, 8], first those of 0 to 7
+    const float* scale;      // [O / 16, G, 16]: of I / G inputs each
+    const float* bias;       // [O]
+    float* to;               // [N, O]
+    int64_t n, inputs, outputs, groups, bits;
 };
 
 inline __m256i sixteen(const int16_t* at) { return _mm256_loadu_si256((const __m256i*)at); }
@@ -254,6 +265,71 @@ void convolve(const Convolution& p, const std::vector<Tile>& tiles, int16_t* val
     }
 }
 
+// Add the products of R rows, `stride` apart, and the weights of 16 outputs to R rows of sums, a group at a time.
+template <int R, int Bits>
+void multiply_floats(const float* rows, long stride, const uint8_t* weights, const float* scale, long groups, long size,
+                     float* sums) {
+    const __m256i eight = _mm256_set1_epi32(8), mask = _mm256_set1_epi32(15);
+    for (long g = 0; g < groups; g++) {
+        __m256 acc[R][2];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = _mm256_setzero_ps();
+        for (long k = g * size; k < (g + 1) * size; k++) {
+            __m256i first, second;
+            if constexpr (Bits == 8) {
+                first = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(weights + 16 * k)));
+                second = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(weights + 16 * k + 8)));
+            } else {
+                const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(weights + 8 * k)));
+                first = _mm256_sub_epi32(_mm256_and_si256(both, mask), eight);
+                second = _mm256_sub_epi32(_mm256_srli_epi32(both, 4), eight);
+            }
+            const __m256 a = _mm256_cvtepi32_ps(first), b = _mm256_cvtepi32_ps(second);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                const __m256 x = _mm256_broadcast_ss(rows + r * stride + k);
+                acc[r][0] = _mm256_fmadd_ps(x, a, acc[r][0]);
+                acc[r][1] = _mm256_fmadd_ps(x, b, acc[r][1]);
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+            for (int half = 0; half < 2; half++) {
+                float* at = sums + r * kOutputs + 8 * half;
+                const __m256 s = _mm256_loadu_ps(scale + g * kOutputs + 8 * half);
+                _mm256_storeu_ps(at, _mm256_fmadd_ps(acc[r][half], s, _mm256_loadu_ps(at)));
+            }
+    }
+}
+
+template <int Bits>
+void multiply_all_floats(const FloatProduct& p, long threads) {
+    constexpr decltype(&multiply_floats<1, Bits>) by_rows[] = {multiply_floats<1, Bits>, multiply_floats<2, Bits>,
+                                                               multiply_floats<3, Bits>, multiply_floats<4, Bits>,
+                                                               multiply_floats<5, Bits>, multiply_floats<6, Bits>};
+    const long blocks = (p.outputs + kOutputs - 1) / kOutputs, parts = std::min<long>(blocks, 8 * threads);
+    const long size = p.inputs / p.groups, width = 2 * Bits, at_once = std::max<long>(1, kInputs / size);
+    const long row_groups = (p.n + kRows - 1) / kRows;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (long part = 0; part < parts; part++) {
+        const long from = part * blocks / parts, to = (part + 1) * blocks / parts;
+        std::vector<float> sums((to - from) * p.n * kOutputs);
+        for (long g = 0; g < p.groups; g += at_once)
+            for (long block = from; block < to; block++)
+                for (long r = 0; r < row_groups; r++) {
+                    const long row = r * p.n / row_groups, count = (r + 1) * p.n / row_groups - row;
+                    by_rows[count - 1](p.rows + row * p.inputs + g * size, p.inputs,
+                                       p.weights + (block * p.inputs + g * size) * width,
+                                       p.scale + (block * p.groups + g) * kOutputs, std::min(at_once, p.groups - g), size,
+                                       sums.data() + ((block - from) * p.n + row) * kOutputs);
+                }
+        for (long block = from; block < to; block++)
+            for (long row = 0; row < p.n; row++)
+                for (long o = block * kOutputs; o < std::min((block + 1) * kOutputs, (long)p.outputs); o++)
+                    p.to[row * p.outputs + o] = sums[((block - from) * p.n + row) * kOutputs + o % kOutputs] + p.bias[o];
+    }
+}
+
 template <class T>
 struct Buffer {  // aligned to 64 bytes
     explicit Buffer(long count) : data((T*)_mm_malloc(std::max<long>(count, 1) * sizeof(T), 64)) {}
@@ -323,4 +399,8 @@ extern "C" void multiply_rows(const Product* given, int64_t threads) {
             }
         }
     }
+}
+
+extern "C" void multiply_float_rows(const FloatProduct* given, int64_t threads) {
+    (given->bits == 8 ? multiply_all_floats<8> : multiply_all_floats<4>)(*given, threads);
 }

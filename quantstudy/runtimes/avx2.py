@@ -1,13 +1,17 @@
-"""Int8 layers on x86 CPUs without VNNI, in products of 16-bit integers (`avx2.cpp`), compiled when first needed.
+"""Kernels for x86 CPUs that lack newer instructions (`avx2.cpp`), compiled when first needed.
 
-There oneDNN's, ONNX Runtime's and OpenVINO's int8 kernels take three instructions for 32 products: two that multiply,
-one that adds. Products of 16-bit integers take as many that multiply and one more that adds; but a 3x3 convolution by
-Winograd's F(2x2, 3x3) or F(3x3, 3x3), which want the wider integers, has 2.25 or 3.24 times fewer of them:
+Layers of low-bit weights alone, without AVX512: codes are widened in registers and multiplied with float32. Reading the
+weights is what takes time for one image, widening them for a few.
+
+Int8 layers, without VNNI, in products of 16-bit integers. Other int8 kernels (of oneDNN, ONNX Runtime, OpenVINO) take
+three instructions for 32 products there: two that multiply, one that adds. Products of 16-bit integers take as many
+that multiply and one more that adds; but a 3x3 convolution by Winograd's F(2x2, 3x3) or F(3x3, 3x3), which want the
+wider integers, has 2.25 or 3.24 times fewer of them:
 
 - Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016, https://arxiv.org/abs/1509.09308;
 - Meng and Brothers, Efficient Winograd Convolution via Integer Arithmetic, 2019, https://arxiv.org/abs/1901.01965.
 
-All is exact: the sums are those of the direct convolution, if they fit into 32 bits. On an AMD EPYC (Zen 3) VGG-11's
+They are exact: the sums are those of the direct convolution, if they fit into 32 bits. On an AMD EPYC (Zen 3) VGG-11's
 convolutions at 224 px took 0.5 to 0.8 of oneDNN's time, its first linear layer 0.3. Other layers stay on oneDNN.
 """
 
@@ -32,7 +36,7 @@ from quantstudy.errors import one_line
 from quantstudy.machine.hardware import cpu_flags, int8_sums_saturate
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-_FLAGS = ("-std=c++17", "-O3", "-mavx2", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = ("-std=c++17", "-O3", "-mavx2", "-mfma", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
 _TRANSFORMS = {
     2: torch.tensor([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]], dtype=torch.float64),
     3: torch.tensor([[3, 0, 0], [-3, -3, -3], [-1, 1, -1], [1, 2, 4], [0, 0, 6]], dtype=torch.float64),
@@ -49,6 +53,9 @@ _MOST_ROWS = 64
 """Of a matrix product, of which oneDNN does more as fast."""
 _TILES, _TILES_OF_LARGE, _LARGE = 24, 72, 2**22
 """Tiles that a core transforms at a time, and for how many bytes of weights more, as those are read again for each."""
+
+_SUMS = range(64, 513)
+"""Inputs of a product of float32 that are summed before their scale is applied, where one is enough for all."""
 
 
 class _Output(ctypes.Structure):
@@ -77,6 +84,13 @@ class _Product(ctypes.Structure):
     ]
 
 
+class _FloatProduct(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("rows", "weights", "scale", "bias", "to")),
+        *((name, ctypes.c_int64) for name in ("n", "inputs", "outputs", "groups", "bits")),
+    ]
+
+
 @dataclass(frozen=True)
 class Ending:
     """What becomes of a layer's sums: y = sum * scale + bias within [low, high], then the codes of a grid, if any."""
@@ -100,11 +114,16 @@ class Ending:
 
 
 def available() -> bool:
-    """Whether these kernels are of use and run: on an x86 CPU with AVX2 and without VNNI, and with a C++ compiler.
+    """Whether int8 layers are faster here, on an x86 CPU with AVX2 and without VNNI, and can be compiled."""
+    return int8_sums_saturate() and compiled()
+
+
+def compiled() -> bool:
+    """Whether the kernels run: on a CPU with AVX2, with a C++ compiler.
 
     What is compiled is kept in TORCHINDUCTOR_CACHE_DIR, beside inductor's kernels, or in ~/.cache/quantstudy.
     """
-    return int8_sums_saturate() and "avx2" in cpu_flags() and _library() is not None
+    return {"avx2", "fma"} <= cpu_flags() and _library() is not None
 
 
 @functools.cache
@@ -216,6 +235,33 @@ class Product:
         return y
 
 
+class FloatProduct:
+    """The packed weight of a linear layer of low-bit weights alone, from float32."""
+
+    def __init__(self, codes: Tensor, scale: Tensor, bits: int) -> None:
+        """Pack int8 `codes`, [O, I], of 8 or 4 `bits`, and their `scale`, float32 [O, groups]."""
+        (self._outputs, self._inputs), self._bits = codes.shape, bits
+        if scale.shape[1] == 1:  # short sums in float32 are more precise
+            size = max((size for size in _SUMS if self._inputs % size == 0), default=self._inputs)
+            scale = scale.expand(-1, self._inputs // size)
+        self._groups = scale.shape[1]
+        self._weights = _by_outputs(codes).contiguous()
+        if bits == 4:
+            first, second = (self._weights + 8).to(torch.uint8).chunk(2, dim=2)
+            self._weights = (second << 4 | first).contiguous()
+        self._scale = _by_outputs(scale).contiguous()
+
+    def __call__(self, rows: Tensor, bias: Tensor) -> Tensor:
+        """Multiply contiguous float32 [N, I] to [N, O], and add `bias`, float32 [O]."""
+        n, inputs = rows.shape
+        if (inputs, len(bias)) != (self._inputs, self._outputs):  # the kernel would read beyond a tensor
+            raise RuntimeError(f"{inputs} inputs and {len(bias)} biases, the weight is {[self._outputs, self._inputs]}")
+        y = torch.empty(n, self._outputs)
+        pointers = (tensor.data_ptr() for tensor in (rows, self._weights, self._scale, bias, y))
+        _call("multiply_float_rows", _FloatProduct(*pointers, n, inputs, self._outputs, self._groups, self._bits))
+        return y
+
+
 def is_3x3(codes: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
     """Whether `Convolution3x3` does a convolution with int8 weights [O, I / groups, kH, kW]."""
     plain = groups == 1 and all(list(pair) == [1, 1] for pair in (stride, padding, dilation))
@@ -238,6 +284,12 @@ def _check(shape: Sequence[int], inputs: int, scale: Tensor, bias: Tensor) -> No
         raise RuntimeError(f"{counts}, the weights are {list(shape)}")
     if not (scale.is_contiguous() and bias.is_contiguous()):
         raise RuntimeError("scales and biases have to be contiguous")
+
+
+def _by_outputs(weights: Tensor) -> Tensor:
+    """Return [O, I] as [O / 16, I, 16], zeros where there is no output."""
+    padded = torch.nn.functional.pad(weights, (0, 0, 0, -len(weights) % _OUTPUTS))
+    return padded.view(-1, _OUTPUTS, weights.shape[1]).transpose(1, 2)
 
 
 def _in_pairs(weights: Tensor) -> Tensor:

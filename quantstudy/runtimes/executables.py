@@ -30,7 +30,7 @@ from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.variant import Variant
 from quantstudy.runtimes.kernels import int8_kernels_available
 from quantstudy.runtimes.lowering import lower_int8, make_kernel, runs_in_int8
-from quantstudy.runtimes.weight_only import has_kernel, use_weight_only_kernels
+from quantstudy.runtimes.weight_only import has_kernel, input_bits, use_weight_only_kernels
 
 if TYPE_CHECKING:
     import onnx
@@ -169,7 +169,7 @@ def layer_bits(model: nn.Module, runtime: str, device: torch.device) -> dict[str
 def _quantized_bits(layer: Any, runtime: str, device: torch.device, width: int) -> LayerBits:
     scheme = layer.scheme
     if _reads_codes(runtime, device) and has_kernel(layer, device):
-        return LayerBits(scheme.weight.bits, 16, True)
+        return LayerBits(scheme.weight.bits, input_bits(device), True)
     activation = width if scheme.activation.mode == "none" else scheme.activation.bits
     both_int8 = scheme.weight.bits in _INT8_WEIGHTS and activation == 8
     modes = ("static",) if runtime == "inductor" else ("static", "dynamic")

@@ -2,7 +2,8 @@
 
 On a CPU PyTorch's `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu` widen the codes in registers, on CUDA
 tinygemm (`_weight_int4pack_mm`) and the kernel of `triton_int8`. The input is rounded to bfloat16, sums are float32,
-the output of PyTorch's kernels is rounded to bfloat16 again. At batch 1 VGG-11's first linear layer took a third of
+the output of PyTorch's kernels is rounded to bfloat16 again. A CPU without AVX512 has kernels of this project (`avx2`),
+which multiply in float32. At batch 1 VGG-11's first linear layer took a third of
 bfloat16's time on a CPU with 8-bit weights, and less than two thirds with 4-bit ones; with a float32 input both kernels
 are several times slower than a float32 product, so that the input is rounded. Scales of channels stay float32, outside
 the kernel; scales of groups are bfloat16 in the file already.
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from quantstudy.machine.hardware import cpu_flags
 from quantstudy.quantization.layers import QuantLinear, put_layers, quantized_layers
+from quantstudy.runtimes import avx2
 
 INT4_GROUPS = (32, 64, 128, 256)
 _INT4_OUTPUTS = {"cpu": 16, "cuda": 8}
@@ -42,10 +44,15 @@ def has_kernel(layer: Any, device: torch.device) -> bool:
 @functools.cache
 def _has_kernels(device: str, bits: int) -> bool:
     if device == "cpu":
-        return "avx512f" in cpu_flags()
+        return "avx512f" in cpu_flags() or avx2.compiled()
     if device != "cuda" or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         return False
     return bits != 8 or importlib.util.find_spec("triton") is not None
+
+
+def input_bits(device: torch.device) -> int:
+    """Return the bits of the float type that the kernels on `device` multiply in."""
+    return 32 if device.type == "cpu" and "avx512f" not in cpu_flags() else 16
 
 
 class WeightOnlyLinear(nn.Module):
@@ -54,8 +61,14 @@ class WeightOnlyLinear(nn.Module):
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self.bits, self.group_size = layer.scheme.weight.bits, layer.scheme.weight.group_size
-        self._bias = None if layer.bias is None else layer.bias.detach().float()
+        self._bias: Any = None if layer.bias is None else layer.bias.detach().float()
         codes = layer.weight_codes()
+        self._product: avx2.FloatProduct | None = None
+        if input_bits(codes.device) == 32:
+            scale = layer.weight_scale.float().view(len(codes), -1)
+            self._product = avx2.FloatProduct(codes, scale, self.bits)
+            self._bias = torch.zeros(len(codes)) if self._bias is None else self._bias.contiguous()
+            return
         if self.bits == 8:
             self._weight, self._scale = codes, layer.weight_scale.flatten().float()
             self._ones = torch.ones(len(codes), dtype=torch.bfloat16, device=codes.device)
@@ -69,6 +82,9 @@ class WeightOnlyLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply with the packed weight."""
+        if self._product is not None:
+            y = self._product(x.reshape(-1, x.shape[-1]).float().contiguous(), self._bias)
+            return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
         y = self._multiply(x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous())
         if self._bias is not None:
             y = y.add_(self._bias)

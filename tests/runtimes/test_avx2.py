@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from quantstudy.machine.hardware import cpu_flags
 from quantstudy.runtimes import avx2, kernels
-from quantstudy.runtimes.avx2 import Convolution3x3, Ending, Product
+from quantstudy.runtimes.avx2 import Convolution3x3, Ending, FloatProduct, Product
 
 needs_avx2 = pytest.mark.skipif("avx2" not in cpu_flags() or avx2._library() is None, reason="no AVX2 or no compiler")
 SIZES = [  # images, inputs, outputs, height, width: tiles of 2x2 and of 3x3, whole and not
@@ -121,6 +121,28 @@ def test_what_does_not_fit_the_weights_is_refused(inputs: int, scales: int, bias
         Product(weights[:, :, 0, 0])(codes_of((1, inputs), "random"), scale, bias, Ending())
     with pytest.raises(RuntimeError, match="contiguous"):
         Product(weights[:, :, 0, 0])(codes_of((1, 32), "random"), torch.ones(32)[::2], torch.zeros(16), Ending())
+
+
+@needs_avx2
+@pytest.mark.parametrize(("bits", "groups"), [(8, 1), (4, 1), (4, 3)])
+@pytest.mark.parametrize(("rows", "outputs"), [(1, 10), (5, 16), (40, 33), (0, 16)])
+def test_float_product_is_right(rows: int, outputs: int, bits: int, groups: int) -> None:
+    torch.manual_seed(0)
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (outputs, 6000)).to(torch.int8)
+    scale, bias, x = torch.rand(outputs, groups), torch.randn(outputs), torch.randn(rows, 6000)
+    weight = codes.double() * scale.double().repeat_interleave(6000 // groups, dim=1)
+    found = FloatProduct(codes, scale, bits)(x, bias)
+    exact = x.double() @ weight.T + bias
+    assert found.shape == exact.shape
+    assert not rows or (found - exact).abs().max() < 2e-6 * exact.abs().max()
+
+
+@needs_avx2
+def test_float_product_refuses_what_does_not_fit() -> None:
+    product = FloatProduct(torch.zeros(16, 32, dtype=torch.int8), torch.ones(16, 1), 8)
+    for x, bias in ((torch.ones(1, 31), torch.ones(16)), (torch.ones(1, 32), torch.ones(15))):
+        with pytest.raises(RuntimeError, match="the weight is"):
+            product(x, bias)
 
 
 @needs_avx2
