@@ -2,11 +2,11 @@
 
 On a CPU PyTorch's `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu` widen the codes in registers, on CUDA
 tinygemm (`_weight_int4pack_mm`) and the kernel of `triton_int8`. The input is rounded to bfloat16, sums are float32,
-the output of PyTorch's kernels is rounded to bfloat16 again. A CPU without AVX512 has kernels of this project (`avx2`),
-which multiply in float32. At batch 1 VGG-11's first linear layer took a third of
+the output of PyTorch's kernels is rounded to bfloat16 again. At batch 1 VGG-11's first linear layer took a third of
 bfloat16's time on a CPU with 8-bit weights, and less than two thirds with 4-bit ones; with a float32 input both kernels
-are several times slower than a float32 product, so that the input is rounded. Scales of channels stay float32, outside
-the kernel; scales of groups are bfloat16 in the file already.
+are several times slower than a float32 product, so that the input is rounded. On a CPU without AVX512 kernels of this
+project (`avx2`) multiply in float32 and round nothing. Scales of channels stay float32, outside PyTorch's kernels;
+scales of groups are bfloat16 in the file already.
 """
 
 import functools
