@@ -128,7 +128,7 @@ def compiled() -> bool:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """Return the kernels, None, with a warning, where they cannot be compiled."""
+    """Return the kernels; None, with a warning, where they cannot be compiled."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     try:
         folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path.home() / ".cache" / "quantstudy").absolute()
@@ -141,7 +141,7 @@ def _library() -> ctypes.CDLL | None:
             _compile(compiler, path)
         return ctypes.CDLL(str(path))
     except (OSError, RuntimeError, ValueError) as error:  # the last of a CXX with an open quotation mark
-        warnings.warn(f"int8 layers all run on oneDNN, slower than need be: {one_line(error)}", stacklevel=2)
+        warnings.warn(f"low-bit layers run without kernels of this project, slower: {one_line(error)}", stacklevel=2)
         return None
 
 
