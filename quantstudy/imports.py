@@ -8,7 +8,7 @@ from pathlib import Path
 def transitive_imports(script: Path, root: Path) -> list[Path]:
     """Return `script` and every module below `root` that it imports, relative to `root`, sorted.
 
-    A package counts as the `__init__.py` that makes it one.
+    A package counts as the `__init__.py` that makes it one. With a module comes the C++ file of its name, if any.
     """
     seen, todo = {script}, [script]
     while todo:
@@ -16,7 +16,8 @@ def transitive_imports(script: Path, root: Path) -> list[Path]:
             if module not in seen:
                 seen.add(module)
                 todo.append(module)
-    return sorted(seen)
+    beside = {module.with_suffix(".cpp") for module in seen}
+    return sorted(seen | {path for path in beside if (root / path).is_file()})
 
 
 def _local_imports(path: Path, root: Path) -> Iterator[Path]:

@@ -45,6 +45,11 @@ def test_a_planted_late_import_is_found(code: Path) -> None:
     assert set(after) - set(before) == {Path("quantstudy/planted.py")}
 
 
+def test_kernels_are_code_of_their_module() -> None:
+    found = transitive_imports(Path("stages/evaluate.py"), ROOT)
+    assert {Path("quantstudy/runtimes/avx2.py"), Path("quantstudy/runtimes/avx2.cpp")} <= set(found)
+
+
 def test_relative_imports_are_followed(tmp_path: Path) -> None:
     files = {
         "top/__init__.py": "from . import helper",
