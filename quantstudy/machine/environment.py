@@ -159,7 +159,8 @@ def missing(facts: dict[str, Any]) -> list[dict[str, str]]:
     lacks(
         facts["compiler"]["works"],
         "a working C++ compiler",
-        "torch.compile: the inductor runtime and its fused int8 kernels; fast int8 kernels on CPUs without VNNI",
+        "torch.compile: the inductor runtime and its fused int8 kernels; everything is timed in eager mode, "
+        "without this project's kernels for CPUs that lack VNNI or AVX512",
         "install g++ (or set CXX) and Python's headers, e.g. the packages g++ and python3-dev",
     )
     lacks(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantstudy.machine.hardware import int8_sums_saturate
 from quantstudy.quantization.saturation import LARGEST_PAIR
+from quantstudy.runtimes import avx2
 
 
 class Probe(TypedDict):
@@ -88,8 +89,6 @@ def _int8_conv_onednn() -> str:
 
 
 def _int8_avx2() -> str:
-    from quantstudy.runtimes import avx2  # imports more than the other probes need
-
     if not int8_sums_saturate():
         raise Unavailable("not needed: of use on x86 CPUs without VNNI alone")
     if not avx2.available():

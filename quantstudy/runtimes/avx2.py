@@ -164,7 +164,7 @@ def _compile(compiler: str, path: Path) -> None:
 
 def _call(name: str, given: ctypes.Structure, *numbers: int) -> None:
     library = _library()
-    assert library is not None, "ask `available` first"
+    assert library is not None, "ask `compiled` first"
     getattr(library, name)(ctypes.byref(given), *map(ctypes.c_int64, numbers), ctypes.c_int64(torch.get_num_threads()))
 
 

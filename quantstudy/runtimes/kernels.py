@@ -45,16 +45,12 @@ from quantstudy.runtimes.uint8 import CodeMaxPool2d, choose_dynamic_qparams, pad
 PostOp = Literal["none", "relu", "relu6"]
 T = TypeVar("T")
 
-_ATTRIBUTES: dict[PostOp, tuple[str, list[float]]] = {
-    "none": ("none", []),
-    "relu": ("relu", []),
-    "relu6": ("hardtanh", [0.0, 6.0]),
+_ATTRIBUTES: dict[PostOp, tuple[str, float, float]] = {
+    "none": ("none", -math.inf, math.inf),
+    "relu": ("relu", 0.0, math.inf),
+    "relu6": ("hardtanh", 0.0, 6.0),
 }
-_LIMITS: dict[PostOp, tuple[float, float]] = {
-    "none": (-math.inf, math.inf),
-    "relu": (0.0, math.inf),
-    "relu6": (0.0, 6.0),
-}
+"""What oneDNN calls a post-op, and between which values the output is then."""
 _CACHED_BYTES = 2**24
 """What the last level of a cache holds. VGG-11 at 224 px was as fast with 4 and 8 MB, within the noise."""
 _OPERATORS = ("qconv_prepack", "qconv2d_pointwise", "qlinear_prepack", "qlinear_pointwise")
@@ -90,14 +86,15 @@ class _Options:
         """Return the operators' last arguments: output scale, zero point and dtype, and the post-op."""
         if self.output is not None and self.output.highest != 255:
             raise ValueError(f"output.highest is {self.output.highest}; a kernel writes 8-bit codes only, up to 255")
-        name, scalars = _ATTRIBUTES[self.post_op]
+        name, *limits = _ATTRIBUTES[self.post_op]
+        scalars = limits if name == "hardtanh" else []
         if self.output is None:
             return 1.0, 0, torch.float32, name, scalars, ""
         return self.output.scale, self.output.zero_point, torch.uint8, name, scalars, ""
 
     def ending(self) -> avx2.Ending:
         """Return the same for the kernels of `avx2`."""
-        low, high = _LIMITS[self.post_op]
+        _, low, high = _ATTRIBUTES[self.post_op]
         return avx2.Ending(low, high, None if self.output is None else (self.output.scale, self.output.zero_point))
 
 
