@@ -26,7 +26,7 @@ from quantstudy import params as P
 from quantstudy.data.batches import Batches
 from quantstudy.data.container import Split
 from quantstudy.data.sampling import validation_indices
-from quantstudy.device import autocast
+from quantstudy.device import autocast, quick_gradients
 from quantstudy.errors import UserError
 from quantstudy.files import save_tensors, write_text
 
@@ -166,7 +166,7 @@ def _one_epoch(
     own = batches.images // parallel.world()
     with tqdm(total=own, desc=title, unit="img", leave=False, mininterval=1.0, disable=parallel.rank() > 0) as bar:
         for images, labels in batches:
-            with autocast(device, run.dtype):
+            with autocast(device, run.dtype), quick_gradients(device):
                 logits = model(images).float()
                 loss = _loss(logits, images, labels, run)
             optimizer.zero_grad(set_to_none=True)

@@ -120,3 +120,20 @@ def test_float16_scales_its_gradients(
     monkeypatch.setattr(torch.amp.GradScaler, "scale", spy)
     training.train(network(), *batches, replace(run, dtype=torch.float16))
     assert min(scaled) > 1
+
+
+def test_logits_are_computed_where_gradients_are_quick(
+    run: training.Run, batches: tuple[Batches, Batches], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered = []
+
+    class Watch:
+        def __enter__(self) -> None:
+            entered.append(None)
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    monkeypatch.setattr(training, "quick_gradients", lambda device: Watch())
+    training.train(network(), *batches, run)
+    assert len(entered) == run.settings.epochs * len(batches[0])

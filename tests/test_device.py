@@ -1,0 +1,65 @@
+"""Convolutions with quick gradients compute what PyTorch's own compute."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from quantstudy import device
+from quantstudy.device import PaddedMaps, quick_gradients
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "geometry"),
+    [
+        ((1, 1), 3, {"padding": 1}),
+        ((1, 1), 3, {"padding": 1, "stride": 2, "bias": False}),
+        ((1, 1), 3, {"padding": 2, "dilation": 2}),
+        ((1, 1), 3, {"padding": 2}),
+        ((1, 1), (1, 5), {"padding": (0, 2)}),
+        ((2, 2), 3, {"padding": 1}),
+        ((2, 1), 3, {"padding": 1, "stride": (2, 1)}),
+        ((3, 4), 5, {"padding": 2, "stride": 2}),
+        ((1, 1), 3, {"padding": 1, "out_channels": 12}),
+        ((2, 2), 3, {"padding": "same"}),
+        ((2, 2), 3, {"padding": 1, "padding_mode": "reflect"}),
+        ((4, 4), 3, {"padding": 1}),
+        ((1, 1), 3, {"padding": 1, "groups": 1}),
+        ((1, 1), 3, {"padding": 1, "groups": 2}),
+    ],
+)
+def test_values_and_gradients_stay(size: tuple[int, int], kernel: Any, geometry: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    arguments = {"out_channels": 6, "groups": 6} | geometry
+    layer = nn.Conv2d(6, kernel_size=kernel, **arguments).double()
+    x = torch.randn(3, 6, *size, dtype=torch.double, requires_grad=True)
+    wanted = layer(x)
+    with PaddedMaps():
+        found = layer(x)
+    torch.testing.assert_close(found, wanted)
+    towards = torch.randn_like(wanted)
+    inputs = [x, *layer.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad(found, inputs, towards), torch.autograd.grad(wanted, inputs, towards)
+    )
+
+
+def test_only_a_depthwise_convolution_of_a_small_map_is_replaced() -> None:
+    x = torch.randn(2, 4, 1, 1)
+    layer = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+    with PaddedMaps():
+        assert layer(x).grad_fn.name() == "AddBackward0"
+        assert layer(torch.randn(2, 4, 3, 3)).grad_fn.name() == "ConvolutionBackward0"
+        assert nn.Conv2d(4, 4, 3, padding=1)(x).grad_fn.name() == "ConvolutionBackward0"
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "quick"), [("cpu", {"avx2"}, True), ("cpu", {"avx512f"}, False), ("cuda", {"avx2"}, False)]
+)
+def test_it_is_for_cpus_without_avx512(
+    kind: str, flags: set[str], quick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(device, "is_x86", lambda: True)
+    assert isinstance(quick_gradients(torch.device(kind)), PaddedMaps) == quick
