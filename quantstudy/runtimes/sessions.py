@@ -5,6 +5,7 @@ made of the model, OpenVINO for the one it executes. Both compute the rest in fl
 where the CPU has it, which is then no longer the model that was asked for.
 """
 
+import functools
 import importlib.util
 import math
 import tempfile
@@ -48,8 +49,12 @@ class Session:
     """A loaded ONNX model: float32 images [N, 3, S, S], contiguous, to logits [N, classes]."""
 
     run: Callable[[Tensor], Tensor]
-    integer_layers: frozenset[str]
-    """The names of the layers whose multiplications run in int8, each time that they are called."""
+    _find_integer_layers: Callable[[], frozenset[str]]
+
+    @functools.cached_property
+    def integer_layers(self) -> frozenset[str]:
+        """The names of the layers whose multiplications run in int8, each time that they are called."""
+        return self._find_integer_layers()
 
 
 def why_missing(runtime: str) -> str | None:
@@ -95,7 +100,7 @@ def _onnxruntime(model: onnx.ModelProto, threads: int) -> Session:
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
 
-    return Session(run, _layers(model, integer))
+    return Session(run, lambda: _layers(model, integer))
 
 
 def _layers(model: onnx.ModelProto, integer: set[str]) -> frozenset[str]:
@@ -114,8 +119,12 @@ def _openvino(model: onnx.ModelProto, for_many: onnx.ModelProto, threads: int) -
     many = None if for_many is model else read(for_many.SerializeToString())
     own_ranges = any(node.op_type == "DynamicQuantizeLinear" for node in model.graph.node)  # are the whole batch's
     compiled = OpenVino(read(model.SerializeToString()), threads, many, in_parts=not own_ranges)
-    integer = _integer_layers(compiled, model, 1)
-    return Session(compiled, integer if many is None else integer & _integer_layers(compiled, for_many, MANY))
+
+    def integer_layers() -> frozenset[str]:
+        integer = _integer_layers(compiled, model, 1)
+        return integer if many is None else integer & _integer_layers(compiled, for_many, MANY)
+
+    return Session(compiled, integer_layers)
 
 
 def _integer_layers(compiled: "OpenVino", model: onnx.ModelProto, images: int) -> frozenset[str]:
