@@ -95,6 +95,8 @@ def _fit_positions(model: nn.Module, state: dict[str, Tensor], own: dict[str, Te
 
 def _imagenet(architecture: str) -> dict[str, torch.Tensor]:
     models = torchvision_models()
+    if architecture not in models.list_models(module=models):
+        raise UserError(f"model.weights: torchvision has no imagenet weights of {architecture}; name a file, or null")
     try:
         return dict(models.get_model_weights(architecture).DEFAULT.get_state_dict(progress=True, check_hash=True))
     except (OSError, RuntimeError) as error:

@@ -36,7 +36,7 @@ class Model(Section):
     """A classifier and the weights that its training starts from."""
 
     architecture: str
-    """A name of torchvision's, or `package.module:factory`, one's own function of `num_classes`."""
+    """A name of torchvision's, `vgg11_small`, or `package.module:factory`, one's own function of `num_classes`."""
     code_sha256: Sha256 | None = None
     """Of the code of one's own architecture, so that a change of it trains anew."""
     weights: str | None = None

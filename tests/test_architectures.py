@@ -131,10 +131,17 @@ def test_an_image_size_that_does_not_divide_into_patches_is_one_line() -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "layers"),
-    [("resnet18", 21), ("efficientnet_b0", 82), ("convnext_tiny", 59), ("regnet_y_400mf", 86), ("vit_b_16", 50)],
+    [
+        ("vgg11_small", 9),
+        ("resnet18", 21),
+        ("efficientnet_b0", 82),
+        ("convnext_tiny", 59),
+        ("regnet_y_400mf", 86),
+        ("vit_b_16", 50),
+    ],
 )
 @torch.no_grad()
-def test_every_layer_of_torchvisions_families_is_quantized(architecture: str, layers: int) -> None:
+def test_every_layer_of_each_family_is_quantized(architecture: str, layers: int) -> None:
     torch.manual_seed(0)
     model = models.fold_batchnorm(architectures.build(architecture, 10, 32))
     calibration, images = calibrated(model), torch.randn(4, 3, 32, 32)

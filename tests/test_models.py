@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from quantstudy import models
 from quantstudy import params as P
@@ -43,6 +44,12 @@ def test_a_partial_file_is_loaded_and_the_rest_reported(imagenet_like: Path) -> 
     report = models.load_pretrained(models.build("mobilenet_v2", 10), row(imagenet_like), "s")
     assert len(report.loaded) == 6 and "features.1.conv.0.0.weight" in report.random
     assert "features.1.conv.0.0.weight" in str(report)
+
+
+@pytest.mark.parametrize("architecture", ["vgg11_small", "mine:network"])
+def test_only_torchvisions_networks_have_imagenet_weights(architecture: str) -> None:
+    with pytest.raises(UserError, match=f"^model.weights: torchvision has no imagenet weights of {architecture}; "):
+        models.load_pretrained(nn.Linear(1, 1), P.Model(architecture=architecture, weights="imagenet"), "s")
 
 
 def test_weights_of_another_architecture_are_refused(imagenet_like: Path) -> None:
