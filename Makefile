@@ -35,7 +35,7 @@ $(TOOLS): $(READY)
 	touch $@
 
 repro: setup  ## Run what changed of the studies in params.yaml, then print the result tables
-	python -m quantstudy.warm dvc repro
+	python -m quantstudy.warm python -m quantstudy.dvc_lock repro
 	@$(MAKE) --no-print-directory results
 
 results: setup  ## Print the result tables and where the plots are

@@ -47,6 +47,8 @@ def _python(words: list[str], folder: Path) -> None:
     module, rest = words[1], words[2:]
     if module == "quantstudy.warm":
         return check(shlex.join(rest), folder)
+    if module == "quantstudy.dvc_lock":
+        return check(shlex.join(["dvc", *rest]), folder)
     if module == "stages":
         module, rest = f"stages.{rest[0]}", rest[1:]
     if module in ("quantstudy", "docs.drawing"):
