@@ -84,7 +84,7 @@ def check_logits(model: nn.Module, classes: int, image_size: int, key: str) -> N
 
 
 def code_sha256(architecture: str, key: str = "model.architecture") -> str | None:
-    """Return the SHA-256 of the code behind an import path, None for a torchvision name.
+    """Return the SHA-256 of the code behind an import path, None for another name.
 
     The code is the module's file and, unless it is an installed package's, what it imports from beside it.
     """

@@ -66,14 +66,16 @@ class PaddedMaps(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         x, weight, bias, stride, padding, dilation, groups = args
         kernel, size = weight.shape[2:], x.shape[2:]
-        if groups == 1 or weight.shape[1] > 1 or (kernel[0] <= size[0] and kernel[1] <= size[1]):
+        depthwise = groups > 1 and x.dim() == weight.dim() and x.shape[1] == groups and weight.shape[1] == 1
+        if not depthwise or x.dtype != weight.dtype or (kernel[0] <= size[0] and kernel[1] <= size[1]):
             return function(*args)
-        height, width = (padding, padding) if isinstance(padding, int) else padding
+        height, width = (padding, padding) if isinstance(padding, int) else (padding[0], padding[-1])
         centered = kernel == (2 * height + 1, 2 * width + 1) and dilation in (1, (1, 1))
         if size == (1, 1) and centered and len(weight) == groups:
             y = x * weight[:, 0, height, width].reshape(1, -1, 1, 1)
             return y if bias is None else y + bias.reshape(1, -1, 1, 1)
-        return function(nn.functional.pad(x, (width, width, height, height)), weight, bias, stride, 0, dilation, groups)
+        padded = nn.functional.pad(x, (width, width, height, height))
+        return function(padded, weight, bias, stride, 0, dilation, groups)
 
 
 def quick_gradients(device: torch.device) -> Any:

@@ -166,7 +166,7 @@ def _one_epoch(
     own = batches.images // parallel.world()
     with tqdm(total=own, desc=title, unit="img", leave=False, mininterval=1.0, disable=parallel.rank() > 0) as bar:
         for images, labels in batches:
-            with autocast(device, run.dtype), quick_gradients(device):
+            with quick_gradients(device), autocast(device, run.dtype):  # what is rounded first is padded then
                 logits = model(images).float()
                 loss = _loss(logits, images, labels, run)
             optimizer.zero_grad(set_to_none=True)

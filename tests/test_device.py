@@ -45,6 +45,32 @@ def test_values_and_gradients_stay(size: tuple[int, int], kernel: Any, geometry:
     )
 
 
+@pytest.mark.parametrize(
+    ("x", "weight", "geometry"),
+    [
+        (torch.randn(4, 1, 1), torch.randn(4, 1, 3, 3), (1, 1, 1, 4)),
+        (torch.randn(2, 4, 2, 2), torch.randn(4, 1, 3, 3), ((1,), (1,), (1,), 4)),
+        (torch.randn(2, 1, 1, 1), torch.randn(4, 1, 3, 3), (1, 1, 1, 4)),
+        (torch.randn(2, 4, 1, 1).double(), torch.randn(4, 1, 3, 3), (1, 1, 1, 4)),
+    ],
+    ids=["unbatched", "short geometry", "too few channels", "two types"],
+)
+def test_what_pytorch_takes_or_refuses_stays(x: torch.Tensor, weight: torch.Tensor, geometry: tuple[Any, ...]) -> None:
+    def outcome() -> torch.Tensor | str:
+        try:
+            return nn.functional.conv2d(x, weight, None, *geometry)
+        except RuntimeError as error:
+            return str(error)
+
+    wanted = outcome()
+    with PaddedMaps():
+        found = outcome()
+    if isinstance(wanted, torch.Tensor):
+        torch.testing.assert_close(found, wanted)
+    else:
+        assert found == wanted
+
+
 def test_only_a_depthwise_convolution_of_a_small_map_is_replaced() -> None:
     x = torch.randn(2, 4, 1, 1)
     layer = nn.Conv2d(4, 4, 3, padding=1, groups=4)

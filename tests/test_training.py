@@ -10,6 +10,7 @@ from torch import nn
 from quantstudy import params as P
 from quantstudy import training
 from quantstudy.data.batches import Batches
+from quantstudy.device import PaddedMaps, RoundedOperands
 from quantstudy.errors import UserError
 from quantstudy.sources.digits import digits
 
@@ -122,18 +123,23 @@ def test_float16_scales_its_gradients(
     assert min(scaled) > 1
 
 
-def test_logits_are_computed_where_gradients_are_quick(
-    run: training.Run, batches: tuple[Batches, Batches], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    entered = []
-
-    class Watch:
-        def __enter__(self) -> None:
-            entered.append(None)
-
-        def __exit__(self, *error: object) -> None:
-            pass
-
-    monkeypatch.setattr(training, "quick_gradients", lambda device: Watch())
-    training.train(network(), *batches, run)
-    assert len(entered) == run.settings.epochs * len(batches[0])
+def test_gradients_are_quick_and_operands_rounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A depthwise convolution of one pixel is trained on rounded operands, and not by oneDNN."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 3, 3, padding=1, groups=3), nn.Flatten())
+    model[1].weight.data += 1e-4  # not a number of bfloat16
+    split, _ = digits()
+    batch = Batches(split, DATA, 32, "cpu", indices=torch.arange(32))
+    seen = []
+    monkeypatch.setattr(training, "quick_gradients", lambda device: PaddedMaps())
+    monkeypatch.setattr(training, "autocast", lambda device, dtype: RoundedOperands(torch.bfloat16))
+    model.register_forward_hook(lambda module, images, logits: seen.append((images[0], logits)))
+    monkeypatch.setattr(training, "_loss", lambda logits, *rest: logits.square().sum())
+    monkeypatch.setattr(training, "evaluate", lambda *rest: (0.0, 0.0))
+    weight, bias = (parameter.detach().clone() for parameter in model[1].parameters())
+    settings = P.Training(epochs=1, learning_rate=0.05, batch_size=32)
+    training.train(model, batch, batch, training.Run("test", settings, tmp_path / "c.csv", tmp_path / "r.pt", "print"))
+    images, logits = seen[0]
+    middle = weight[:, 0, 1, 1].bfloat16().float()
+    torch.testing.assert_close(logits, images.mean((2, 3)).bfloat16().float() * middle + bias, rtol=0, atol=1e-7)
+    assert logits.grad_fn.next_functions[0][0].name() == "AddBackward0"

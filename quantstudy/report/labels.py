@@ -23,7 +23,7 @@ ABOVE, OVER_LABEL, OVER_MARKER, OVER_LINE, OUTSIDE = 20.0, 40.0, 15.0, 300.0, 40
 
 
 class _Box(NamedTuple):
-    """What matplotlib's `_Box` is, with plain numbers: it is compared a million times."""
+    """What matplotlib's `Bbox` is, with plain numbers: they are compared a million times."""
 
     x0: float
     y0: float

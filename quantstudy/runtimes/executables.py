@@ -85,7 +85,7 @@ def build_executable(model: nn.Module, runtime: str, device: torch.device) -> Ex
         return Executable(runtime, _compiled(model, device), layers)
     if int8_kernels_available(device):
         model = use_int8_kernels(model)
-    dtype = getattr(model, "dtype", torch.float32)
+    dtype = model.dtype if isinstance(model, Variant) else torch.float32
     native = arithmetic_is_native(str(dtype).removeprefix("torch."), device.type)
     return Executable(runtime, model if native else _widened(model, dtype), layers)
 

@@ -38,6 +38,12 @@ class ByName(nn.Module):
         return nn.functional.conv2d(input=x, weight=self.layer.weight, bias=self.layer.bias)
 
 
+def test_a_network_may_have_a_dtype_of_its_own() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 2, 3))
+    network.dtype = "auto"
+    assert build_executable(network, "eager", CPU).run(torch.randn(1, 3, 4, 4)).shape == (1, 2, 2, 2)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_where_a_16_bit_type_is_emulated_its_convolutions_are_float32s_rounded(
