@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from quantstudy.machine.hardware import arithmetic_is_native, cpu_flags, is_x86
+from quantstudy.machine.hardware import arithmetic_is_native
 
 DTYPES: dict[str, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-_CONV2D_ARGUMENTS = 7
 
 
 def pick_device() -> torch.device:
@@ -51,37 +50,6 @@ class RoundedOperands(TorchFunctionMode):
         if function in (nn.functional.conv2d, nn.functional.linear):
             args = (*(operand.to(self.dtype).float() for operand in args[:2]), *args[2:])
         return function(*args, **(kwargs or {}))
-
-
-class PaddedMaps(TorchFunctionMode):
-    """Depthwise convolutions of maps smaller than their kernel, with quick gradients on a CPU without AVX512.
-
-    There oneDNN 3.12 has none by the weight: for 960 maps of one pixel, 64 images, it took 18 ms, and MobileNetV2 at
-    32 px more than half of its training. A map that is padded beforehand is not smaller; one pixel meets one weight.
-    """
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Compute the same values in another way, where it applies; named arguments are left alone."""
-        if function is not nn.functional.conv2d or len(args) < _CONV2D_ARGUMENTS or kwargs or isinstance(args[4], str):
-            return function(*args, **(kwargs or {}))
-        x, weight, bias, stride, padding, dilation, groups = args
-        kernel, size = weight.shape[2:], x.shape[2:]
-        depthwise = groups > 1 and x.dim() == weight.dim() and x.shape[1] == groups and weight.shape[1] == 1
-        if not depthwise or x.dtype != weight.dtype or (kernel[0] <= size[0] and kernel[1] <= size[1]):
-            return function(*args)
-        height, width = (padding, padding) if isinstance(padding, int) else (padding[0], padding[-1])
-        centered = kernel == (2 * height + 1, 2 * width + 1) and dilation in (1, (1, 1))
-        if size == (1, 1) and centered and len(weight) == groups:
-            y = x * weight[:, 0, height, width].reshape(1, -1, 1, 1)
-            return y if bias is None else y + bias.reshape(1, -1, 1, 1)
-        padded = nn.functional.pad(x, (width, width, height, height))
-        return function(padded, weight, bias, stride, 0, dilation, groups)
-
-
-def quick_gradients(device: torch.device) -> Any:
-    """Return the context in which a network that is trained on `device` computes its logits."""
-    slow = device.type == "cpu" and is_x86() and "avx512f" not in cpu_flags()
-    return PaddedMaps() if slow else contextlib.nullcontext()
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:

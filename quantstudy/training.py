@@ -26,9 +26,10 @@ from quantstudy import params as P
 from quantstudy.data.batches import Batches
 from quantstudy.data.container import Split
 from quantstudy.data.sampling import validation_indices
-from quantstudy.device import autocast, quick_gradients
+from quantstudy.device import autocast
 from quantstudy.errors import UserError
 from quantstudy.files import save_tensors, write_text
+from quantstudy.gradients import quick_gradients
 
 COLUMNS = (
     "epoch",
@@ -159,6 +160,7 @@ def _one_epoch(
 ) -> dict[str, float]:
     model.train(run.groups is None)
     device = next(model.parameters()).device
+    quick = quick_gradients(model, device)
     total_loss = torch.zeros((), device=device)
     correct = torch.zeros((), device=device)
     seen, started, waited = 0, time.perf_counter(), batches.seconds_waiting
@@ -166,7 +168,7 @@ def _one_epoch(
     own = batches.images // parallel.world()
     with tqdm(total=own, desc=title, unit="img", leave=False, mininterval=1.0, disable=parallel.rank() > 0) as bar:
         for images, labels in batches:
-            with quick_gradients(device), autocast(device, run.dtype):  # what is rounded first is padded then
+            with quick, autocast(device, run.dtype):  # what is rounded first is padded then
                 logits = model(images).float()
                 loss = _loss(logits, images, labels, run)
             optimizer.zero_grad(set_to_none=True)

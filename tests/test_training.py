@@ -10,8 +10,9 @@ from torch import nn
 from quantstudy import params as P
 from quantstudy import training
 from quantstudy.data.batches import Batches
-from quantstudy.device import PaddedMaps, RoundedOperands
+from quantstudy.device import RoundedOperands
 from quantstudy.errors import UserError
+from quantstudy.gradients import Replaced, padded_conv2d
 from quantstudy.sources.digits import digits
 
 DATA = P.Data(source="digits", image_size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -131,7 +132,8 @@ def test_gradients_are_quick_and_operands_rounded(monkeypatch: pytest.MonkeyPatc
     split, _ = digits()
     batch = Batches(split, DATA, 32, "cpu", indices=torch.arange(32))
     seen = []
-    monkeypatch.setattr(training, "quick_gradients", lambda device: PaddedMaps())
+    quick = Replaced({nn.functional.conv2d: padded_conv2d})
+    monkeypatch.setattr(training, "quick_gradients", lambda model, device: quick)
     monkeypatch.setattr(training, "autocast", lambda device, dtype: RoundedOperands(torch.bfloat16))
     model.register_forward_hook(lambda module, images, logits: seen.append((images[0], logits)))
     monkeypatch.setattr(training, "_loss", lambda logits, *rest: logits.square().sum())

@@ -16,15 +16,6 @@ convolutions at 224 px took 0.5 to 0.8 of oneDNN's time, its first linear layer 
 """
 
 import ctypes
-import functools
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +23,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantstudy.errors import one_line
-from quantstudy.machine.hardware import cpu_flags, int8_sums_saturate
+from quantstudy.machine.compiler import library
+from quantstudy.machine.hardware import int8_sums_saturate
 
-SOURCE = Path(__file__).with_suffix(".cpp")
-_FLAGS = ("-std=c++17", "-O3", "-mavx2", "-mfma", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
+_SOURCE = Path(__file__).with_suffix(".cpp")
 _TRANSFORMS = {
     2: torch.tensor([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]], dtype=torch.float64),
     3: torch.tensor([[3, 0, 0], [-3, -3, -3], [-1, 1, -1], [1, 2, 4], [0, 0, 6]], dtype=torch.float64),
@@ -119,53 +109,14 @@ def available() -> bool:
 
 
 def compiled() -> bool:
-    """Whether the kernels run: on a CPU with AVX2, with a C++ compiler.
-
-    What is compiled is kept in TORCHINDUCTOR_CACHE_DIR, beside inductor's kernels, or in ~/.cache/quantstudy.
-    """
-    return {"avx2", "fma"} <= cpu_flags() and _library() is not None
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    """Return the kernels; None, with a warning, where they cannot be compiled."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    try:
-        folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path.home() / ".cache" / "quantstudy").absolute()
-        built_by = repr((compiler, _FLAGS, platform.libc_ver()))
-        digest = hashlib.sha256(SOURCE.read_bytes() + built_by.encode()).hexdigest()
-        path = folder / f"avx2-{digest[:16]}.so"
-        if not path.exists():
-            if compiler is None:
-                raise RuntimeError("there is no C++ compiler; install g++ or set CXX")
-            _compile(compiler, path)
-        return ctypes.CDLL(str(path))
-    except (OSError, RuntimeError, ValueError) as error:  # the last of a CXX with an open quotation mark
-        warnings.warn(f"low-bit layers run without kernels of this project, slower: {one_line(error)}", stacklevel=2)
-        return None
-
-
-def _compile(compiler: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder) / path.name
-        done = subprocess.run(
-            [*shlex.split(compiler), *_FLAGS, str(SOURCE), "-o", str(built)],
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
-        if done.returncode:
-            raise RuntimeError(f"{compiler} failed: {done.stderr.strip()}")
-        with built.open("rb") as file:
-            os.fsync(file.fileno())  # half a library would end the process that loads it
-        built.replace(path)  # at once, whoever else compiles it
+    """Whether the kernels run: on a CPU with AVX2, with a C++ compiler."""
+    return library(_SOURCE) is not None
 
 
 def _call(name: str, given: ctypes.Structure, *numbers: int) -> None:
-    library = _library()
-    assert library is not None, "ask `compiled` first"
-    getattr(library, name)(ctypes.byref(given), *map(ctypes.c_int64, numbers), ctypes.c_int64(torch.get_num_threads()))
+    kernels = library(_SOURCE)
+    assert kernels is not None, "ask `compiled` first"
+    getattr(kernels, name)(ctypes.byref(given), *map(ctypes.c_int64, numbers), ctypes.c_int64(torch.get_num_threads()))
 
 
 class Convolution3x3:

@@ -1,17 +1,13 @@
 """The kernels for CPUs without VNNI against sums in float64; they run on any x86 CPU with AVX2."""
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-from quantstudy.machine.hardware import cpu_flags
 from quantstudy.runtimes import avx2, kernels
 from quantstudy.runtimes.avx2 import Convolution3x3, Ending, FloatProduct, Product
 
-needs_avx2 = pytest.mark.skipif("avx2" not in cpu_flags() or avx2._library() is None, reason="no AVX2 or no compiler")
+needs_avx2 = pytest.mark.skipif(not avx2.compiled(), reason="no AVX2 or no compiler")
 SIZES = [  # images, inputs, outputs, height, width: tiles of 2x2 and of 3x3, whole and not
     (1, 3, 64, 20, 22),
     (2, 16, 16, 7, 9),
@@ -185,17 +181,3 @@ def test_layers_use_them_and_compute_the_same(activation: kernels.Activation, mo
         found[here] = layer(x), linear(x.flatten(1)[:, : 32 * 9])
     for own, onednn in zip(found[True], found[False], strict=True):
         torch.testing.assert_close(own, onednn, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="runs a compiler of that system")
-@pytest.mark.parametrize(
-    ("compiler", "reason"), [("false", "false failed"), ("/no/compiler", "No such file"), ("g++ '", "quotation")]
-)
-def test_without_a_compiler_there_are_none(
-    compiler: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    with pytest.warns(UserWarning, match=reason):
-        assert avx2._library.__wrapped__() is None
-    assert not list(tmp_path.iterdir())

@@ -1,13 +1,16 @@
-"""Convolutions with quick gradients compute what PyTorch's own compute."""
+"""Convolutions with quick gradients compute what PyTorch's own compute, and which functions are replaced where."""
 
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from quantstudy import device
-from quantstudy.device import PaddedMaps, quick_gradients
+from quantstudy import gradients, normalization
+from quantstudy.gradients import Replaced, padded_conv2d, quick_gradients
+
+PADDED = Replaced({F.conv2d: padded_conv2d})
 
 
 @pytest.mark.parametrize(
@@ -35,7 +38,7 @@ def test_values_and_gradients_stay(size: tuple[int, int], kernel: Any, geometry:
     layer = nn.Conv2d(6, kernel_size=kernel, **arguments).double()
     x = torch.randn(3, 6, *size, dtype=torch.double, requires_grad=True)
     wanted = layer(x)
-    with PaddedMaps():
+    with PADDED:
         found = layer(x)
     torch.testing.assert_close(found, wanted)
     towards = torch.randn_like(wanted)
@@ -63,7 +66,7 @@ def test_what_pytorch_takes_or_refuses_stays(x: torch.Tensor, weight: torch.Tens
             return str(error)
 
     wanted = outcome()
-    with PaddedMaps():
+    with PADDED:
         found = outcome()
     if isinstance(wanted, torch.Tensor):
         torch.testing.assert_close(found, wanted)
@@ -74,18 +77,30 @@ def test_what_pytorch_takes_or_refuses_stays(x: torch.Tensor, weight: torch.Tens
 def test_only_a_depthwise_convolution_of_a_small_map_is_replaced() -> None:
     x = torch.randn(2, 4, 1, 1)
     layer = nn.Conv2d(4, 4, 3, padding=1, groups=4)
-    with PaddedMaps():
+    with PADDED:
         assert layer(x).grad_fn.name() == "AddBackward0"
         assert layer(torch.randn(2, 4, 3, 3)).grad_fn.name() == "ConvolutionBackward0"
         assert nn.Conv2d(4, 4, 3, padding=1)(x).grad_fn.name() == "ConvolutionBackward0"
 
 
 @pytest.mark.parametrize(
-    ("kind", "flags", "quick"), [("cpu", {"avx2"}, True), ("cpu", {"avx512f"}, False), ("cuda", {"avx2"}, False)]
+    ("kind", "flags", "compiled", "replaced"),
+    [
+        ("cpu", {"avx2"}, True, {F.conv2d, F.batch_norm, F.relu, F.hardtanh}),
+        ("cpu", {"avx512f"}, True, {F.batch_norm, F.relu, F.hardtanh}),
+        ("cpu", {"avx2"}, False, {F.conv2d}),
+        ("cuda", {"avx2"}, True, set()),
+    ],
 )
-def test_it_is_for_cpus_without_avx512(
-    kind: str, flags: set[str], quick: bool, monkeypatch: pytest.MonkeyPatch
+def test_what_is_slow_is_replaced(
+    kind: str, flags: set[str], compiled: bool, replaced: set[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "cpu_flags", lambda: frozenset(flags))
-    monkeypatch.setattr(device, "is_x86", lambda: True)
-    assert isinstance(quick_gradients(torch.device(kind)), PaddedMaps) == quick
+    monkeypatch.setattr(gradients, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(gradients, "is_x86", lambda: True)
+    monkeypatch.setattr(normalization, "library", lambda source: object() if compiled else None)
+    for network, expected in ((nn.Sequential(nn.BatchNorm2d(8)), replaced), (nn.Linear(2, 2), replaced & {F.conv2d})):
+        context = quick_gradients(network, torch.device(kind))
+        assert set(getattr(context, "functions", {})) == expected
+        for _ in range(2):
+            with context:
+                pass
