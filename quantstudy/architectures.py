@@ -155,12 +155,18 @@ def _torchvision(architecture: str, key: str) -> Callable[..., nn.Module]:
     if architecture in _SMALL:
         return _SMALL[architecture]
     models = torchvision_models()
-    choices = models.list_models(module=models)
-    if architecture not in choices:
-        raise unknown(key, architecture, [*choices, *_SMALL])
+    if architecture not in torchvision_names():
+        raise unknown(key, architecture, [*torchvision_names(), *_SMALL])
     has_auxiliary_heads = architecture in ("googlenet", "inception_v3")
     arguments = {"init_weights": True, "aux_logits": False} if has_auxiliary_heads else {}
     return functools.partial(models.get_model, architecture, weights=None, **arguments)
+
+
+def torchvision_names() -> list[str]:
+    """Return the names of torchvision's classifiers."""
+    models = torchvision_models()
+    names: list[str] = models.list_models(module=models)
+    return names
 
 
 @functools.cache

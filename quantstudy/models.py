@@ -13,7 +13,15 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
 from quantstudy import params as P
-from quantstudy.architectures import IMAGE_SIZE, build, check_code, code_sha256, is_own, torchvision_models
+from quantstudy.architectures import (
+    IMAGE_SIZE,
+    build,
+    check_code,
+    code_sha256,
+    is_own,
+    torchvision_models,
+    torchvision_names,
+)
 from quantstudy.attention import opened_names
 from quantstudy.checkpoint import load_checkpoint, load_tensors, save_checkpoint
 from quantstudy.errors import UserError
@@ -95,7 +103,7 @@ def _fit_positions(model: nn.Module, state: dict[str, Tensor], own: dict[str, Te
 
 def _imagenet(architecture: str) -> dict[str, torch.Tensor]:
     models = torchvision_models()
-    if architecture not in models.list_models(module=models):
+    if architecture not in torchvision_names():
         raise UserError(f"model.weights: torchvision has no imagenet weights of {architecture}; name a file, or null")
     try:
         return dict(models.get_model_weights(architecture).DEFAULT.get_state_dict(progress=True, check_hash=True))

@@ -42,6 +42,23 @@ class _Place:
     """Where the leading line meets the name."""
 
 
+@dataclass(frozen=True)
+class _Taken:
+    """What a name should not cover: names placed before it, markers of others, leading lines."""
+
+    names: Sequence[_Box]
+    markers: Sequence[_Box]
+    lines: Sequence[_Line]
+
+    def cost(self, place: _Place, point: tuple[float, float]) -> float:
+        """Return what it costs to cover them with the name of `point`, or names with its line."""
+        line = (place.start, point)
+        cost = OVER_LABEL * sum(_overlap(place.box, box) for box in self.names)
+        cost += OVER_MARKER * sum(_overlap(place.box, box) for box in self.markers)
+        cost += OVER_LINE * sum(_crosses(place.box, line) for line in self.lines)
+        return cost + OVER_LINE * sum(_crosses(box, line) for box in self.names)
+
+
 def label_points(axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
     """Write `names` beside `points` (data coordinates) of `axes`, whose limits and position must be final."""
     pixels = [(float(x), float(y)) for x, y in axes.transData.transform(list(points))] if points else []
@@ -53,7 +70,7 @@ def label_points(axes: Axes, points: Sequence[tuple[float, float]], names: Seque
         point = pixels[index]
         width, height = _size(axes, names[index])
         others = [box for i, box in enumerate(markers) if i != index]
-        place = _cheapest(_places(point, width, height), point, placed, others, lines, frame)
+        place = _cheapest(_places(point, width, height), point, _Taken(placed, others, lines), frame)
         placed.append(place.box)
         if _distance(place.start, point) > GAP + 4:
             lines.append((place.start, point))
@@ -84,21 +101,14 @@ def _places(point: tuple[float, float], width: float, height: float) -> list[_Pl
     return places
 
 
-def _cheapest(
-    places: Sequence[_Place],
-    point: tuple[float, float],
-    placed: Sequence[_Box],
-    markers: Sequence[_Box],
-    lines: Sequence[_Line],
-    frame: _Box,
-) -> _Place:
+def _cheapest(places: Sequence[_Place], point: tuple[float, float], taken: _Taken, frame: _Box) -> _Place:
     """Return the place of least cost; what a place costs by itself comes first, as nothing makes it less."""
     alone = sorted(((_cost_alone(place, point, frame), number) for number, place in enumerate(places)))
     least, best = math.inf, places[0]
     for cost, number in alone:
         if cost >= least:
             break
-        cost += _cost_beside(places[number], point, placed, markers, lines)
+        cost += taken.cost(places[number], point)
         if cost < least:
             least, best = cost, places[number]
     return best
@@ -109,20 +119,6 @@ def _cost_alone(place: _Place, point: tuple[float, float], frame: _Box) -> float
     cost += ABOVE if place.start[0] == point[0] else 0.0
     inside = frame.x0 <= place.box.x0 and place.box.x1 <= frame.x1 and frame.y0 <= place.box.y0 <= frame.y1
     return cost + (0.0 if inside and place.box.y1 <= frame.y1 else OUTSIDE)
-
-
-def _cost_beside(
-    place: _Place,
-    point: tuple[float, float],
-    placed: Sequence[_Box],
-    markers: Sequence[_Box],
-    lines: Sequence[_Line],
-) -> float:
-    line = (place.start, point)
-    cost = OVER_LABEL * sum(_overlap(place.box, box) for box in placed)
-    cost += OVER_MARKER * sum(_overlap(place.box, box) for box in markers)
-    cost += OVER_LINE * sum(_crosses(place.box, line) for line in lines)
-    return cost + OVER_LINE * sum(_crosses(box, line) for box in placed)
 
 
 def _overlap(a: _Box, b: _Box) -> float:

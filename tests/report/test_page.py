@@ -157,6 +157,8 @@ def test_speeds_within_the_spread_of_timings_are_equal_so_accuracy_decides(open_
     chosen = f"([variants, spread]) => {{ {code} return recommend({study}, {limits}, 16, 'speed').pick.variant; }}"
     page = open_page()
     assert page.evaluate(chosen, [rows, 0.2]) == "nearly as fast" and page.evaluate(chosen, [rows, 0.0]) == "fastest"
+    rows[1]["top1_drop"] = 0.0
+    assert page.evaluate(chosen, [rows, 0.2]) == "fastest"  # where all else is equal
 
 
 def test_a_preference_changes_the_recommendation_and_never_to_a_simulated_speed(open_page: Any) -> None:

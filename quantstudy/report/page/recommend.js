@@ -38,7 +38,7 @@ function sameTime(study, batch) {
 
 /**
  * Return {pick, meeting}: the variant of a study to take, or null, and all that meet the limits.
- * Values nearly equal count as equal; then accuracy, then size decide, then the order of params.yaml.
+ * Values nearly equal count as equal; then accuracy, then size decide, then what speed was measured.
  */
 function recommend(study, limits, batch, prefer) {
   const meeting = study.variants.filter((variant) => meets(variant, limits, batch));
@@ -51,7 +51,8 @@ function recommend(study, limits, batch, prefer) {
   };
   let left = goals[prefer](meeting);
   for (const goal of ["accuracy", "size"]) left = left.length ? goals[goal](left) : left;
-  return { pick: left[0] ?? null, meeting };
+  const quicker = (best, row) => (best === null || time(row) < time(best) ? row : best);
+  return { pick: left.reduce(quicker, null), meeting };
 }
 
 /** Say what the limits are and how many variants meet them. */
