@@ -17,15 +17,39 @@ _GEOMETRY = 4
 
 
 class Replaced(TorchFunctionMode):
-    """Calls other functions, of the same arguments, in place of some."""
+    """Calls other functions, of the same arguments, in place of some functions and of some modules' forward.
 
-    def __init__(self, functions: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
+    Not where hooks see what is kept for the gradients: torch.utils.checkpoint computes a part of a network again, when
+    this context was left, and has to find the same.
+    """
+
+    def __init__(
+        self,
+        functions: Mapping[Callable[..., Any], Callable[..., Any]],
+        forwards: Mapping[nn.Module, Callable[..., Any]] | None = None,
+    ) -> None:
         super().__init__()
-        self.functions = functions
+        self.functions, self.forwards = functions, forwards or {}
+
+    def __enter__(self) -> "Replaced":
+        """Give the modules another forward."""
+        for module, forward in self.forwards.items():
+            module.forward = forward
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        """Give them back their own."""
+        super().__exit__(*raised)
+        for module in self.forwards:
+            del module.forward
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call what replaces `function`, or itself."""
-        return self.functions.get(function, function)(*args, **(kwargs or {}))
+        other = self.functions.get(function)
+        if other is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            other = function
+        return other(*args, **(kwargs or {}))
 
 
 def quick_gradients(model: nn.Module, device: torch.device) -> Any:
@@ -33,12 +57,13 @@ def quick_gradients(model: nn.Module, device: torch.device) -> Any:
     if device.type != "cpu" or not is_x86():
         return contextlib.nullcontext()
     functions: dict[Callable[..., Any], Callable[..., Any]] = {}
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
     if "avx512f" not in cpu_flags():
         functions[F.conv2d] = padded_conv2d
     if FusedNormalization.pays(model):
         fused = FusedNormalization(model)
-        functions |= {F.batch_norm: fused.batch_norm, F.relu: fused.relu, F.hardtanh: fused.hardtanh}
-    return Replaced(functions)
+        functions[F.batch_norm], forwards = fused.batch_norm, fused.forwards
+    return Replaced(functions, forwards) if functions else contextlib.nullcontext()
 
 
 def padded_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry: Any, **named: Any) -> Tensor:

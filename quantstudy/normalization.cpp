@@ -70,11 +70,15 @@ std::vector<float> scale_of(const float* weight, const float* inverse, long chan
 
 extern "C" void normalize(const Normalization* given, int64_t threads) {
     const Normalization& p = *given;
-    // Sums of differences from the first row: with those from 0 a variance could be lost beside a large mean.
+    // Sums of differences from the mean of some rows: with those from 0 a variance could be lost beside a large mean.
+    std::vector<float> near(p.channels);
+    const long some = std::min<long>(p.rows, kRows / 4);
+    for (long row = 0; row < some; ++row)
+        for (long c = 0; c < p.channels; ++c) near[c] += p.x[row * p.channels + c] * (1.0f / some);
     const auto sums = sums_of(p.rows, p.channels, threads, [&](long row, float* sums) {
         const float* x = p.x + row * p.channels;
         for (long c = 0; c < p.channels; c += kLanes) {
-            const __m256 difference = _mm256_sub_ps(_mm256_loadu_ps(x + c), _mm256_loadu_ps(p.x + c));
+            const __m256 difference = _mm256_sub_ps(_mm256_loadu_ps(x + c), _mm256_loadu_ps(&near[c]));
             add_to(sums + c, difference);
             add_to(sums + p.channels + c, _mm256_mul_ps(difference, difference));
         }
@@ -82,7 +86,7 @@ extern "C" void normalize(const Normalization* given, int64_t threads) {
     const double rows = p.rows;
     for (long c = 0; c < p.channels; ++c) {
         const double difference = sums[c] / rows, square = sums[p.channels + c] / rows - difference * difference;
-        const double mean = difference + p.x[c], variance = square < 0 ? 0 : square;  // NaN stays
+        const double mean = difference + near[c], variance = square < 0 ? 0 : square;  // NaN stays
         p.mean[c] = mean;
         p.inverse[c] = 1 / std::sqrt(variance + p.eps);
         if (!p.running_mean) continue;

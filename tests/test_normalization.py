@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(library(normalization._SOURCE) is None, reason="
 CLAMPS: dict[str, Callable[[], list[nn.Module]]] = {
     "none": list,
     "relu": lambda: [nn.ReLU(inplace=True)],
+    "relu, kept": lambda: [nn.ReLU()],
     "relu6": lambda: [nn.ReLU6(inplace=True)],
     "hardtanh": lambda: [nn.Hardtanh(-0.5, 0.25, inplace=True)],
 }
@@ -29,9 +30,9 @@ def small_maps_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fused(model: nn.Module) -> Replaced:
-    """The context that replaces the functions of BatchNorm and of activations alone."""
+    """The context that replaces BatchNorm alone."""
     replaced = FusedNormalization(model)
-    return Replaced({F.batch_norm: replaced.batch_norm, F.relu: replaced.relu, F.hardtanh: replaced.hardtanh})
+    return Replaced({F.batch_norm: replaced.batch_norm}, replaced.forwards)
 
 
 def images(*shape: int) -> Tensor:
@@ -95,6 +96,7 @@ def test_every_row_is_summed_with_any_number_of_threads(threads: int, monkeypatc
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     with fused(model):
         found = model(x)
+    assert kernels_in(found) == 1
     gradients = (torch.autograd.grad(y, [x, *model.parameters()], towards) for y in (found, wanted))
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
@@ -103,7 +105,7 @@ def test_a_small_variance_beside_a_large_mean_is_kept() -> None:
     x = (1000 + 0.01 * torch.randn(4, 8, 50, 50)).contiguous(memory_format=torch.channels_last)
     model = with_parameters(nn.BatchNorm2d(8, eps=1e-9, momentum=1.0))
     with fused(model):
-        model(x)
+        assert kernels_in(model(x)) == 1
     torch.testing.assert_close(model[0].running_var.double(), x.double().var((0, 2, 3)), rtol=1e-3, atol=0)
 
 
@@ -112,6 +114,7 @@ def test_gradients_arrive_in_any_memory_format(towards: Tensor) -> None:
     x, model = images(2, 8, 4, 5), with_parameters(nn.BatchNorm2d(8), nn.ReLU(inplace=True))
     with fused(model):
         found = model(x)
+    assert kernels_in(found) == 1
     gradients = (torch.autograd.grad(y, x, towards.expand(2, 8, 4, 5)) for y in (found, model(x)))
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
@@ -124,6 +127,7 @@ def test_not_a_number_stays(clamp: str) -> None:
     x.requires_grad_()
     with fused(model):
         y = model(x)
+    assert kernels_in(y) == 1
     y.sum().backward()
     assert y.detach().isnan().all((0, 2, 3)).tolist() == [channel == 3 for channel in range(8)]
     assert x.grad is not None and x.grad.isnan().any((0, 2, 3)).tolist() == [channel == 3 for channel in range(8)]
@@ -137,41 +141,105 @@ class Between(nn.Sequential):
         return self[1](y.clone()) + y
 
 
-def shared() -> nn.Module:
-    norm = nn.BatchNorm2d(8)
-    return nn.Sequential(norm, nn.ReLU(inplace=True), norm)
+class Sliced(nn.Sequential):
+    """A network that calls parts of a chain by themselves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        chain = self[0]
+        y = chain[:1](x)
+        for layer in chain:
+            x = layer(x)
+            y = y + x.mean((2, 3), keepdim=True)
+        return y - chain[0](x) + chain[1](x)
 
 
-def watched(what: str) -> nn.Module:
-    model = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(inplace=True))
-    if what == "norm":
-        model[0].register_forward_hook(lambda module, given, y: y - 1)
-    else:
-        model[1].register_forward_pre_hook(lambda module, given: (given[0] - 1,))
+class Softplus(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.softplus(x)
+
+
+class Scaled(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x) - 1
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.BatchNorm2d(8), nn.Hardswish())
+    model[2].weight = model[0].weight
     return model
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        Between(nn.BatchNorm2d(8), nn.ReLU(inplace=True)),
-        nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()),
-        nn.Sequential(nn.BatchNorm2d(8), nn.LeakyReLU(inplace=True)),
-        nn.Sequential(nn.BatchNorm2d(8), nn.Identity(), nn.ReLU6(inplace=True)),
-        watched("norm"),
-        watched("activation"),
-        shared(),
-    ],
-    ids=["read between", "not in place", "leaky", "not next", "hook", "pre-hook", "shared"],
-)
-def test_an_activation_is_joined_only_where_nobody_sees_what_is_between(model: nn.Module) -> None:
-    x, twin = images(2, 8, 6, 6), copy.deepcopy(model)
-    context = fused(model)
+def shared() -> nn.Module:
+    norm, clamp = nn.BatchNorm2d(8), nn.ReLU6()
+    return nn.Sequential(norm, clamp, norm, nn.Tanh(), clamp, norm, clamp)
+
+
+def watched(register: str) -> nn.Module:
+    """A hook of the BatchNorm or, where it is called before, of the activation changes what it sees."""
+    model = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())
+    if register == "register_forward_pre_hook":
+        model[1].register_forward_pre_hook(lambda module, given: (given[0] - 1,))
+    elif register == "register_forward_hook":
+        model[0].register_forward_hook(lambda module, given, y: y - 1)
+    else:
+        model[0].register_full_backward_hook(lambda module, inner, outer: (inner[0] * outer[0].abs().max(),))
+    return model
+
+
+def told() -> nn.Module:
+    model = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())
+    model[1].forward = torch.cos
+    return model
+
+
+JOINED_AND_NOT: dict[str, tuple[nn.Module, int]] = {  # and the BatchNorms that have a kernel
+    "read between": (Between(nn.BatchNorm2d(8), nn.ReLU(inplace=True)), 1),
+    "in parts": (Sliced(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())), 3),
+    "another activation": (nn.Sequential(nn.BatchNorm2d(8), nn.LeakyReLU(inplace=True)), 1),
+    "not next": (nn.Sequential(nn.BatchNorm2d(8), nn.Identity(), nn.ReLU6(inplace=True)), 1),
+    "activation of its own": (nn.Sequential(nn.BatchNorm2d(8), Softplus()), 1),
+    "normalization of its own": (nn.Sequential(Scaled(8), nn.ReLU6()), 1),
+    "eval": (nn.Sequential(nn.BatchNorm2d(8).eval(), nn.ReLU6()), 0),
+    "no weight": (nn.Sequential(nn.BatchNorm2d(8, affine=False), nn.ReLU6(), nn.BatchNorm2d(8)), 1),
+    "nested": (nn.Sequential(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.ReLU6()), nn.BatchNorm2d(8)), 2),
+    "in another chain": (nn.Sequential(nn.Sequential(nn.BatchNorm2d(8)), nn.ReLU(), nn.Conv2d(8, 8, 1)), 1),
+    "pre-hook": (watched("register_forward_pre_hook"), 1),
+    "hook": (watched("register_forward_hook"), 1),
+    "backward hook": (watched("register_full_backward_hook"), 1),
+    "forward of its own": (told(), 1),
+    "tied weights": (tied(), 2),
+    "shared modules": (shared(), 3),
+}
+
+
+@pytest.mark.parametrize("case", JOINED_AND_NOT)
+def test_only_the_chain_that_calls_both_joins_them(case: str) -> None:
+    model, norms = JOINED_AND_NOT[case]
+    twin, towards = copy.deepcopy(model), torch.randn(2, 8, 6, 6)
+    outcomes = []
+    for network, context in ((model, fused(model)), (twin, Replaced({}))):
+        x = images(2, 8, 6, 6)
+        with context:
+            y = network(x)
+        assert kernels_in(y) == (norms if network is model else 0)
+        outcomes.append([y, *torch.autograd.grad(y, [x, *network.parameters()], towards, allow_unused=True)])
+        outcomes[-1] += network.buffers()
+    torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-4)
+
+
+def test_a_failure_leaves_nothing_behind() -> None:
+    norm = nn.BatchNorm2d(8)
+    chain, x = nn.Sequential(norm, nn.ReLU()), images(2, 8, 6, 6)
+    context = fused(chain)
     with context:
-        y = model(x)
-    assert not context.functions[F.batch_norm].__self__._ranges  # type: ignore[attr-defined]
-    assert kernels_in(y) >= 1
-    torch.testing.assert_close(y, twin(x), rtol=1e-4, atol=1e-5)
+        with pytest.raises(ValueError, match="4D input"):
+            chain(torch.randn(8))
+        torch.testing.assert_close(norm(x), F.batch_norm(x, None, None, training=True))
+
+
+def strided(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    norm.weight = nn.Parameter(torch.rand(8, 2)[:, 0])
+    return norm
 
 
 @pytest.mark.parametrize(
@@ -182,9 +250,10 @@ def test_an_activation_is_joined_only_where_nobody_sees_what_is_between(model: n
         (images(2, 8, 4, 4).double(), nn.BatchNorm2d(8).double()),
         (images(2, 8, 4, 4), nn.BatchNorm2d(8, affine=False)),
         (images(2, 8, 4, 4), nn.BatchNorm2d(8).eval()),
+        (images(2, 8, 4, 4), strided(nn.BatchNorm2d(8))),
         (torch.randn(64, 8), nn.BatchNorm1d(8)),
     ],
-    ids=["channels", "memory format", "double", "no weight", "eval", "no maps"],
+    ids=["channels", "memory format", "double", "no weight", "eval", "strided", "no maps"],
 )
 def test_what_has_no_kernel_is_left_to_pytorch(x: Tensor, norm: nn.Module) -> None:
     twin = copy.deepcopy(norm)
@@ -192,6 +261,30 @@ def test_what_has_no_kernel_is_left_to_pytorch(x: Tensor, norm: nn.Module) -> No
         y = norm(x)
     assert not kernels_in(y)
     torch.testing.assert_close([y, *norm.buffers()], [twin(x), *twin.buffers()])
+
+
+@pytest.mark.parametrize(
+    ("vectors", "eps", "reason"),
+    [
+        ((torch.zeros(8), torch.ones(8), torch.ones(4), torch.zeros(8)), 1e-5, "weight"),
+        ((torch.zeros(4), torch.ones(8), torch.ones(8), torch.zeros(8)), 1e-5, "running_mean"),
+        ((torch.zeros(8), None, torch.ones(8), torch.zeros(8)), 1e-5, "running_var"),
+        ((None, None, torch.ones(8), torch.zeros(8)), 0.0, "eps"),
+    ],
+)
+def test_what_pytorch_refuses_is_refused(vectors: tuple[Tensor, ...], eps: float, reason: str) -> None:
+    with fused(nn.BatchNorm2d(8)), pytest.raises((RuntimeError, ValueError), match=reason):
+        F.batch_norm(images(2, 8, 4, 4), *vectors, training=True, eps=eps)
+
+
+def test_at_its_bounds_an_activation_has_no_gradient() -> None:
+    """As where training starts with a weight of 0: all values are 0."""
+    x, model = images(2, 8, 4, 4), nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())
+    nn.init.zeros_(model[0].weight)
+    with fused(model):
+        y = model(x)
+    assert kernels_in(y) == 1
+    assert not any(gradient.any() for gradient in torch.autograd.grad(y.sum(), [x, *model.parameters()]))
 
 
 def test_one_value_a_channel_is_refused_as_by_pytorch() -> None:
