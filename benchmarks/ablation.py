@@ -25,18 +25,19 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from quantstudy import layout, models
+from quantstudy import layout
 from quantstudy import params as P
-from quantstudy.checkpoint import load_checkpoint
 from quantstudy.data.batches import images_of, run_on_split
 from quantstudy.data.container import Split, load_split
 from quantstudy.data.sampling import validation_indices
-from quantstudy.device import set_up
 from quantstudy.files import read_json, write_json, write_text
+from quantstudy.machine.device import set_up
 from quantstudy.machine.hardware import describe_machine
 from quantstudy.measure.coverage import stored
 from quantstudy.measure.statistics import mcnemar_exact_p, wilson_half_width
 from quantstudy.methods.registry import quantize
+from quantstudy.network import models
+from quantstudy.network.checkpoint import load_checkpoint
 from quantstudy.quantization.observers import collect
 from quantstudy.quantization.variant import load_variant, save_variant
 from quantstudy.report.ablation import markdown

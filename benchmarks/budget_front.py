@@ -21,14 +21,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from quantstudy import layout, models
+from quantstudy import layout
 from quantstudy import params as P
-from quantstudy.checkpoint import load_checkpoint
 from quantstudy.data.batches import images_of, run_on_split
 from quantstudy.data.container import Split, load_split
-from quantstudy.device import DTYPES, set_up
 from quantstudy.errors import run_stage
 from quantstudy.files import read_json, write_json
+from quantstudy.machine.device import DTYPES, set_up
 from quantstudy.measure.statistics import mcnemar_exact_p, sqnr_db, wilson_interval
 from quantstudy.methods.allocation import HALF
 from quantstudy.methods.registry import settings_of
@@ -43,6 +42,8 @@ from quantstudy.methods.sensitivity import (
     mixed,
     quantized_table,
 )
+from quantstudy.network import models
+from quantstudy.network.checkpoint import load_checkpoint
 from quantstudy.quantization.variant import cast, save_variant
 from quantstudy.report.front import plot_budget_front
 

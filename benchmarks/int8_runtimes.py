@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from quantstudy.machine.hardware import describe_machine
-from quantstudy.models import build, fold_batchnorm
+from quantstudy.network.models import build, fold_batchnorm
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.saturation import limit_of

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from quantstudy import layout
-from quantstudy.checkpoint import load_checkpoint
 from quantstudy.data.container import Split
-from quantstudy.export.graph import INPUT, load_graph
-from quantstudy.export.onnx_model import save_onnx, to_onnx
 from quantstudy.machine.hardware import int8_sums_saturate
 from quantstudy.methods.registry import quantize
+from quantstudy.network.checkpoint import load_checkpoint
 from quantstudy.params import Params
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import collect
 from quantstudy.quantization.variant import load_variant, save_variant
 from quantstudy.runtimes.executables import build_executable
+from quantstudy.runtimes.onnx_graph import INPUT, load_graph
+from quantstudy.runtimes.onnx_model import save_onnx, to_onnx
 from quantstudy.runtimes.sessions import OpenVino, open_session
 
 BATCH_SIZES = (1, 16)

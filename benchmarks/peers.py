@@ -28,15 +28,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.peer_tools import BATCH_SIZES, CPU, TOOLS, Candidate, Subject, noise
-from quantstudy import layout, models
+from quantstudy import layout
 from quantstudy.data.batches import Batches, images_of
 from quantstudy.data.container import load_split
-from quantstudy.device import set_up
 from quantstudy.errors import one_line
 from quantstudy.files import write_json, write_text
+from quantstudy.machine.device import set_up
 from quantstudy.machine.hardware import describe_machine, int8_sums_saturate
 from quantstudy.measure.latency import time_alternately
 from quantstudy.measure.statistics import mcnemar_exact_p, sqnr_db
+from quantstudy.network import models
 from quantstudy.params import Params, load_params
 from quantstudy.report.peers import RECORD_KEYS, plot_peers, table
 from quantstudy.report.tables import p_value

@@ -2,8 +2,8 @@
 
 The plain loop is torchvision's reference training (https://github.com/pytorch/vision/tree/main/references/classification)
 without its logging: a DataLoader with a worker process per core, transforms image by image (random resized crop, flip,
-to tensor, normalize), float32 in the default memory format, SGD. This project's loop is `quantstudy.training`, with its
-crop and flip. Both start from decoded images in memory, take the same batch size and SGD, and train on every image
+to tensor, normalize), float32 in the default memory format, SGD. This project's loop is `quantstudy.training.loop`, with
+its crop and flip. Both start from decoded images in memory, take the same batch size and SGD, and train on every image
 once an epoch. They take turns, an epoch each, after one that does not count; the table gives the median images per
 second, and the median and extremes of the rounds' ratios.
 
@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from quantstudy import params as P
-from quantstudy import training
 from quantstudy.data.batches import Batches
 from quantstudy.data.container import Split
-from quantstudy.device import pick_device, training_dtype
+from quantstudy.machine.device import pick_device, training_dtype
 from quantstudy.machine.hardware import describe_machine
-from quantstudy.models import build
+from quantstudy.network.models import build
+from quantstudy.training import loop as training
 
 CLASSES = 10
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

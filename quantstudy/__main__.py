@@ -38,11 +38,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.command == "readme":
         fill_pages()
     elif arguments.command == "quantize":
-        from quantstudy.quantize import quantize
+        from quantstudy.measure.quantize_file import quantize
 
         quantize(arguments)
     elif arguments.command == "tune":
-        from quantstudy.export.tuning import tune
+        from quantstudy.runtimes.onnx_tuning import tune
 
         tune(arguments.model, arguments.runtime, arguments.batch_size, arguments.out, saturates=arguments.without_vnni)
     elif arguments.command == "compare" and arguments.before:
@@ -79,7 +79,7 @@ def print_comparison(before: str, after: str, page: Path | None) -> None:
     """Print two revisions side by side, Markdown, and write the `page` of the second one with what moved."""
     from quantstudy.files import write_text
     from quantstudy.report.comparison import compare, to_markdown, to_record
-    from quantstudy.revisions import Revision
+    from quantstudy.report.revisions import Revision
 
     with contextlib.closing(Revision(before)) as old, contextlib.closing(Revision(after)) as new:
         rows = compare(old, new)

@@ -9,11 +9,8 @@ def split(study: str, name: str) -> Path:
 
 
 def model(study: str, variant: str) -> Path:
-    """A variant's model file: fp32.pth, ptq/<method>.pth or qat/<method>.pth."""
-    folder = Path("models") / study
-    if variant == "fp32":
-        return folder / "fp32.pth"
-    return folder / ("qat" if variant.startswith("qat_") else "ptq") / f"{variant}.pth"
+    """A variant's model file, `fp32` among them."""
+    return Path("models") / study / f"{variant}.pth"
 
 
 def sensitivity(study: str, suffix: str) -> Path:

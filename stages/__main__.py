@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from quantstudy.warm import ask, run_here
+from tools.warm import ask, run_here
 
 STAGES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
 

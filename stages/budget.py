@@ -4,16 +4,17 @@ import argparse
 from collections import Counter
 from collections.abc import Sequence
 
-from quantstudy import layout, models
-from quantstudy.checkpoint import load_checkpoint
+from quantstudy import layout
 from quantstudy.data.batches import images_of
 from quantstudy.data.container import load_split
-from quantstudy.device import DTYPES, set_up
 from quantstudy.errors import run_stage
 from quantstudy.files import read_json
+from quantstudy.machine.device import DTYPES, set_up
 from quantstudy.methods.allocation import HALF
 from quantstudy.methods.registry import settings_of
 from quantstudy.methods.sensitivity import allocations_within, divergence_from, measurable, mixed, quantized_table
+from quantstudy.network import models
+from quantstudy.network.checkpoint import load_checkpoint
 from quantstudy.params import BUDGET, load_params
 from quantstudy.quantization.variant import save_variant
 

@@ -3,12 +3,13 @@
 import argparse
 from collections.abc import Sequence
 
-from quantstudy import layout, models
+from quantstudy import layout
 from quantstudy.data.batches import Batches
 from quantstudy.data.container import load_split
-from quantstudy.device import set_up
 from quantstudy.errors import run_stage
 from quantstudy.files import save_tensors
+from quantstudy.machine.device import set_up
+from quantstudy.network import models
 from quantstudy.params import load_params
 from quantstudy.quantization.observers import collect
 

@@ -7,7 +7,7 @@ from typing import Any
 from quantstudy import layout
 from quantstudy.errors import run_stage
 from quantstudy.files import write_json
-from quantstudy.machine.environment import environment
+from quantstudy.measure.environment import environment
 
 
 def main(argv: Sequence[str] | None = None) -> None:

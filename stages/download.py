@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from quantstudy import layout
 from quantstudy.data.container import save_splits
+from quantstudy.data.prepare import prepare
 from quantstudy.data.sampling import calibration_indices
 from quantstudy.errors import run_stage
 from quantstudy.params import load_params
-from quantstudy.sources.prepare import prepare
 
 
 def main(argv: Sequence[str] | None = None) -> None:

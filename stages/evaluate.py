@@ -7,9 +7,9 @@ import numpy as np
 
 from quantstudy import layout
 from quantstudy.data.container import load_split
-from quantstudy.device import set_up
 from quantstudy.errors import run_stage, unknown
 from quantstudy.files import atomic, write_json
+from quantstudy.machine.device import set_up
 from quantstudy.measure.evaluation import Reference, Task, evaluate
 from quantstudy.params import load_params
 

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 
 from quantstudy import layout
 from quantstudy.data.container import load_split
-from quantstudy.device import set_up
 from quantstudy.errors import run_stage, unknown
-from quantstudy.export.check import check
-from quantstudy.export.graph import load_graph
-from quantstudy.export.onnx_model import save_onnx, to_onnx
 from quantstudy.files import write_json
-from quantstudy.models import load_preprocessing
+from quantstudy.machine.device import set_up
+from quantstudy.measure.agreement import check
+from quantstudy.network.models import load_preprocessing
 from quantstudy.params import load_params
 from quantstudy.quantization.variant import load_any
+from quantstudy.runtimes.onnx_graph import load_graph
+from quantstudy.runtimes.onnx_model import save_onnx, to_onnx
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,14 +5,17 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from quantstudy import layout, models, parallel, training
+from quantstudy import layout
 from quantstudy import params as P
-from quantstudy.architectures import build, check_code, check_logits
 from quantstudy.data.container import load_split
-from quantstudy.device import set_up, training_dtype
 from quantstudy.errors import UserError, run_stage
 from quantstudy.files import sha256, write_json
+from quantstudy.machine.device import set_up, training_dtype
+from quantstudy.network import models
+from quantstudy.network.architectures import build, check_code, check_logits
 from quantstudy.params import load_params
+from quantstudy.training import loop as training
+from quantstudy.training import parallel
 
 
 def main(argv: Sequence[str] | None = None) -> None:

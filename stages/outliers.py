@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Sequence
 
 from quantstudy import layout
-from quantstudy.checkpoint import load_tensors
 from quantstudy.errors import run_stage
 from quantstudy.files import write_json
+from quantstudy.network.checkpoint import load_tensors
 from quantstudy.params import load_params
 from quantstudy.report.histograms import check_calibration, layer_statistics, plot_histograms
 

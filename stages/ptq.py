@@ -3,13 +3,14 @@
 import argparse
 from collections.abc import Sequence
 
-from quantstudy import layout, models
-from quantstudy.checkpoint import load_checkpoint, load_tensors
+from quantstudy import layout
 from quantstudy.data.batches import images_of
 from quantstudy.data.container import load_split
-from quantstudy.device import set_up
 from quantstudy.errors import run_stage
+from quantstudy.machine.device import set_up
 from quantstudy.methods.registry import POST_TRAINING, quantize, settings_of
+from quantstudy.network import models
+from quantstudy.network.checkpoint import load_checkpoint, load_tensors
 from quantstudy.params import load_params
 from quantstudy.quantization.variant import save_variant
 

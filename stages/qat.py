@@ -3,18 +3,21 @@
 import argparse
 from collections.abc import Sequence
 
-from quantstudy import layout, models, parallel, training
-from quantstudy.checkpoint import load_checkpoint, load_tensors
+from quantstudy import layout
 from quantstudy.data.batches import images_of
 from quantstudy.data.container import load_split
-from quantstudy.device import DTYPES, describe, set_up, training_dtype
 from quantstudy.errors import run_stage
 from quantstudy.files import sha256, write_json
+from quantstudy.machine.device import DTYPES, describe, set_up, training_dtype
 from quantstudy.methods.joint import parameter_groups, with_fixed_codes
 from quantstudy.methods.lsq import estimate_batchnorm
 from quantstudy.methods.registry import TRAINED, finish, settings_of
+from quantstudy.network import models
+from quantstudy.network.checkpoint import load_checkpoint, load_tensors
 from quantstudy.params import QatCast, QatJoint, QatLsq, QatWithScales, load_params
 from quantstudy.quantization.variant import save_variant
+from quantstudy.training import loop as training
+from quantstudy.training import parallel
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,14 +4,15 @@ import argparse
 import itertools
 from collections.abc import Sequence
 
-from quantstudy import layout, models
+from quantstudy import layout
 from quantstudy.data.batches import Batches, images_of
 from quantstudy.data.container import load_split
-from quantstudy.device import set_up
 from quantstudy.errors import run_stage
 from quantstudy.files import write_json
+from quantstudy.machine.device import set_up
 from quantstudy.measure.operations import count_macs
 from quantstudy.methods.sensitivity import COLUMNS, measure_layers
+from quantstudy.network import models
 from quantstudy.params import load_params
 from quantstudy.report.heatmap import plot_sensitivity
 from quantstudy.report.tables import write_csv

@@ -4,10 +4,10 @@ import argparse
 from collections.abc import Sequence
 
 from quantstudy import layout
-from quantstudy.checkpoint import load_checkpoint
 from quantstudy.errors import run_stage
-from quantstudy.export.graph import network_graph, save_graph
-from quantstudy.models import load_preprocessing
+from quantstudy.network.checkpoint import load_checkpoint
+from quantstudy.network.models import load_preprocessing
+from quantstudy.runtimes.onnx_graph import network_graph, save_graph
 
 
 def main(argv: Sequence[str] | None = None) -> None:

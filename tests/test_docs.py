@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 from docs.drawing.__main__ import FIGURES, FOLDER, main
-from quantstudy import layout, models
+from quantstudy import layout
 from quantstudy import params as P
 from quantstudy.files import read_json
 from quantstudy.methods.registry import quantize
+from quantstudy.network import models
 from quantstudy.quantization.variant import save_variant
 from quantstudy.report.ablation import markdown
 from tests.blocks import PAGES, Block, blocks, dialogues, headings, inline_commands, prose

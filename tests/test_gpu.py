@@ -8,7 +8,7 @@ from torch import nn
 
 from quantstudy.data.batches import Batches
 from quantstudy.data.container import Split
-from quantstudy.device import set_up
+from quantstudy.machine.device import set_up
 from quantstudy.measure.latency import time_alternately
 from quantstudy.measure.memory import with_peak_memory_mb
 from quantstudy.methods.registry import quantize

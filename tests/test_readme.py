@@ -17,12 +17,13 @@ from dvc.commands.status import CmdDataStatus
 from dvc.repo import Repo
 from PIL import Image
 
-from quantstudy import layout, models
-from quantstudy.architectures import build
+from quantstudy import layout
 from quantstudy.errors import UserError
-from quantstudy.export.graph import network_graph
-from quantstudy.export.onnx_model import save_onnx, to_onnx
+from quantstudy.network import models
+from quantstudy.network.architectures import build
 from quantstudy.report.documents import filled, pages, read_utf8
+from quantstudy.runtimes.onnx_graph import network_graph
+from quantstudy.runtimes.onnx_model import save_onnx, to_onnx
 from quantstudy.runtimes.sessions import why_missing
 from tests.blocks import Block, blocks, dialogues
 from tests.conftest import ROOT

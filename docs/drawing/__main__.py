@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from docs.drawing import corrections, grids, mixed, training
 from docs.drawing.tiny import Example, example
-from quantstudy.device import set_up
+from quantstudy.machine.device import set_up
 from quantstudy.report.style import plot_style, save
 
 FOLDER = Path("docs") / "figures"

@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quantstudy.data.digits import digits
 from quantstudy.measure.statistics import sqnr_db
 from quantstudy.methods.registry import Calibration
-from quantstudy.models import fold_batchnorm
+from quantstudy.network.models import fold_batchnorm
 from quantstudy.quantization.observers import collect
-from quantstudy.sources.digits import digits
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 12, 64, 4e-3
 CALIBRATION_IMAGES = 256

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from quantstudy.attention import SelfAttention
 from quantstudy.measure.per_layer import weight_storage
+from quantstudy.network.attention import SelfAttention
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.variant import Variant

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantstudy import layout, models
+from quantstudy import layout
 from quantstudy import params as P
 from quantstudy.data.batches import Batches, run_on_split
 from quantstudy.data.container import Split
-from quantstudy.device import DTYPES
 from quantstudy.errors import UserError, one_line
 from quantstudy.files import atomic, finite
+from quantstudy.machine.device import DTYPES
 from quantstudy.machine.hardware import arithmetic_is_native, describe_machine, int8_sums_saturate, remarks
 from quantstudy.measure.coverage import not_quantized, remark, stored
 from quantstudy.measure.latency import Timing, time_alternately
@@ -28,6 +28,7 @@ from quantstudy.measure.memory import with_peak_memory_mb
 from quantstudy.measure.operations import count_macs, tera_bit_operations
 from quantstudy.measure.per_layer import LAYER_IMAGES, layer_sqnr_db, weight_storage
 from quantstudy.measure.statistics import mcnemar_exact_p, sqnr_db, wilson_half_width
+from quantstudy.network import models
 from quantstudy.quantization.variant import load_any
 from quantstudy.runtimes.executables import Executable, build_executable, worth_compiling
 
@@ -104,7 +105,7 @@ class Task:
     @functools.cached_property
     def graph(self) -> "onnx.ModelProto":
         """The ONNX graph that the study's variants share."""
-        from quantstudy.export.graph import load_graph
+        from quantstudy.runtimes.onnx_graph import load_graph
 
         return load_graph(layout.graph(self.name))
 
@@ -193,8 +194,8 @@ def _build(task: Task, variant: str, runtime: str) -> Executable | None:
         return build_executable(model, runtime, task.device) if worth_compiling(model, task.device) else None
     if task.device.type != "cpu":
         return None
-    from quantstudy.export.onnx_model import to_onnx
     from quantstudy.runtimes.executables import open_executable
+    from quantstudy.runtimes.onnx_model import to_onnx
 
     return open_executable(model, to_onnx(model, task.graph), runtime)
 

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from quantstudy import parallel
 from quantstudy.methods.reconstruction import LARGE, progress_of
 from quantstudy.quantization.layers import ActivationQuantizer, quantized_layers
 from quantstudy.quantization.learned import LearnedActivation
 from quantstudy.quantization.schemes import WeightScheme
+from quantstudy.training import parallel
 
 STEPS = 500
 BATCH_SIZE = 64

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantstudy.models import conv_norm_pairs
+from quantstudy.network.models import conv_norm_pairs
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.learned import LearnedActivation, LearnedWeight
 from quantstudy.quantization.ranges import ActivationRange, activation_range

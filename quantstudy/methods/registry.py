@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from quantstudy import params as P
-from quantstudy.device import DTYPES
 from quantstudy.errors import unknown
+from quantstudy.machine.device import DTYPES
 from quantstudy.methods.joint import settle, thaw
 from quantstudy.methods.lsq import freeze_learned, learnable
 from quantstudy.methods.post_training import freeze, prepared
-from quantstudy.models import conv_norm_pairs
+from quantstudy.network.models import conv_norm_pairs
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.observers import quantizable_layers, run_watched
 from quantstudy.quantization.ranges import activation_range

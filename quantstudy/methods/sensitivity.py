@@ -25,8 +25,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from quantstudy import params as P
-from quantstudy.device import DTYPES
 from quantstudy.errors import UserError
+from quantstudy.machine.device import DTYPES
 from quantstudy.measure.statistics import sqnr_db
 from quantstudy.methods.allocation import HALF, allocate, operations_budget, size_budget, stored_bits
 from quantstudy.methods.bias_correction import correct_own_biases

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantstudy.checkpoint import load_checkpoint, save_checkpoint
-from quantstudy.models import load_fp32, network_facts, skeleton_of
+from quantstudy.network.checkpoint import load_checkpoint, save_checkpoint
+from quantstudy.network.models import load_fp32, network_facts, skeleton_of
 from quantstudy.quantization.layers import ChannelReLU, LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
 

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from quantstudy.errors import UserError
 from quantstudy.measure.statistics import mcnemar_exact_p
+from quantstudy.report.revisions import Revision
 from quantstudy.report.tables import NOTHING, markdown_table, p_value
-from quantstudy.revisions import Revision
 
 FALSE_DISCOVERIES = 0.05
 """Share of the variants called moved that chance may make."""

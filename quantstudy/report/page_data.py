@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantstudy import layout
-from quantstudy.checkpoint import load_tensors
 from quantstudy.data.container import Split
 from quantstudy.errors import UserError
 from quantstudy.files import read_json
 from quantstudy.measure.statistics import paired_drop_half_width
+from quantstudy.network.checkpoint import load_tensors
 from quantstudy.params import Params, Static
 from quantstudy.quantization.ranges import activation_range
 from quantstudy.quantization.schemes import ActivationScheme

@@ -1,7 +1,7 @@
 """The ways a model can be run here, each an executable that says which of its layers run in their stated type.
 
-- `eager`: on an x86 CPU, layers with integer weights per channel and integer inputs run on int8 kernels, oneDNN's or
-  this project's own (`runtimes.lowering`); on a CPU and on CUDA linear layers with integer weights alone run on kernels
+- `eager`: on an x86 CPU, layers with integer weights per channel and integer inputs run on oneDNN's int8 kernels
+  (`runtimes.lowering`); on a CPU and on CUDA linear layers with integer weights alone run on kernels
   that read these (`runtimes.weight_only`); every other quantized layer is simulated in floating point.
 - `inductor`: `torch.compile` with frozen weights. It fuses the quantize and dequantize operators around
   convolutions and linear layers with a calibrated input into oneDNN int8 kernels. On CUDA it records CUDA graphs.
@@ -30,7 +30,7 @@ from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.variant import Variant
 from quantstudy.runtimes.kernels import int8_kernels_available
 from quantstudy.runtimes.lowering import lower_int8, make_kernel, runs_in_int8
-from quantstudy.runtimes.weight_only import has_kernel, input_bits, use_weight_only_kernels
+from quantstudy.runtimes.weight_only import INPUT_BITS, has_kernel, use_weight_only_kernels
 
 if TYPE_CHECKING:
     import onnx
@@ -173,7 +173,7 @@ def layer_bits(model: nn.Module, runtime: str, device: torch.device) -> dict[str
 def _quantized_bits(layer: Any, runtime: str, device: torch.device, width: int) -> LayerBits:
     scheme = layer.scheme
     if _reads_codes(runtime, device) and has_kernel(layer, device):
-        return LayerBits(scheme.weight.bits, input_bits(device), True)
+        return LayerBits(scheme.weight.bits, INPUT_BITS, True)
     activation = width if scheme.activation.mode == "none" else scheme.activation.bits
     both_int8 = scheme.weight.bits in _INT8_WEIGHTS and activation == 8
     modes = ("static",) if runtime == "inductor" else ("static", "dynamic")

@@ -18,9 +18,6 @@ What makes it fast:
   that lies in the padding altogether, a group of 33 output channels).
 - A 1x1 convolution of stride 1 is computed as a linear layer over the channels, which is faster and has no such cost.
 
-On CPUs without VNNI, 3x3 convolutions and linear layers of few rows run on kernels of this project's own (`avx2`),
-which compute the same faster.
-
 An x86 CPU without VNNI adds pairs of u8 * s8 products in saturating int16 (`vpmaddubsw`), so there the kernels refuse
 weights whose sums may saturate (`quantization.saturation`). `int8_kernels_available` wants an x86 CPU and a convolution
 with the largest codes it takes that comes out exact.
@@ -38,19 +35,18 @@ from torch import Tensor, nn
 
 from quantstudy.machine.hardware import int8_sums_saturate, is_x86
 from quantstudy.quantization.saturation import LARGEST_PAIR, may_saturate
-from quantstudy.runtimes import avx2
 from quantstudy.runtimes.onednn_geometry import as_pair, split_padding, stride_to_thin
 from quantstudy.runtimes.uint8 import CodeMaxPool2d, choose_dynamic_qparams, pad_codes, quantize_to_uint8
 
 PostOp = Literal["none", "relu", "relu6"]
 T = TypeVar("T")
 
-_ATTRIBUTES: dict[PostOp, tuple[str, float, float]] = {
-    "none": ("none", -math.inf, math.inf),
-    "relu": ("relu", 0.0, math.inf),
-    "relu6": ("hardtanh", 0.0, 6.0),
+_ATTRIBUTES: dict[PostOp, tuple[str, list[float]]] = {
+    "none": ("none", []),
+    "relu": ("relu", []),
+    "relu6": ("hardtanh", [0.0, 6.0]),
 }
-"""What oneDNN calls a post-op, and between which values the output is then."""
+"""What oneDNN calls a post-op, and its numbers."""
 _CACHED_BYTES = 2**24
 """What the last level of a cache holds. VGG-11 at 224 px was as fast with 4 and 8 MB, within the noise."""
 _OPERATORS = ("qconv_prepack", "qconv2d_pointwise", "qlinear_prepack", "qlinear_pointwise")
@@ -86,16 +82,10 @@ class _Options:
         """Return the operators' last arguments: output scale, zero point and dtype, and the post-op."""
         if self.output is not None and self.output.highest != 255:
             raise ValueError(f"output.highest is {self.output.highest}; a kernel writes 8-bit codes only, up to 255")
-        name, *limits = _ATTRIBUTES[self.post_op]
-        scalars = limits if name == "hardtanh" else []
+        name, scalars = _ATTRIBUTES[self.post_op]
         if self.output is None:
             return 1.0, 0, torch.float32, name, scalars, ""
         return self.output.scale, self.output.zero_point, torch.uint8, name, scalars, ""
-
-    def ending(self) -> avx2.Ending:
-        """Return the same for the kernels of `avx2`."""
-        _, low, high = _ATTRIBUTES[self.post_op]
-        return avx2.Ending(low, high, None if self.output is None else (self.output.scale, self.output.zero_point))
 
 
 class _PackedWeight(Generic[T]):
@@ -129,7 +119,7 @@ class _Int8Layer(nn.Module):
         super().__init__()
         self.activation = activation
         self.post_op, self.output = options.post_op, options.output
-        self._last_arguments, self._ending = options.arguments(), options.ending()
+        self._last_arguments = options.arguments()
         self._scale = scale.detach().float().flatten().contiguous()
         self._zero_point = torch.zeros(len(self._scale), dtype=torch.int32)
         self._bias = None if bias is None else bias.detach().float().contiguous()
@@ -157,10 +147,6 @@ class _Int8Layer(nn.Module):
             return self._bias
         shift = self._code_sum.value * (-zero_point * scale)
         return shift if self._bias is None else shift.add_(self._bias)
-
-    def _for_avx2(self, scale: float, zero_point: int) -> tuple[Tensor, Tensor, avx2.Ending]:
-        bias = self._shifted_bias(scale, zero_point)
-        return self._scale * scale, torch.zeros_like(self._scale) if bias is None else bias, self._ending
 
     def _multiply(self, codes: Tensor, scale: float, zero_point: int) -> Tensor:
         """Multiply codes [..., I] with a packed weight [O, I]; of an empty input oneDNN would lose the shape."""
@@ -210,9 +196,6 @@ class Int8Conv2d(_Int8Layer):
         steps = groups == 1 and self.stride == [1, 1] and self._thinning is None
         self._pointwise = steps and not any(self.padding) and weight_codes.shape[2:].numel() == 1
         geometry = (self.stride, self.padding, self.dilation, groups)
-        self._winograd: _PackedWeight[avx2.Convolution3x3] | None = None
-        if avx2.is_3x3(weight_codes, *geometry) and not any(self._before) and avx2.available():
-            self._winograd = _PackedWeight(lambda: avx2.Convolution3x3(weight_codes))
         if self._pointwise:
             self._packed = _PackedWeight(lambda: torch.ops.onednn.qlinear_prepack(weight_codes.flatten(1), None))
         else:
@@ -238,8 +221,6 @@ class Int8Conv2d(_Int8Layer):
         return len(self._scale) * math.prod(max(1, side // step) for side, step in zip(size, self.stride, strict=True))
 
     def _convolve(self, codes: Tensor, scale: float, zero_point: int) -> Tensor:
-        if self._winograd is not None and self._winograd.value.pays(codes.shape):
-            return self._winograd.value(codes, zero_point, *self._for_avx2(scale, zero_point))
         padding = self.padding
         if zero_point and any(padding):
             codes = pad_codes(codes, [padding[1], padding[1], padding[0], padding[0]], zero_point)
@@ -292,17 +273,10 @@ class Int8Linear(_Int8Layer):
         _require_kernels(weight_codes, 1, activation)
         super().__init__(weight_codes, weight_scale, bias, activation, _Options(post_op, output))
         self._packed = _PackedWeight(lambda: torch.ops.onednn.qlinear_prepack(weight_codes, None))
-        self._few_rows: _PackedWeight[avx2.Product] | None = None
-        if avx2.available():
-            self._few_rows = _PackedWeight(lambda: avx2.Product(weight_codes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply; an empty batch gives an empty output."""
         codes, scale, zero_point = self._quantize(x.contiguous())
-        rows = codes.reshape(-1, codes.shape[-1])
-        if self._few_rows is not None and avx2.Product.pays(len(rows)):
-            y = self._few_rows.value(rows, *self._for_avx2(scale, zero_point))
-            return y.view(*codes.shape[:-1], len(self._scale))
         return self._multiply(codes, scale, zero_point)
 
 

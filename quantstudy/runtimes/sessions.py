@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from quantstudy.errors import UserError
-from quantstudy.export.graph import INPUT
-from quantstudy.export.onnx_model import CALL
-from quantstudy.export.tuning import MANY, MULTIPLIES, multiplies_integers, tuned
 from quantstudy.machine.hardware import int8_sums_saturate
+from quantstudy.runtimes.onnx_graph import INPUT
+from quantstudy.runtimes.onnx_model import CALL
+from quantstudy.runtimes.onnx_tuning import MANY, MULTIPLIES, multiplies_integers, tuned
 
 PACKAGES = ("onnxruntime", "openvino")
 """The runtimes, named like the packages that bring them and the project's optional dependencies."""

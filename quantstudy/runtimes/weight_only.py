@@ -1,16 +1,14 @@
 """Linear layers that read low-bit weights and multiply in bfloat16: for when reading the weights is what takes time.
 
-On a CPU PyTorch's `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu` widen the codes in registers, on CUDA
-tinygemm (`_weight_int4pack_mm`) and the kernel of `triton_int8`. The input is rounded to bfloat16, sums are float32,
-the output of PyTorch's kernels is rounded to bfloat16 again. At batch 1 VGG-11's first linear layer took a third of
-bfloat16's time on a CPU with 8-bit weights, and less than two thirds with 4-bit ones; with a float32 input both kernels
-are several times slower than a float32 product, so that the input is rounded. On a CPU without AVX512 kernels of this
-project (`avx2`) multiply in float32 and round nothing. Scales of channels stay float32, outside PyTorch's kernels;
-scales of groups are bfloat16 in the file already.
+On a CPU with AVX512 PyTorch's `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu` widen the codes in registers, on
+CUDA tinygemm (`_weight_int4pack_mm`) does so with 4 bits. The input is rounded to bfloat16, sums are float32, the
+output is rounded to bfloat16 again. At batch 1 VGG-11's first linear layer took a third of bfloat16's time on a CPU with 8-bit
+weights, and less than two thirds with 4-bit ones; with a float32 input both kernels are several times slower than a
+float32 product, so that the input is rounded. Scales of channels stay float32, outside the kernels; scales of groups
+are bfloat16 in the file already. Elsewhere such layers are simulated.
 """
 
 import functools
-import importlib.util
 from typing import Any
 
 import torch
@@ -18,7 +16,6 @@ from torch import Tensor, nn
 
 from quantstudy.machine.hardware import cpu_flags
 from quantstudy.quantization.layers import QuantLinear, put_layers, quantized_layers
-from quantstudy.runtimes import avx2
 
 INT4_GROUPS = (32, 64, 128, 256)
 _INT4_OUTPUTS = {"cpu": 16, "cuda": 8}
@@ -44,15 +41,14 @@ def has_kernel(layer: Any, device: torch.device) -> bool:
 @functools.cache
 def _has_kernels(device: str, bits: int) -> bool:
     if device == "cpu":
-        return "avx512f" in cpu_flags() or avx2.compiled()
-    if device != "cuda" or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        return "avx512f" in cpu_flags()
+    if device != "cuda" or bits != 4:
         return False
-    return bits != 8 or importlib.util.find_spec("triton") is not None
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
-def input_bits(device: torch.device) -> int:
-    """Return the bits of the float type that the kernels on `device` multiply in."""
-    return 32 if device.type == "cpu" and "avx512f" not in cpu_flags() else 16
+INPUT_BITS = 16
+"""Of the float type that the kernels multiply in."""
 
 
 class WeightOnlyLinear(nn.Module):
@@ -63,12 +59,6 @@ class WeightOnlyLinear(nn.Module):
         self.bits, self.group_size = layer.scheme.weight.bits, layer.scheme.weight.group_size
         self._bias: Any = None if layer.bias is None else layer.bias.detach().float()
         codes = layer.weight_codes()
-        self._product: avx2.FloatProduct | None = None
-        if input_bits(codes.device) == 32:
-            scale = layer.weight_scale.float().view(len(codes), -1)
-            self._product = avx2.FloatProduct(codes, scale, self.bits)
-            self._bias = torch.zeros(len(codes)) if self._bias is None else self._bias.contiguous()
-            return
         if self.bits == 8:
             self._weight, self._scale = codes, layer.weight_scale.flatten().float()
             self._ones = torch.ones(len(codes), dtype=torch.bfloat16, device=codes.device)
@@ -82,9 +72,6 @@ class WeightOnlyLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply with the packed weight."""
-        if self._product is not None:
-            y = self._product(x.reshape(-1, x.shape[-1]).float().contiguous(), self._bias)
-            return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
         y = self._multiply(x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous())
         if self._bias is not None:
             y = y.add_(self._bias)
@@ -95,10 +82,6 @@ class WeightOnlyLinear(nn.Module):
             ops = torch.ops.aten
             multiply = ops._weight_int4pack_mm if rows.is_cuda else ops._weight_int4pack_mm_for_cpu
             return multiply(rows, self._weight, self.group_size, self._scale).float()  # type: ignore[no-any-return]
-        if rows.is_cuda:
-            from quantstudy.runtimes.triton_int8 import weight_int8_matmul
-
-            return weight_int8_matmul(rows, self._weight, self._scale)
         return torch.ops.aten._weight_int8pack_mm(rows, self._weight, self._ones).float().mul_(self._scale)
 
     def extra_repr(self) -> str:

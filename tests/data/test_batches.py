@@ -8,9 +8,9 @@ from quantstudy.data import batches as batches_module
 from quantstudy.data.augment import flip, resized_crop, shift
 from quantstudy.data.batches import Batches, run_on_split
 from quantstudy.data.container import Split
+from quantstudy.data.images import ImageList
+from quantstudy.data.images import _store_encoded as store_encoded
 from quantstudy.params import Data
-from quantstudy.sources.images import ImageList
-from quantstudy.sources.images import _store_encoded as store_encoded
 from tests.conftest import HALVES
 
 AUGMENTATIONS = ["none", "shift", "flip", "crop_flip"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from quantstudy import models
 from quantstudy.measure.per_layer import layer_sqnr_db, weight_storage
 from quantstudy.measure.statistics import SQNR_LIMIT_DB, sqnr_db
+from quantstudy.network import models
 from quantstudy.quantization.layers import LayerScheme, quantize_layers
 from quantstudy.quantization.schemes import WeightScheme
 from quantstudy.quantization.variant import Variant

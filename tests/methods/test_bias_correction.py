@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantstudy import models
 from quantstudy.errors import UserError
 from quantstudy.methods.bias_correction import FEW, clipped_normal_mean, input_means, is_on
 from quantstudy.methods.equalization import equalize
 from quantstudy.methods.registry import quantize
+from quantstudy.network import models
 from quantstudy.params import QatLsq, Static, WeightOnly
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import quantizable_layers

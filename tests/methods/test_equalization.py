@@ -3,11 +3,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantstudy import models
 from quantstudy.errors import UserError
-from quantstudy.export.onnx_model import to_onnx
 from quantstudy.methods.equalization import Pair, absorb_high_biases, equalize, find_pairs
+from quantstudy.network import models
 from quantstudy.quantization.layers import ChannelReLU
+from quantstudy.runtimes.onnx_model import to_onnx
 
 
 def chain(activation: nn.Module) -> nn.Module:

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantstudy import models
 from quantstudy.methods.lsq import estimate_batchnorm, freeze_learned, learnable
+from quantstudy.network import models
 from quantstudy.params import Pace, Qat, QatLsq
 from quantstudy.quantization import schemes
 from quantstudy.quantization.layers import LayerScheme, quantized_layers

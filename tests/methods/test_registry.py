@@ -8,8 +8,8 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from quantstudy import models
 from quantstudy.methods.registry import POST_TRAINING, TRAINED, finish, quantize
+from quantstudy.network import models
 from quantstudy.params import Method, Static, WeightOnly, load_params
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import collect, quantizable_layers

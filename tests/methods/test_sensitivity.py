@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantstudy import models
 from quantstudy.errors import UserError
 from quantstudy.methods.allocation import stored_bits
 from quantstudy.methods.post_training import freeze
@@ -22,6 +21,7 @@ from quantstudy.methods.sensitivity import (
     mixed,
     quantized_table,
 )
+from quantstudy.network import models
 from quantstudy.params import MixedBudget, Sensitivity
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.observers import quantizable_layers

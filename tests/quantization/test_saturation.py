@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from quantstudy.export.tuning import may_saturate as file_may_saturate
 from quantstudy.machine.hardware import int8_sums_saturate
 from quantstudy.methods.gptq import gptq_codes
 from quantstudy.methods.moments import input_moments
@@ -20,6 +19,7 @@ from quantstudy.quantization.saturation import bounds_beside, limit_of, may_satu
 from quantstudy.quantization.schemes import WeightScheme
 from quantstudy.runtimes import avx2, kernels
 from quantstudy.runtimes.kernels import Int8Conv2d, Int8Linear, StaticActivation, int8_kernels_available
+from quantstudy.runtimes.onnx_tuning import may_saturate as file_may_saturate
 from quantstudy.runtimes.sessions import why_missing
 
 LAYERS: dict[str, nn.Conv2d | nn.Linear] = {

@@ -84,7 +84,7 @@ def test_a_variant_of_one_side_is_told_apart() -> None:
 
 
 def test_a_revision_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from quantstudy.revisions import Revision
+    from quantstudy.report.revisions import Revision
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="'nope': not a git revision or an experiment"):

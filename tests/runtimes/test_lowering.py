@@ -202,7 +202,7 @@ def test_refusals_and_copies() -> None:
 @pytest.mark.parametrize("architecture", ["mobilenet_v3_small", "squeezenet1_1"])
 @torch.no_grad()
 def test_torchvision_classifiers_are_lowered_whole(architecture: str) -> None:
-    from quantstudy.models import build, fold_batchnorm
+    from quantstudy.network.models import build, fold_batchnorm
 
     torch.manual_seed(0)
     model = fold_batchnorm(build(architecture, 10).eval())

@@ -1,0 +1,106 @@
+"""An image-folder tree, `train/<class>/<file>` and `test/<class>/<file>`, or an archive of one.
+
+With `test_fraction` it is `<class>/<file>`, and the test split is drawn. One folder may wrap it all. Hidden files and
+folders are left out, and so is what lies beside the class folders.
+"""
+
+import hashlib
+from pathlib import Path, PurePosixPath
+
+import torch
+
+from quantstudy.data.archive import Files, open_files
+from quantstudy.data.images import ImageList
+from quantstudy.data.sampling import validation_indices
+from quantstudy.errors import UserError
+from quantstudy.files import check_sha256, expect_sha256
+from quantstudy.params import Data
+
+_SPLITS = ("train", "test")
+
+
+def folder(data: Data, key: str) -> tuple[ImageList, ImageList]:
+    """List the images of both splits, by class and then by path; `key` is where `data` lies in the params.
+
+    Raise `UserError` for an archive or a tree whose SHA-256 is not `data.sha256`, a split that is missing, a class
+    without images, and classes that differ between the splits.
+    """
+    assert data.path is not None
+    path = Path(data.path)
+    if not path.is_dir():
+        check_sha256(path, data.sha256, f"{key}.sha256")
+    files = open_files(path)
+    if path.is_dir():
+        expect_sha256(path, tree_sha256(files), data.sha256, f"{key}.sha256")
+    root, tops = _root(path, files)
+    if data.test_fraction is not None:
+        if split := next((name for name in tops if name in _SPLITS), None):
+            raise UserError(f"{key}.test_fraction: {path} has a folder {split}/; remove the key")
+        return _drawn(_image_list(path, files, _classes(path, files, root)), data.test_fraction)
+    for split in _SPLITS:
+        if split not in tops:
+            inside = "" if root == PurePosixPath() else f" in {root}/"
+            hint = f"to draw the test split from folders of classes set {key}.test_fraction"
+            raise UserError(f"{path}: no folder {split}/{inside}; found {_few(tops)}; {hint}")
+    found = {split: _classes(path, files, root / split) for split in _SPLITS}
+    if set(found["train"]) != set(found["test"]):
+        odd = sorted(set(found["train"]) ^ set(found["test"]))
+        raise UserError(f"{path}: train/ and test/ have different classes; only one of them has {_few(odd)}")
+    train, test = (_image_list(path, files, classes) for classes in found.values())
+    return train, test
+
+
+def tree_sha256(files: Files) -> str:
+    """Return the SHA-256 of a tree: that of the lines `<SHA-256>  <path>`, one a visible file, sorted by path."""
+    names = [name for name in sorted(files.names) if _is_visible(name)]
+    lines = [f"{hashlib.sha256(files.read(name)).hexdigest()}  {name}\n" for name in names]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _drawn(images: ImageList, fraction: float) -> tuple[ImageList, ImageList]:
+    """Return (train, test) of one list, `fraction` of each class for testing, the same for every seed."""
+    train, test = validation_indices(images.labels, fraction, seed=0)
+    return images.subset(train), images.subset(test)
+
+
+def _root(path: Path, files: Files) -> tuple[PurePosixPath, list[str]]:
+    """Return the folder that holds the splits or classes, the top or the only folder there, and what is in it."""
+    names = [PurePosixPath(name) for name in (*files.names, *files.folders) if _is_visible(name)]
+    tops = sorted({name.parts[0] for name in names if name.parts})
+    if len(tops) == 1 and tops[0] not in _SPLITS:
+        below = sorted({name.parts[1] for name in names if len(name.parts) > 1})
+        return PurePosixPath(tops[0]), below
+    return PurePosixPath(), tops
+
+
+def _classes(path: Path, files: Files, root: PurePosixPath) -> dict[str, list[str]]:
+    """Return the files of each class folder below `root`, sorted."""
+    classes: dict[str, list[str]] = {}
+    depth = len(root.parts)
+    for is_file, names in ((False, files.folders), (True, files.names)):
+        for name in names:
+            parts = PurePosixPath(name).parts
+            if parts[:depth] == root.parts and len(parts) > depth + is_file and _is_visible(name):
+                members = classes.setdefault(parts[depth], [])
+                members.extend([name] if is_file else [])
+    if not classes:
+        raise UserError(f"{path}: {root}/ has no class folders with images")
+    empty = [name for name, members in classes.items() if not members]
+    if empty:
+        raise UserError(f"{path}: no images in {root}/{min(empty)}/; add some or remove the class")
+    return dict(sorted(classes.items()))
+
+
+def _image_list(path: Path, files: Files, classes: dict[str, list[str]]) -> ImageList:
+    names = [name for members in classes.values() for name in members]
+    counts = torch.tensor([len(members) for members in classes.values()])
+    labels = torch.arange(len(classes)).repeat_interleave(counts)
+    return ImageList(labels, tuple(classes), [f"{path}: {name}" for name in names], lambda i: files.read(names[i]))
+
+
+def _is_visible(name: str) -> bool:
+    return not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
+
+
+def _few(names: list[str]) -> str:
+    return (", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "nothing"

@@ -1,1 +1,0 @@
-"""ONNX files of the fp32 model and of its quantized variants."""

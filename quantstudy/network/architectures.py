@@ -1,0 +1,191 @@
+"""Build a classifier by its name in the params: torchvision's, one for small images, or one's own by its import path.
+
+`mypackage.module:factory` imports `mypackage.module` from the project's folder (or the PYTHONPATH) and calls its
+`factory(num_classes=...)`. That code is part of what a model's file depends on, so its SHA-256 is kept beside the
+weights and compared before they are loaded into a network again.
+"""
+
+import functools
+import hashlib
+import importlib
+import inspect
+import sys
+import sysconfig
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantstudy.errors import UserError, one_line, unknown
+from quantstudy.files import sha256
+from quantstudy.network.attention import open_attention
+from quantstudy.network.source_code import transitive_imports
+
+IMAGE_SIZE = 224
+"""What torchvision's networks are made for, where nothing else is said."""
+ATTENTION = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2")
+"""Modules of Swin that read the weights of the linear layers in them, so that these cannot be replaced."""
+_SIZED = {"vit_": "image_size", "maxvit_": "input_size"}
+"""The argument by which the families whose parameters depend on the image size take it."""
+
+
+def is_own(architecture: str) -> bool:
+    """Whether a name is the import path of a factory, `package.module:factory`."""
+    return ":" in architecture
+
+
+def build(architecture: str, classes: int, image_size: int = IMAGE_SIZE, key: str = "model.architecture") -> nn.Module:
+    """Return a classifier with a head of `classes` outputs and random weights, its attention opened.
+
+    `image_size` only matters to networks whose parameters depend on it. `key` is the param that an error names.
+
+    Raises:
+        UserError: there is no classifier of that name, it cannot be built, or it has attention of Swin's.
+    """
+    make = _own(architecture, key) if is_own(architecture) else _torchvision(architecture, key)
+    torch.backends.mha.set_fastpath_enabled(False)  # it reads the weights of an encoder's linear layers itself
+    arguments: dict[str, Any] = {"num_classes": classes}
+    sized = next((name for prefix, name in _SIZED.items() if architecture.startswith(prefix)), None)
+    if is_own(architecture) and "image_size" in inspect.signature(make).parameters:
+        sized = "image_size"
+    if sized is not None:
+        arguments[sized] = (image_size, image_size) if sized == "input_size" else image_size
+    expected = Exception if is_own(architecture) else (AssertionError, ValueError)
+    try:
+        model = make(**arguments)
+    except expected as error:
+        raise UserError(f"{key}: {architecture!r} for {image_size} px cannot be built: {one_line(error)}") from None
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{key}: {architecture!r} returned {type(model).__name__}, not a torch.nn.Module")
+    open_attention(model)
+    for module in model.modules():
+        if (kind := type(module).__name__) in ATTENTION:
+            raise UserError(f"{key}: {architecture!r} has {kind}, which is not quantized here; choose another")
+    return model
+
+
+def check_logits(model: nn.Module, classes: int, image_size: int, key: str) -> None:
+    """Run `model` on an image; raise `UserError`, naming `key`, unless it returns logits [1, classes]."""
+    training = model.training
+    try:
+        with torch.no_grad():
+            logits = model.eval()(torch.zeros(1, 3, image_size, image_size))
+    except Exception as error:  # one's own code may raise anything; torchvision's does at images that are too small
+        raise UserError(f"{key}: the network fails on an image of {image_size} px: {one_line(error)}") from None
+    finally:
+        model.train(training)
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if shape != (1, classes):
+        raise UserError(f"{key}: the network returns {shape} for one image, not logits of shape {(1, classes)}")
+
+
+def code_sha256(architecture: str, key: str = "model.architecture") -> str | None:
+    """Return the SHA-256 of the code behind an import path, None for another name.
+
+    The code is the module's file and, unless it is an installed package's, what it imports from beside it.
+    """
+    if not is_own(architecture):
+        return None
+    name = architecture.partition(":")[0]
+    file = Path(_module(name, key).__file__ or "")
+    root = file.parents[name.count(".") + (file.name == "__init__.py")]
+    script = file.relative_to(root)
+    installed = root in (Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib"))
+    files = [script] if installed else transitive_imports(script, root)
+    lines = [f"{sha256(root / path)}  {path.as_posix()}\n" for path in files if path.parts[0] != "quantstudy"]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def check_code(architecture: str, expected: str | None, key: str) -> None:
+    """Raise `UserError`, naming `key`, when the code behind an import path has another SHA-256 than `expected`."""
+    found = code_sha256(architecture, key)
+    if found != expected:
+        raise UserError(
+            f"{key}: {expected!r} is not the SHA-256 of the code of {architecture}; the one found is {found}"
+        )
+
+
+def _own(architecture: str, key: str) -> Callable[..., Any]:
+    name, _, attribute = architecture.partition(":")
+    module = _module(name, key)
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        functions = [found for found, value in vars(module).items() if callable(value) and not found.startswith("_")]
+        raise unknown(f"{key}: in {name}", attribute, functions)
+    return factory  # type: ignore[no-any-return]
+
+
+def _module(name: str, key: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # importing runs one's own code
+        raise UserError(
+            f"{key}: {name} cannot be imported from {Path.cwd()} or PYTHONPATH: {one_line(error)}"
+        ) from None
+
+
+def vgg11_small(num_classes: int) -> nn.Module:
+    """VGG-11 with batch normalization as it is trained on images of 32 px: a single linear layer of 512 inputs.
+
+    The two hidden linear layers of torchvision's are 119 of its 129 million parameters, and read one pixel 49 times.
+    """
+    vgg = torchvision_models().vgg
+    features = vgg.make_layers(vgg.cfgs["A"], batch_norm=True)
+    for module in features:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(
+        OrderedDict(
+            features=features,
+            avgpool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            classifier=nn.Linear(512, num_classes),
+        )
+    )
+
+
+_SMALL = {"vgg11_small": vgg11_small}
+
+
+def _torchvision(architecture: str, key: str) -> Callable[..., nn.Module]:
+    if architecture in _SMALL:
+        return _SMALL[architecture]
+    models = torchvision_models()
+    if architecture not in torchvision_names():
+        raise unknown(key, architecture, [*torchvision_names(), *_SMALL])
+    has_auxiliary_heads = architecture in ("googlenet", "inception_v3")
+    arguments = {"init_weights": True, "aux_logits": False} if has_auxiliary_heads else {}
+    return functools.partial(models.get_model, architecture, weights=None, **arguments)
+
+
+def torchvision_names() -> list[str]:
+    """Return the names of torchvision's classifiers."""
+    models = torchvision_models()
+    names: list[str] = models.list_models(module=models)
+    return names
+
+
+@functools.cache
+def torchvision_models() -> ModuleType:
+    """Import torchvision's models without torch._dynamo: 0.15 s instead of 1.4 s.
+
+    Only its operators for detectors want a function of it, which is called when they are. A stand-in holds its place
+    during the import; a torchvision that wants more of it gets the real one.
+    """
+    if "torch._dynamo" in sys.modules:
+        return importlib.import_module("torchvision.models")
+    names = ("torch._dynamo", "torch._dynamo.utils")
+    sys.modules.update({name: ModuleType(name) for name in names})
+    sys.modules["torch._dynamo.utils"].is_compile_supported = lambda device_type: False  # type: ignore[attr-defined]
+    try:
+        return importlib.import_module("torchvision.models")
+    except (ImportError, AttributeError):
+        pass
+    finally:
+        for name in names:
+            del sys.modules[name]
+    return importlib.import_module("torchvision.models")

@@ -1,0 +1,140 @@
+"""The ONNX graph of an architecture, without weights: what every variant of a study has in common.
+
+`torch.onnx.export` writes it once, from a network of random weights, so that no two of them are equal: its optimizer
+merges equal tensors, and the names by which the weights are filled in later would be lost. What is computed from
+weights is not computed beforehand, since it would be that of the random ones. BatchNorm is folded. A
+weight that PyTorch stored transposed gets its own layout back, and a Transpose after it. Pooling over single
+pixels, which is what adaptive pooling comes to when the image already has the size that is asked for, is left out.
+"""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper, numpy_helper
+from torch import nn
+
+from quantstudy.errors import UserError
+from quantstudy.files import atomic
+from quantstudy.network.models import skeleton
+
+OPSET = 21
+"""The first opset with 4-bit integers and block-wise DequantizeLinear."""
+INPUT, OUTPUT, BATCH = "images", "logits", "batch"
+
+
+def network_graph(architecture: str, classes: int, image_size: int) -> onnx.ModelProto:
+    """Return a network's graph, float32 [batch, 3, S, S] to float32 [batch, classes]; batch is free.
+
+    Each parameter of the network is an initializer of its name and shape, without data. Other constants have theirs.
+    """
+    network = skeleton(architecture, classes, image_size)
+    if any(tensor.is_meta for tensor in network.state_dict().values()):
+        network.to_empty(device="cpu")
+    _untie(network)
+    state = network.state_dict()
+    generator = torch.Generator().manual_seed(0)
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5, generator=generator)
+    model = _exported(network, image_size, frozenset(state))
+    _strip(model)
+    _drop_poolings_of_one_pixel(model.graph)
+    _restore_layouts(model, {name: tensor.numpy() for name, tensor in state.items()})
+    for initializer in model.graph.initializer:
+        if initializer.name in state:
+            initializer.ClearField("raw_data")
+    return model
+
+
+def save_graph(path: Path, graph: onnx.ModelProto) -> None:
+    """Write a graph that `network_graph` made, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(graph.SerializeToString(deterministic=True))
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """Read what `save_graph` wrote; raise `UserError` when it is not there."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; run the stage trace")
+    return onnx.load_model_from_string(path.read_bytes())
+
+
+def _untie(network: nn.Module) -> None:
+    """Give each of several layers that share a weight one of its own: their inputs are quantized apart."""
+    seen: set[int] = set()
+    for module in network.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                setattr(module, key, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+            seen.add(id(parameter))
+
+
+def _exported(network: nn.Module, image_size: int, weights: frozenset[str]) -> onnx.ModelProto:
+    from onnxscript.optimizer import optimize_ir
+
+    images = torch.randn(2, 3, image_size, image_size)
+    shapes: Any = ({0: torch.export.Dim(BATCH)},)
+
+    def reads_a_weight(node: Any) -> bool:
+        return any(value is not None and value.name in weights for value in node.inputs)
+
+    level = logging.getLogger("torch.onnx").level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            network,
+            (images,),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=shapes,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            verbose=False,
+            optimize=False,
+        )
+        logging.getLogger("torch.onnx").setLevel(level)
+    assert program is not None
+    optimize_ir(program.model, should_fold=lambda node: False if reads_a_weight(node) else None)
+    return program.model_proto
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Remove names and shapes that only a debugger reads: they are larger than a small network's 4-bit weights."""
+    graph = model.graph
+    del graph.value_info[:]
+    for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
+        part.ClearField("doc_string")
+        part.ClearField("metadata_props")
+
+
+def _drop_poolings_of_one_pixel(graph: onnx.GraphProto) -> None:
+    for node in [node for node in graph.node if node.op_type in ("AveragePool", "MaxPool")]:
+        window = {attribute.name: list(attribute.ints) for attribute in node.attribute}
+        if (
+            window["kernel_shape"] == [1, 1]
+            and window.get("strides", [1, 1]) == [1, 1]
+            and not any(window.get("pads", []))
+        ):
+            for reader in graph.node:
+                reader.input[:] = [node.input[0] if name == node.output[0] else name for name in reader.input]
+            graph.node.remove(node)
+
+
+def _restore_layouts(model: onnx.ModelProto, state: dict[str, np.ndarray]) -> None:
+    graph = model.graph
+    present = {initializer.name for initializer in graph.initializer}
+    missing = {name: array for name, array in state.items() if name not in present and array.ndim == 2}
+    for initializer in [i for i in graph.initializer if i.name not in state and len(i.dims) == 2]:
+        stored = numpy_helper.to_array(initializer)
+        for name, array in missing.items():
+            if stored.shape == array.T.shape and np.array_equal(stored, array.T):
+                graph.node.insert(0, helper.make_node("Transpose", [name], [initializer.name], perm=[1, 0]))
+                graph.initializer.remove(initializer)
+                graph.initializer.append(numpy_helper.from_array(array, name))
+                break

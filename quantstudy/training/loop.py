@@ -1,0 +1,327 @@
+"""The one training loop, for fine-tuning and for quantization-aware training.
+
+It keeps the epoch with the best top-1 on the validation images (a part of the training split), writes its
+curve after every epoch, and resumes after a kill from the last epoch whose state it saved. Saving is skipped
+while it would take more than a tenth of the time trained since the last save, so a large model on a small
+data set is not slowed by it.
+"""
+
+import csv
+import io
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from quantstudy import params as P
+from quantstudy.data.batches import Batches
+from quantstudy.data.container import Split
+from quantstudy.data.sampling import validation_indices
+from quantstudy.errors import UserError
+from quantstudy.files import save_tensors, write_text
+from quantstudy.machine.device import autocast
+from quantstudy.training import parallel
+
+COLUMNS = (
+    "epoch",
+    "train_loss",
+    "train_top1",
+    "validation_loss",
+    "validation_top1",
+    "learning_rate",
+    "images_per_second",
+    "waiting_percent",
+)
+SAVE_SHARE = 0.1
+MEMORY_FORMAT = torch.channels_last
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training run is called, where its files lie, and the arithmetic it uses."""
+
+    name: str
+    settings: P.Training
+    curve: Path
+    resume: Path
+    fingerprint: str
+    """Identifies data, model and settings: a saved state of another fingerprint is not resumed from."""
+    dtype: torch.dtype | None = None
+    """Autocast type, None for float32; float16 brings a gradient scaler."""
+    score_start: bool = False
+    """Whether the untrained model competes as epoch 0, so that training can never lose on validation."""
+    before_validation: Callable[[nn.Module], None] | None = None
+    """Called with the model at the start and after each epoch, before it is scored and kept."""
+    groups: list[dict[str, Any]] | None = None
+    """What Adam trains, each group at its rate, in eval mode; None: all parameters, as the settings say."""
+    teacher: nn.Module | None = None
+    distillation: float = 0.0
+    """The share of the teacher's probabilities in the targets (Hinton et al. 2015, at temperature 1)."""
+
+
+@dataclass
+class State:
+    """What grows during a run."""
+
+    epoch: int = 0
+    rows: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, torch.Tensor] = field(default_factory=dict)
+    best_epoch: int = 0
+    best_score: tuple[float, float] = (-1.0, -math.inf)
+
+
+def train(model: nn.Module, training: Batches, validation: Batches, run: Run) -> State:
+    """Train `model` in place, leave it with the weights of its best epoch, return the run's state.
+
+    With 0 epochs it is only scored.
+    """
+    if not run.settings.epochs:
+        return _scored(model, validation, run)
+    device = next(model.parameters()).device
+    averaging = parallel.averaging(model)
+    optimizer = _optimizer(model, run, fused=run.dtype != torch.float16)
+    schedule = _schedule(optimizer, run.settings, len(training))
+    scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    state = _restore(run, parts)
+    saved_at = time.perf_counter()
+    save_seconds = 0.0
+    if run.score_start and not state.rows:
+        _score_start(state, model, validation, run)
+    for epoch in range(state.epoch + 1, run.settings.epochs + 1):
+        training.set_epoch(epoch)
+        row = _one_epoch(averaging, training, optimizer, schedule, scaler, run, epoch)
+        if run.before_validation:
+            run.before_validation(model)
+        parallel.share_buffers(model)
+        row["validation_loss"], row["validation_top1"] = evaluate(model, validation, run.dtype)
+        state.epoch = epoch
+        _keep(state, model, row)
+        elapsed = time.perf_counter() - saved_at
+        if parallel.rank():
+            continue
+        _write_curve(run.curve, state.rows)
+        tqdm.write(_line(run, row))
+        if epoch < run.settings.epochs and save_seconds <= SAVE_SHARE * elapsed:
+            save_seconds = _save(run, parts, state)
+            saved_at = time.perf_counter()
+    model.load_state_dict(state.best)
+    if not parallel.rank():
+        run.resume.unlink(missing_ok=True)
+    return state
+
+
+def _scored(model: nn.Module, validation: Batches, run: Run) -> State:
+    state = State()
+    _score_start(state, model, validation, run)
+    if not parallel.rank():
+        _write_curve(run.curve, state.rows)
+    return state
+
+
+def _score_start(state: State, model: nn.Module, validation: Batches, run: Run) -> None:
+    if run.before_validation:
+        run.before_validation(model)
+    loss, top1 = evaluate(model, validation, run.dtype)
+    _keep(state, model, {"epoch": 0, "validation_loss": loss, "validation_top1": top1})
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Batches, dtype: torch.dtype | None = None) -> tuple[float, float]:
+    """Return the mean cross-entropy and the top-1 in percent of `model`, in eval mode, on all of `batches`."""
+    model.eval()
+    loss, correct, seen = 0.0, 0, 0
+    for images, labels in batches:
+        with autocast(images.device, dtype):
+            logits = model(images).float()
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        correct += int((logits.argmax(1) == labels).sum())
+        seen += len(labels)
+    return loss / seen, 100 * correct / seen
+
+
+def _one_epoch(
+    model: nn.Module,
+    batches: Batches,
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    scaler: torch.amp.GradScaler,
+    run: Run,
+    epoch: int,
+) -> dict[str, float]:
+    model.train(run.groups is None)
+    device = next(model.parameters()).device
+    total_loss = torch.zeros((), device=device)
+    correct = torch.zeros((), device=device)
+    seen, started, waited = 0, time.perf_counter(), batches.seconds_waiting
+    title = f"{run.name} {epoch}/{run.settings.epochs}"
+    own = batches.images // parallel.world()
+    with tqdm(total=own, desc=title, unit="img", leave=False, mininterval=1.0, disable=parallel.rank() > 0) as bar:
+        for images, labels in batches:
+            with autocast(device, run.dtype):
+                logits = model(images).float()
+                loss = _loss(logits, images, labels, run)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            total_loss += loss.detach() * len(labels)
+            correct += (logits.detach().argmax(1) == labels).sum()
+            seen += len(labels)
+            bar.update(len(labels))
+            if not bar.disable and bar.n == bar.last_print_n:
+                bar.set_postfix_str(f"loss {total_loss.item() / seen:.3f} top1 {100 * correct.item() / seen:.1f}%")
+    seconds = time.perf_counter() - started
+    totals = parallel.sum_over_processes(torch.stack([total_loss, correct, torch.full_like(correct, seen)]))
+    loss_sum, correct_sum, seen_sum = totals.tolist()
+    mean_loss = loss_sum / seen_sum
+    if not math.isfinite(mean_loss):
+        rate = run.settings.learning_rate
+        raise UserError(f"{run.name}: the loss is {mean_loss} in epoch {epoch}; lower learning_rate, which is {rate}")
+    return {
+        "epoch": epoch,
+        "train_loss": mean_loss,
+        "train_top1": 100 * correct_sum / seen_sum,
+        "learning_rate": schedule.get_last_lr()[0],
+        "images_per_second": seen_sum / seconds,
+        "waiting_percent": 100 * (batches.seconds_waiting - waited) / seconds,
+    }
+
+
+def _loss(logits: Tensor, images: Tensor, labels: Tensor, run: Run) -> Tensor:
+    loss = F.cross_entropy(logits, labels, label_smoothing=run.settings.label_smoothing)
+    if run.teacher is None:
+        return loss
+    with torch.no_grad():
+        taught = run.teacher(images).float().softmax(1)
+    return (1 - run.distillation) * loss + run.distillation * F.cross_entropy(logits, taught)
+
+
+def _optimizer(model: nn.Module, run: Run, fused: bool) -> torch.optim.Optimizer:
+    """Weight decay applies to matrices and kernels, not to biases and BatchNorm.
+
+    Beside a gradient scaler it is not fused: the fused step on a CPU does not skip gradients that overflowed.
+    """
+    if run.groups is not None:
+        return torch.optim.Adam(run.groups, fused=fused)
+    settings = run.settings
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=fused)
+    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum, fused=fused)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, settings: P.Training, steps_per_epoch: int) -> Any:
+    """Learning rate by step: constant, cosine to zero, or one cycle (Smith 2018) with a 30 % warm-up."""
+    steps = settings.epochs * steps_per_epoch
+    if settings.schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    if settings.schedule == "one_cycle":
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps + 1, cycle_momentum=False
+        )
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+def _keep(state: State, model: nn.Module, row: dict[str, float]) -> None:
+    state.rows.append(row)
+    score = (row["validation_top1"], -row["validation_loss"])
+    if score > state.best_score:
+        state.best_score, state.best_epoch = score, int(row["epoch"])
+        state.best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def _line(run: Run, row: dict[str, float]) -> str:
+    return (
+        f"{run.name} epoch {row['epoch']}/{run.settings.epochs}: loss {row['train_loss']:.4f}, "
+        f"top-1 {row['train_top1']:.2f} %, validation top-1 {row['validation_top1']:.2f} %, "
+        f"{row['images_per_second']:.0f} images/s, waiting for data {row['waiting_percent']:.1f} %"
+    )
+
+
+def _write_curve(path: Path, rows: list[dict[str, float]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: f"{row[name]:.6g}" if name in row else "" for name in COLUMNS})
+    write_text(path, text.getvalue())
+
+
+def _save(run: Run, parts: dict[str, Any], state: State) -> float:
+    started = time.perf_counter()
+    content = {name: part.state_dict() for name, part in parts.items()}
+    content |= {"fingerprint": run.fingerprint, "state": vars(state), "random": torch.get_rng_state()}
+    save_tensors(run.resume, content)
+    return time.perf_counter() - started
+
+
+def _restore(run: Run, parts: dict[str, Any]) -> State:
+    """Load the state of an interrupted run of the same fingerprint; a broken or foreign file is ignored."""
+    if not run.resume.is_file():
+        return State()
+    try:
+        content = torch.load(run.resume, map_location="cpu", weights_only=True)
+        if content["fingerprint"] != run.fingerprint:
+            return State()
+    except Exception as error:
+        tqdm.write(f"{run.name}: {run.resume} cannot be read ({error}); training starts anew")
+        return State()
+    for name, part in parts.items():
+        part.load_state_dict(content[name])
+    torch.set_rng_state(content["random"])
+    state = State(**content["state"])
+    tqdm.write(f"{run.name}: resumes after epoch {state.epoch} of {run.settings.epochs}")
+    return state
+
+
+def training_and_validation(
+    split: Split, preprocessing: P.Preprocessing, settings: P.Training, seed: int, device: torch.device
+) -> tuple[Batches, Batches]:
+    """Return the batches to train on and the validation batches, both of the training split."""
+    kept, held_out = validation_indices(split.labels, settings.validation_fraction, seed)
+    if settings.max_images is not None:
+        order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))
+        kept = kept[order[: settings.max_images]]
+    if parallel.world() > 1 and min(settings.batch_size, len(kept)) < 2 * parallel.world():
+        raise UserError(f"batch_size: {settings.batch_size} is less than two images for each of the processes")
+    training = Batches(
+        split,
+        preprocessing,
+        settings.batch_size,
+        device,
+        indices=kept,
+        shuffle=True,
+        augmentation=settings.augmentation,
+        seed=seed,
+        share=(parallel.rank(), parallel.world()),
+    )
+    return training, Batches(split, preprocessing, 2 * settings.batch_size, device, indices=held_out)
+
+
+def summary(state: State, training: Batches, validation: Batches) -> dict[str, Any]:
+    """Return what a finished run is remembered by."""
+    return {
+        "train_images": training.images,
+        "validation_images": validation.images,
+        "best_epoch": state.best_epoch,
+        "validation_top1": state.best_score[0],
+    }
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return a text that is equal exactly for runs of equal `parts`: settings, seed, checksums of the files read."""
+    return json.dumps([part.model_dump() if isinstance(part, P.Section) else part for part in parts])

@@ -1,0 +1,142 @@
+"""`python -m quantstudy tune`: the same model in other operators."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+from torch import nn
+
+from quantstudy.__main__ import main
+from quantstudy.errors import UserError, run_stage
+from quantstudy.methods.registry import static
+from quantstudy.params import Static
+from quantstudy.quantization.observers import collect
+from quantstudy.runtimes.onnx_graph import INPUT, network_graph
+from quantstudy.runtimes.onnx_model import save_onnx, to_onnx
+from quantstudy.runtimes.sessions import why_missing
+
+SIZE, CLASSES = 8, 10
+ARCHITECTURE = f"{__name__}:residual"
+
+
+class Residual(nn.Module):
+    """A pointwise convolution in a sum, one with a stride, and a linear layer."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.strided, self.head = nn.Conv2d(8, 16, 1, stride=2), nn.Linear(16, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [N, 3, S, S] to logits [N, classes]."""
+        x = self.first(x).relu()
+        return self.head((self.strided(x + self.second(x)) * 1.5).mean((2, 3)))
+
+
+def residual(num_classes: int) -> nn.Module:
+    return Residual(num_classes)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("onnx"), 7)  # with 8 bits CPUs without VNNI saturate
+
+
+def made(folder: Path, bits: int, **keys: Any) -> Path:
+    torch.manual_seed(0)
+    model = residual(CLASSES).eval().requires_grad_(False)
+    statistics = collect(model, [(torch.randn(8, 3, SIZE, SIZE), torch.zeros(8))], bins=64)
+    variant = static(model, statistics, Static(kind="static", weight_bits=bits, activation_bits=8, **keys))
+    path = folder / "model.onnx"
+    save_onnx(path, to_onnx(variant, network_graph(ARCHITECTURE, CLASSES, SIZE)))
+    return path
+
+
+def tune(source: Path, out: Path, *options: str) -> None:
+    main(["tune", str(source), "--out", str(out), "--runtime", *options])
+
+
+@pytest.mark.skipif(why_missing("onnxruntime") is not None, reason="no onnxruntime")
+def test_the_file_computes_the_same(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import onnxruntime
+
+    out, unsigned = tmp_path / "tuned.onnx", tmp_path / "unsigned.onnx"
+    tune(exported, out, "onnxruntime")
+    assert "new: 2 MatMul, 2 Sub, 2 Transpose\n" in capsys.readouterr().out
+    tune(made(tmp_path, 8), unsigned, "onnxruntime", "--without-vnni")
+    assert "new: 2 MatMul, 2 Sub, 2 Transpose, 4 weights in uint8" in capsys.readouterr().out
+    images = np.random.default_rng(0).standard_normal((3, 3, SIZE, SIZE), np.float32)
+
+    def run(path: Path, level: onnxruntime.GraphOptimizationLevel) -> np.ndarray:
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = level
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return np.asarray(session.run(None, {INPUT: images})[0])
+
+    for before, after in ((exported, out), (tmp_path / "model.onnx", unsigned)):
+        onnx.checker.check_model(onnx.load(after), full_check=True)
+        as_float32 = run(before, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
+        in_integers = run(after, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
+        np.testing.assert_allclose(as_float32, in_integers, rtol=1e-4, atol=1e-4)
+        assert after.stat().st_size < 1.3 * before.stat().st_size
+
+
+def test_what_needs_no_change_is_copied(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tune(exported, tmp_path / "x.onnx", "openvino", "--batch-size", "16")
+    assert "nothing to change" in capsys.readouterr().out
+    assert (tmp_path / "x.onnx").read_bytes() == exported.read_bytes()
+
+
+def test_openvino_has_no_kernels_for_8_bits_without_vnni(exported: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    with pytest.raises(UserError, match="saturation_free"):
+        tune(made(tmp_path, 8), out, "openvino", "--without-vnni")
+    assert not out.exists()
+    for source in (exported, made(tmp_path, 8, saturation_free=True)):
+        tune(source, out, "openvino", "--without-vnni")
+        assert out.exists()
+        out.unlink()
+
+
+def test_the_8_bit_layers_beside_4_bits_become_unsigned_too(tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    tune(made(tmp_path, 4, edge_bits=8), out, "onnxruntime", "--without-vnni")
+    types = {tensor.data_type for tensor in onnx.load(out).graph.initializer if len(tensor.dims) > 1}
+    assert types == {TensorProto.UINT8, TensorProto.INT4}
+
+
+def test_mistakes_are_one_line_and_write_nothing(exported: Path, tmp_path: Path) -> None:
+    text, foreign = tmp_path / "text.onnx", tmp_path / "foreign.onnx"
+    text.write_text("no model")
+    model = onnx.load(exported)
+    model.producer_name = "another"
+    onnx.save(model, foreign)
+    out, cut, tuned = (tmp_path / f"{name}.onnx" for name in ("out", "cut", "tuned"))
+    cut.write_bytes(exported.read_bytes()[:14])
+    tune(exported, tuned, "onnxruntime")
+    for source, target, message in (
+        (tmp_path / "missing.onnx", out, "no file"),
+        (text, out, "not an ONNX model"),
+        (foreign, out, "'another'"),
+        (cut, out, "not an ONNX model"),
+        (tuned, out, "tuned for onnxruntime before"),
+        (exported, exported, "--out"),
+        (exported, tmp_path / "out.pth", "ends in .onnx"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tune(source, target, "onnxruntime")
+    assert not out.exists()
+
+
+def test_a_file_that_cannot_be_written_and_a_batch_that_is_none_are_one_line(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder.onnx").mkdir()
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "folder.onnx", tmp_path / "file" / "out.onnx"):
+        with pytest.raises(SystemExit, match=r"error: .*(folder\.onnx|file): "):
+            run_stage(lambda out=out: tune(exported, out, "onnxruntime"))  # type: ignore[misc]
+    with pytest.raises(SystemExit):
+        tune(exported, tmp_path / "out.onnx", "openvino", "--batch-size", "0")

@@ -1,0 +1,147 @@
+"""The training loop: resume, best epoch, divergence, gradient scaling."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from quantstudy import params as P
+from quantstudy.data.batches import Batches
+from quantstudy.data.digits import digits
+from quantstudy.errors import UserError
+from quantstudy.gradients import Replaced, padded_conv2d
+from quantstudy.machine.device import RoundedOperands
+from quantstudy.training import loop as training
+
+DATA = P.Data(source="digits", image_size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 10))
+
+
+@pytest.fixture
+def batches() -> tuple[Batches, Batches]:
+    split, _ = digits()
+    train = Batches(split, DATA, 32, "cpu", indices=torch.arange(160), shuffle=True, augmentation="shift")
+    return train, Batches(split, DATA, 64, "cpu", indices=torch.arange(160, 260))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> training.Run:
+    settings = P.Training(epochs=4, learning_rate=0.05, batch_size=32)
+    return training.Run("test", settings, tmp_path / "curve.csv", tmp_path / "resume.pt", "print")
+
+
+def test_a_killed_run_resumes_to_the_same_weights(
+    run: training.Run, batches: tuple[Batches, Batches], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = network()
+    training.train(whole, *batches, run)
+    curve = [line.split(",")[:5] for line in run.curve.read_text().splitlines()]
+
+    real, calls = training.evaluate, []
+
+    def killed(*arguments: object) -> tuple[float, float]:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training, "SAVE_SHARE", 1e9)
+    monkeypatch.setattr(training, "evaluate", killed)
+    torch.manual_seed(0)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(network(), *batches, run)
+    assert run.resume.is_file()
+    monkeypatch.setattr(training, "evaluate", real)
+    resumed = network()
+    state = training.train(resumed, *batches, run)
+    assert [line.split(",")[:5] for line in run.curve.read_text().splitlines()] == curve
+    assert state.epoch == 4 and not run.resume.exists()
+    for ours, theirs in zip(resumed.state_dict().values(), whole.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_another_runs_state_is_not_resumed(run: training.Run, batches: tuple[Batches, Batches]) -> None:
+    run.resume.write_bytes(b"broken")
+    assert training.train(network(), *batches, run).epoch == 4
+    assert len(run.curve.read_text().splitlines()) == 5
+
+
+def test_the_best_epoch_is_kept(run: training.Run, batches: tuple[Batches, Batches]) -> None:
+    model = network()
+    state = training.train(model, *batches, run)
+    best = max(row["validation_top1"] for row in state.rows)
+    assert training.evaluate(model, batches[1])[1] == pytest.approx(best)
+    assert state.best_score[0] == best
+
+
+def test_training_cannot_lose_to_its_start(run: training.Run, batches: tuple[Batches, Batches]) -> None:
+    model = network()
+    training.train(model, *batches, run)
+    before = training.evaluate(model, batches[1])[1]
+    harmful = replace(run, settings=P.Training(epochs=1, learning_rate=5.0), score_start=True)
+    state = training.train(model, *batches, harmful)
+    assert state.best_score[0] >= before
+
+
+def test_divergence_is_one_line(run: training.Run, batches: tuple[Batches, Batches]) -> None:
+    wild = replace(run, settings=P.Training(epochs=3, learning_rate=1e12))
+    with pytest.raises(UserError, match="lower learning_rate"):
+        training.train(network(), *batches, wild)
+
+
+def test_float16_skips_gradients_that_overflow(
+    run: training.Run, batches: tuple[Batches, Batches], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale = torch.amp.GradScaler.scale
+
+    def overflow(self: torch.amp.GradScaler, loss: torch.Tensor) -> torch.Tensor:
+        return scale(self, loss) * (torch.inf if self.get_scale() > 2**14 else 1.0)  # type: ignore[operator]
+
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", overflow)
+    model = network()
+    training.train(model, *batches, replace(run, dtype=torch.float16))
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+
+
+def test_float16_scales_its_gradients(
+    run: training.Run, batches: tuple[Batches, Batches], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaled = []
+    scale = torch.amp.GradScaler.scale
+
+    def spy(self: torch.amp.GradScaler, loss: torch.Tensor) -> torch.Tensor:
+        scaled.append(self.get_scale())
+        return scale(self, loss)  # type: ignore[return-value]
+
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", spy)
+    training.train(network(), *batches, replace(run, dtype=torch.float16))
+    assert min(scaled) > 1
+
+
+def test_gradients_are_quick_and_operands_rounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A depthwise convolution of one pixel is trained on rounded operands, and not by oneDNN."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 3, 3, padding=1, groups=3), nn.Flatten())
+    model[1].weight.data += 1e-4  # not a number of bfloat16
+    split, _ = digits()
+    batch = Batches(split, DATA, 32, "cpu", indices=torch.arange(32))
+    seen = []
+    quick = Replaced({nn.functional.conv2d: padded_conv2d})
+    monkeypatch.setattr(training, "quick_gradients", lambda model, device: quick)
+    monkeypatch.setattr(training, "autocast", lambda device, dtype: RoundedOperands(torch.bfloat16))
+    model.register_forward_hook(lambda module, images, logits: seen.append((images[0], logits)))
+    monkeypatch.setattr(training, "_loss", lambda logits, *rest: logits.square().sum())
+    monkeypatch.setattr(training, "evaluate", lambda *rest: (0.0, 0.0))
+    weight, bias = (parameter.detach().clone() for parameter in model[1].parameters())
+    settings = P.Training(epochs=1, learning_rate=0.05, batch_size=32)
+    training.train(model, batch, batch, training.Run("test", settings, tmp_path / "c.csv", tmp_path / "r.pt", "print"))
+    images, logits = seen[0]
+    middle = weight[:, 0, 1, 1].bfloat16().float()
+    torch.testing.assert_close(logits, images.mean((2, 3)).bfloat16().float() * middle + bias, rtol=0, atol=1e-7)
+    assert logits.grad_fn.next_functions[0][0].name() == "AddBackward0"

@@ -1,0 +1,1 @@
+"""What makes DVC quicker; nothing else imports it."""
