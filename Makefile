@@ -9,16 +9,18 @@ TOOLS := $(VENV)/.tools
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e
 # pip compiles with one core; without bytecode each of a hundred stages would compile what it imports anew.
 COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
+# The dvc of the virtual environment first writes code.yaml anew, so that it knows which stages run other code.
+DVC := printf '%s\n' '\#!$(CURDIR)/$(BIN)/python' 'import runpy, sys; sys.path[0] = "$(CURDIR)"; runpy.run_module("tools.dvc", run_name="__main__")' > $(BIN)/dvc
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 # Large pages for large tensors: VGG-11 trains a fifth faster, where the system allows it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro results compare test browser check format front figures dag peers clean
+.PHONY: help setup repro results compare test test-all browser check format front figures dag peers clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 setup: $(READY)  ## Make the virtual environment with the pinned dependencies
 
@@ -27,15 +29,17 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) '.[onnxruntime,openvino]'
 	$(COMPILE)
+	$(DVC)
 	touch $@
 
 $(TOOLS): $(READY)
 	$(INSTALL) '.[dev,onnxruntime,openvino]'
 	$(COMPILE)
+	$(DVC)
 	touch $@
 
 repro: setup  ## Run what changed of the studies in params.yaml, then print the result tables
-	python -m quantstudy.warm python -m quantstudy.dvc_lock repro
+	python -m tools.warm sh -c 'python -m stages diagnose > /dev/null && dvc repro'
 	@$(MAKE) --no-print-directory results
 
 results: setup  ## Print the result tables and where the plots are
@@ -44,8 +48,11 @@ results: setup  ## Print the result tables and where the plots are
 compare: setup  ## Which variants moved between two revisions or experiments: make compare A=HEAD~1 [B=HEAD PAGE=moved.html]
 	@python -m quantstudy compare $(A) $(B) $(if $(PAGE),--page $(PAGE))
 
-test: $(TOOLS)  ## Run the tests
-	python -m pytest
+test: $(TOOLS)  ## Run the tests that take seconds
+	OMP_NUM_THREADS=1 python -m pytest -n 2 -m "not slow"
+
+test-all: test  ## Run those that take minutes too
+	python -m pytest -m slow
 
 browser:  ## Install the Chromium that the tests of the HTML report need, where this system lets us
 	@if command -v chromium chromium-browser google-chrome > /dev/null; then echo 'a Chromium is there'; \
@@ -53,10 +60,12 @@ browser:  ## Install the Chromium that the tests of the HTML report need, where 
 	then echo 'installed Chromium'; \
 	else echo 'no Chromium, and none can be installed here; the tests of the HTML report will be skipped'; fi
 
-check: $(TOOLS)  ## Lint, formatting and types
+check: $(TOOLS)  ## Lint, formatting, types, and whether code.yaml is of this code
 	ruff check .
 	ruff format --check .
 	mypy
+	lint-imports
+	python -m tools.code --check
 
 format: $(TOOLS)  ## Format the code
 	ruff check --fix .
@@ -69,7 +78,7 @@ figures: setup  ## Draw the figures of docs/
 	python -m docs.drawing
 
 dag: setup  ## Show the stages and what they depend on
-	dvc dag
+	dvc dag --mermaid
 
 peers: $(PEERS)/.ready  ## Compare with NNCF, ONNX Runtime and torchao: make peers STUDY=...
 	$(PEERS)/bin/python -m benchmarks.peers --study $(STUDY)
@@ -80,4 +89,4 @@ $(PEERS)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:  ## Delete the virtual environment and caches; models, data and reports stay
-	rm -rf $(VENV) $(PEERS) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

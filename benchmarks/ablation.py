@@ -35,10 +35,10 @@ from quantstudy.machine.device import set_up
 from quantstudy.machine.hardware import describe_machine
 from quantstudy.measure.coverage import stored
 from quantstudy.measure.statistics import mcnemar_exact_p, wilson_half_width
-from quantstudy.methods.registry import quantize
-from quantstudy.network import models
+from quantstudy.methods.calibration import Calibration
+from quantstudy.methods.recipes import quantize
 from quantstudy.network.checkpoint import load_checkpoint
-from quantstudy.quantization.observers import collect
+from quantstudy.network.fp32 import load_fp32, load_preprocessing
 from quantstudy.quantization.variant import load_variant, save_variant
 from quantstudy.report.ablation import markdown
 
@@ -79,13 +79,13 @@ class Subject:
     right: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict)
     """Whether each test image is predicted correctly, by scheme and techniques; fp32's at ()."""
 
-    def calibration(self, seed: int, is_static: bool) -> dict[str, Any]:
+    def calibration(self, seed: int) -> Calibration:
         """Draw calibration images from what the fp32 model was trained on, never from the validation part."""
         kept, _ = validation_indices(self.train.labels, 0.1, self.seed)
         order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))
-        images = images_of(self.train.subset(kept[order[: self.images]]), self.preprocessing, BATCH)
-        observed = collect(self.fp32, [(x, torch.empty(0)) for x in images], 2048) if is_static else {}
-        return observed | {"images": images}
+        return Calibration(
+            self.fp32, images_of(self.train.subset(kept[order[: self.images]]), self.preprocessing, BATCH)
+        )
 
     def correct(self, model: nn.Module) -> np.ndarray:
         """Return, for each test image, whether the model predicts its label."""
@@ -106,8 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_up(study.seed)
     path = layout.model(arguments.study, "fp32")
     splits = (load_split(layout.split(arguments.study, part)) for part in ("train", "test"))
-    seen = models.load_preprocessing(path)
-    subject = Subject(arguments.study, models.load_fp32(path), seen, *splits, arguments.images, study.seed)
+    preprocessing = load_preprocessing(path)
+    subject = Subject(arguments.study, load_fp32(path), preprocessing, *splits, arguments.images, study.seed)
     subject.right[()] = subject.correct(subject.fp32)
     file = layout.report(arguments.study) / "ablation.json"
     rows: list[Row] = read_json(file) if file.is_file() else []
@@ -129,7 +129,7 @@ def _add(rows: list[Row], subject: Subject, scheme: str, steps: list[str], seeds
         return
     correct, seconds = [], []
     for seed in range(seeds):
-        calibration = subject.calibration(seed, settings.kind == "static")
+        calibration = subject.calibration(seed)
         started = time.perf_counter()
         variant = quantize(subject.fp32, calibration, settings)
         seconds.append(time.perf_counter() - started)
@@ -149,8 +149,8 @@ def _add(rows: list[Row], subject: Subject, scheme: str, steps: list[str], seeds
 
 def _steps(scheme: str) -> list[str]:
     """Return the techniques that a scheme can have: without quantized activations they need no range."""
-    is_static = SCHEMES[scheme]["kind"] == "static"
-    return [step for step, keys in STEPS.items() if is_static or "activation_range" not in keys]
+    known = P.METHOD_ROWS[SCHEMES[scheme]["kind"]].model_fields
+    return [step for step, keys in STEPS.items() if keys.keys() <= known.keys()]
 
 
 def _settings(scheme: str, steps: list[str]) -> Any:

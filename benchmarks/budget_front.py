@@ -23,27 +23,19 @@ from torch import nn
 
 from quantstudy import layout
 from quantstudy import params as P
-from quantstudy.data.batches import images_of, run_on_split
+from quantstudy.data.batches import run_on_split
 from quantstudy.data.container import Split, load_split
-from quantstudy.errors import run_stage
+from quantstudy.errors import run_stage, unknown
 from quantstudy.files import read_json, write_json
 from quantstudy.machine.device import DTYPES, set_up
-from quantstudy.measure.statistics import mcnemar_exact_p, sqnr_db, wilson_interval
-from quantstudy.methods.allocation import HALF
-from quantstudy.methods.registry import settings_of
-from quantstudy.methods.sensitivity import (
-    Allocation,
-    Row,
-    Table,
-    allocations_within,
-    divergence_from,
-    mean_bits,
-    measurable,
-    mixed,
-    quantized_table,
-)
-from quantstudy.network import models
+from quantstudy.measure.statistics import mcnemar_exact_p, wilson_interval
+from quantstudy.methods.allocation import HALF, Allocation
+from quantstudy.methods.budget import allocations_within, divergence_from, mean_bits, mixed
+from quantstudy.methods.calibration import Calibration, load_calibration
+from quantstudy.methods.sensitivity import Row, Table, measurable, quantized_table
 from quantstudy.network.checkpoint import load_checkpoint
+from quantstudy.network.fp32 import load_fp32, load_preprocessing
+from quantstudy.quantization.sqnr import sqnr_db
 from quantstudy.quantization.variant import cast, save_variant
 from quantstudy.report.front import plot_budget_front
 
@@ -63,7 +55,7 @@ class Front:
     rows: Sequence[Row]
     table: Table
     divergence: Callable[[Allocation], float]
-    calibration: dict[str, Any]
+    calibration: Calibration
     checkpoint: dict[str, Any]
     test: Split
     preprocessing: P.Preprocessing
@@ -84,7 +76,7 @@ class Front:
     def budget(self, size: float) -> Allocation:
         """Return what `mixed_budget` chooses at a size, in bits a weight."""
         settings = self.settings.model_copy(update={"mean_bits": size, "bit_operations": None})
-        return min(allocations_within(self.layers, self.rows, settings, "budget"), key=self.divergence)
+        return min(allocations_within(self.layers, self.rows, settings), key=self.divergence)
 
     def by_variance(self, count: int) -> Allocation:
         """Return the `count` layers of lowest weight variance in int4, the rest at 16 bits."""
@@ -158,23 +150,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write reports/<study>/budget_front.{json,png}."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
-    parser.add_argument("--method", default=P.BUDGET, help="the method of kind mixed_budget whose rounding is used")
+    parser.add_argument("--method", default="mixed_budget", help="the method whose rounding is used")
     arguments = parser.parse_args(argv)
     name, params = arguments.study, P.load_params()
-    study, settings = params.study(name), settings_of(params, arguments.method, [P.BUDGET])
+    study, settings = params.study(name), params.method(arguments.method)
+    if not settings.needs_sensitivity:
+        raise unknown("--method", arguments.method, [m for m, row in params.methods.items() if row.needs_sensitivity])
     set_up(study.seed)
 
     fp32 = layout.model(name, "fp32")
-    model, seen = models.load_fp32(fp32), models.load_preprocessing(fp32)
+    model, preprocessing = load_fp32(fp32), load_preprocessing(fp32)
     rows = read_json(layout.sensitivity(name, "json"))
-    split = load_split(layout.split(name, "calibration"))
-    images = images_of(split, seen, study.calibration.batch_size)
     widths = sorted({*UNIFORM} | {row["bits"] for row in rows if row["bits"] < HALF})
-    calibration = {"images": images, "image_size": study.data.image_size}
+    calibration = load_calibration(name, study, model, preprocessing, observed=False)
     table = quantized_table(model, calibration, settings, widths)
-    divergence = divergence_from(model, table, images, DTYPES[settings.dtype])
+    divergence = divergence_from(model, table, calibration.images, DTYPES[settings.dtype])
     test = load_split(layout.split(name, "test"))
-    front = Front(model, settings, rows, table, divergence, calibration, load_checkpoint(fp32), test, seen)
+    front = Front(model, settings, rows, table, divergence, calibration, load_checkpoint(fp32), test, preprocessing)
 
     reference = front.logits(model)
     drawn = [{"series": "fp32", "label": "fp32", "size_mb": fp32.stat().st_size / 1e6} | accuracy(reference, test)]

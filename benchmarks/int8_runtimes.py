@@ -1,36 +1,44 @@
 """What int8 buys in time on this CPU, and what it costs to prepare: every runtime of one network, side by side.
 
-Rows: fp32 eager, fp32 compiled by inductor with frozen weights, int8 kernels one layer at a time (static and
-run-time ranges), the lowered network (static and run-time ranges), and int8 static compiled by inductor. The
-network has random weights with BatchNorm folded, and ranges from one random batch: timings need no training.
+Rows: fp32 eager, int8 kernels one layer at a time (static and run-time ranges), the lowered network (static and
+run-time ranges), fp32 and int8 static on ONNX Runtime (tuned for it) and OpenVINO, and compiled by inductor with frozen
+weights. The network has random weights with BatchNorm folded, and ranges from one random batch: timings need no
+training. Weights are such that sums saturate on no CPU.
 
-Method: all runtimes in one process, called in turn, after two calls of each that are not counted. The table gives
-the median milliseconds, how many times faster than fp32 (median and quartiles of the rounds' ratios), and the seconds
-that preparing the runtime took, its first call included. On a busy machine use --threads 1: there, two threads mostly
-wait for each other.
+Method: all runtimes in one process, in turns of three timed calls after one that is not (`measure.latency`). The table
+gives the median milliseconds with their quartiles, how many times faster than each fp32 that is, and the seconds that
+preparing the runtime took, its export and its first call included. On a busy machine use --threads 1: there, two
+threads mostly wait for each other.
 
-    python benchmarks/int8_runtimes.py --architecture mobilenet_v2 --pixels 32 224 --batch 1 16
+    python -m benchmarks.int8_runtimes --architecture mobilenet_v2 --pixels 32 224 --batch 1 16
 """
 
 import argparse
 import copy
+import functools
 import time
 import warnings
 from collections.abc import Callable, Sequence
 
-import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 
 from quantstudy.machine.hardware import describe_machine
-from quantstudy.network.models import build, fold_batchnorm
+from quantstudy.measure.latency import time_alternately
+from quantstudy.network.architectures import build
+from quantstudy.network.folding import fold_batchnorm
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.saturation import limit_of
 from quantstudy.quantization.schemes import ActivationScheme, Mode, WeightScheme
 from quantstudy.runtimes.lowering import lower_int8, make_kernel
+from quantstudy.runtimes.onnx_graph import network_graph
+from quantstudy.runtimes.onnx_tuning import exported_model
+from quantstudy.runtimes.sessions import open_session, why_missing
 
 Runtime = Callable[[Tensor], Tensor]
+CLASSES = 100
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,13 +60,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             for batch in args.batch:
                 x = torch.randn(batch, 3, pixels, pixels).to(memory_format=torch.channels_last)
                 print(f"\n{args.architecture}, {pixels} px, batch {batch}, {args.threads} threads")
-                compare(model, x, args.seconds, not args.no_inductor)
+                graph = network_graph(args.architecture, CLASSES, pixels)
+                compare(model, graph, x, args.seconds, not args.no_inductor)
 
 
 def random_model(architecture: str, pixels: int) -> nn.Module:
     """Return a network with random weights, BatchNorm statistics that fit random images, and BatchNorm folded."""
     torch.manual_seed(0)
-    model = build(architecture, 100).train()
+    model = build(architecture, CLASSES).train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None
@@ -102,7 +111,12 @@ def compiled(model: nn.Module) -> Runtime:
     return torch.compile(model, dynamic=False)
 
 
-def compare(model: nn.Module, x: Tensor, seconds: float, inductor: bool) -> None:
+def exported(model: nn.Module, graph: onnx.ModelProto, runtime: str) -> Runtime:
+    """Load the ONNX model that this project times on a runtime."""
+    return open_session(exported_model(model, graph, runtime), runtime, torch.get_num_threads()).run
+
+
+def compare(model: nn.Module, graph: onnx.ModelProto, x: Tensor, seconds: float, inductor: bool) -> None:
     """Prepare every runtime, time them in turn, print the table."""
     static, dynamic = quantized(model, "static", x), quantized(model, "dynamic", x)
     builders: dict[str, Callable[[], Runtime]] = {
@@ -112,35 +126,29 @@ def compare(model: nn.Module, x: Tensor, seconds: float, inductor: bool) -> None
         "int8 static, lowered": lambda: lower_int8(static),
         "int8 dynamic, lowered": lambda: lower_int8(dynamic),
     }
+    for runtime, name in (("onnxruntime", "onnxruntime, tuned"), ("openvino", "openvino")):
+        if why_missing(runtime) is None:
+            builders[f"fp32 {runtime}"] = functools.partial(exported, model, graph, runtime)
+            builders[f"int8 static, {name}"] = functools.partial(exported, static, graph, runtime)
     if inductor:
         builders["fp32 inductor"] = lambda: compiled(copy.deepcopy(model))
         builders["int8 static, inductor"] = lambda: compiled(copy.deepcopy(static))
-    runtimes, prepared, times = {}, {}, {name: [] for name in builders}
+    runtimes, prepared = {}, {}
     for name, make in builders.items():
         start = time.perf_counter()
-        runtimes[name] = make()
-        runtimes[name](x)
+        is_onnx = isinstance(make, functools.partial)
+        runtimes[name] = functools.partial(make(), x.contiguous() if is_onnx else x)
+        runtimes[name]()
         prepared[name] = time.perf_counter() - start
-        runtimes[name](x)
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["fp32 eager"]) < 5:
-        for name, run in runtimes.items():
-            start = time.perf_counter()
-            run(x)
-            times[name].append(1e3 * (time.perf_counter() - start))
-    table = {name: np.array(row) for name, row in times.items()}
-    bases = [name for name in ("fp32 eager", "fp32 inductor") if name in table]
-    heads = "".join(f"{f'over {base}':>26}" for base in bases)
-    print(f"{'runtime':30}{'ms':>10}{heads}{'prepared in s':>15}")
-    for name, row in table.items():
-        ratios = "".join(f"{spread(table[base] / row):>26}" for base in bases)
-        print(f"{name:30}{np.median(row):10.2f}{ratios}{prepared[name]:15.1f}", flush=True)
-
-
-def spread(ratios: np.ndarray) -> str:
-    """Return the median of the rounds' ratios and, in brackets, their quartiles."""
-    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    timings = time_alternately(runtimes, seconds)
+    bases = {name: timing.median_ms for name, timing in timings.items() if name.startswith("fp32 ")}
+    print(
+        f"{'runtime':30}{'ms (quartiles)':>28}", *(f"{f'over {base}':>22}" for base in bases), f"{'prepared in s':>15}"
+    )
+    for name, timing in timings.items():
+        spread = f"{timing.median_ms:.2f} ({timing.lower_quartile_ms:.2f} to {timing.upper_quartile_ms:.2f})"
+        ratios = (f"{base / timing.median_ms:22.2f}" for base in bases.values())
+        print(f"{name:30}{spread:>28}", *ratios, f"{prepared[name]:15.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from quantstudy import layout
 from quantstudy.data.container import Split
 from quantstudy.machine.hardware import int8_sums_saturate
-from quantstudy.methods.registry import quantize
+from quantstudy.methods.calibration import Calibration
+from quantstudy.methods.recipes import quantize
 from quantstudy.network.checkpoint import load_checkpoint
 from quantstudy.params import Params
 from quantstudy.quantization.layers import quantized_layers
-from quantstudy.quantization.observers import collect
 from quantstudy.quantization.variant import load_variant, save_variant
 from quantstudy.runtimes.executables import build_executable
 from quantstudy.runtimes.onnx_graph import INPUT, load_graph
 from quantstudy.runtimes.onnx_model import save_onnx, to_onnx
+from quantstudy.runtimes.onnx_tuning import exported_model
 from quantstudy.runtimes.sessions import OpenVino, open_session
 
 BATCH_SIZES = (1, 16)
@@ -96,20 +97,16 @@ def quantstudy(subject: Subject) -> Iterator[Candidate]:
     for method in subject.methods:
         settings = subject.params.method(method)
         started = time.perf_counter()
-        needs_ranges = settings.kind == "static"
-        batches = [(images, torch.empty(0)) for images in subject.calibration] if needs_ranges else []
-        calibration = collect(subject.fp32, batches, 2048) if needs_ranges else {}
-        calibration |= {"images": subject.calibration, "image_size": subject.calibration[0].shape[-1]}
-        variant = quantize(subject.fp32, calibration, settings)
+        variant = quantize(subject.fp32, Calibration(subject.fp32, subject.calibration), settings)
         taken = time.perf_counter() - started
         path = subject.folder / f"{method}.pth"
         facts = load_checkpoint(layout.model(subject.name, "fp32"))
         save_variant(path, variant, facts, method)
         size = path.stat().st_size / 1e6
-        proto = to_onnx(variant, load_graph(layout.graph(subject.name)))
-        exported = subject.folder / f"{method}.onnx"
-        save_onnx(exported, proto)
-        for runtime in ("openvino", "onnxruntime"):
+        graph, exported = load_graph(layout.graph(subject.name)), subject.folder / f"{method}.onnx"
+        for runtime in ("onnxruntime", "openvino"):
+            proto = exported_model(variant, graph, runtime)
+            save_onnx(exported, proto)
             run = open_session(proto, runtime, subject.threads).run
             yield Candidate("quantstudy", method, runtime, run, exported.stat().st_size / 1e6, taken)
         if settings.kind in ("static", "dynamic"):
@@ -172,7 +169,7 @@ def onnxruntime(subject: Subject) -> Iterator[Candidate]:
         quant_pre_process(str(subject.onnx_path), str(prepared))
         quantize(str(prepared), str(path), Reader(), per_channel=True, **types)
         taken = time.perf_counter() - started
-        run = open_session(onnx.load(path), "onnxruntime", subject.threads, tune=False).run
+        run = open_session(onnx.load(path), "onnxruntime", subject.threads).run
         yield Candidate("onnxruntime", name, "onnxruntime", run, path.stat().st_size / 1e6, taken)
 
 

@@ -36,9 +36,10 @@ from quantstudy.files import write_json, write_text
 from quantstudy.machine.device import set_up
 from quantstudy.machine.hardware import describe_machine, int8_sums_saturate
 from quantstudy.measure.latency import time_alternately
-from quantstudy.measure.statistics import mcnemar_exact_p, sqnr_db
-from quantstudy.network import models
+from quantstudy.measure.statistics import mcnemar_exact_p
+from quantstudy.network.fp32 import load_fp32, load_preprocessing
 from quantstudy.params import Params, load_params
+from quantstudy.quantization.sqnr import sqnr_db
 from quantstudy.report.peers import RECORD_KEYS, plot_peers, table
 from quantstudy.report.tables import p_value
 
@@ -74,11 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _subject(name: str, params: Params, folder: Path, methods: list[str]) -> Subject:
     path = layout.model(name, "fp32")
-    seen = models.load_preprocessing(path)
-    images = images_of(load_split(layout.split(name, "calibration")), seen, 16)
-    return Subject(
-        name, params, models.load_fp32(path), images, load_split(layout.split(name, "test")), folder, methods
-    )
+    preprocessing = load_preprocessing(path)
+    images = images_of(load_split(layout.split(name, "calibration")), preprocessing, 16)
+    return Subject(name, params, load_fp32(path), images, load_split(layout.split(name, "test")), folder, methods)
 
 
 def _candidates(subject: Subject, tools: list[str]) -> tuple[list[Candidate], dict[str, str]]:
@@ -96,10 +95,10 @@ def _candidates(subject: Subject, tools: list[str]) -> tuple[list[Candidate], di
 
 
 def _measure_accuracy(candidates: list[Candidate], subject: Subject) -> None:
-    seen = models.load_preprocessing(layout.model(subject.name, "fp32"))
+    preprocessing = load_preprocessing(layout.model(subject.name, "fp32"))
     size = max(BATCH_SIZES)
     logits: list[list[Tensor]] = [[] for _ in candidates]
-    for images, _ in Batches(subject.test, seen, size, CPU):
+    for images, _ in Batches(subject.test, preprocessing, size, CPU):
         missing = size - len(images)
         full = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
         for number, candidate in enumerate(candidates):

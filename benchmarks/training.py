@@ -2,10 +2,10 @@
 
 The plain loop is torchvision's reference training (https://github.com/pytorch/vision/tree/main/references/classification)
 without its logging: a DataLoader with a worker process per core, transforms image by image (random resized crop, flip,
-to tensor, normalize), float32 in the default memory format, SGD. This project's loop is `quantstudy.training.loop`, with
-its crop and flip. Both start from decoded images in memory, take the same batch size and SGD, and train on every image
-once an epoch. They take turns, an epoch each, after one that does not count; the table gives the median images per
-second, and the median and extremes of the rounds' ratios.
+to tensor, normalize), float32 in the default memory format, SGD. This project's loop has its own crop and flip. Both
+start from decoded images in memory, take the same batch size and SGD, and train on every image once an epoch. They take
+turns, an epoch each, after one that does not count; the table gives the median images per second, and the median and
+extremes of the rounds' ratios.
 
     python -m benchmarks.training --architecture mobilenet_v2 --pixels 96
     python -m benchmarks.training --architecture vgg11 --pixels 32
@@ -16,7 +16,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from quantstudy.data.batches import Batches
 from quantstudy.data.container import Split
 from quantstudy.machine.device import pick_device, training_dtype
 from quantstudy.machine.hardware import describe_machine
-from quantstudy.network.models import build
+from quantstudy.network.architectures import build
 from quantstudy.training import loop as training
 
 CLASSES = 10
@@ -52,46 +52,35 @@ class Images(Dataset[tuple[Tensor, int]]):
         return self.transform(self.images[index]), self.labels[index]
 
 
-class Plain:
-    """The reference's loop."""
+def plain_loop(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> Callable[[], None]:
+    """Return what trains an epoch as the reference's loop does."""
+    device = pick_device()
+    model.to(device).train()
+    workers = os.cpu_count() or 1
+    loader = DataLoader(Images(images, labels), batch_size, shuffle=True, num_workers=workers, persistent_workers=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
 
-    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> None:
-        self.device = pick_device()
-        self.model = model.to(self.device).train()
-        workers = os.cpu_count() or 1
-        self.loader = DataLoader(
-            Images(images, labels), batch_size, shuffle=True, num_workers=workers, persistent_workers=True
-        )
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-        self.criterion = nn.CrossEntropyLoss()
-
-    def epoch(self) -> None:
-        """Train on every image once."""
-        for images, labels in self.loader:
-            images, labels = images.to(self.device), labels.to(self.device)
-            loss = self.criterion(self.model(images), labels)
-            self.optimizer.zero_grad()
+    def epoch() -> None:
+        for inputs, targets in loader:
+            loss = nn.functional.cross_entropy(model(inputs.to(device)), targets.to(device))
+            optimizer.zero_grad()
             loss.backward()
-            self.optimizer.step()
+            optimizer.step()
+
+    return epoch
 
 
-class Own:
-    """This project's loop, an epoch at a time."""
-
-    def __init__(self, model: nn.Module, split: Split, batch_size: int, folder: Path) -> None:
-        device = pick_device()
-        self.model = model.to(device, memory_format=training.MEMORY_FORMAT)
-        size = split.images.shape[-1] if split.images is not None else 0
-        seen = P.Preprocessing(image_size=size, mean=MEAN, std=STD)
-        self.batches = Batches(split, seen, batch_size, device, shuffle=True, augmentation="crop_flip")
-        self.validation = Batches(split, seen, batch_size, device, indices=torch.arange(1))
-        self.settings = P.Training(epochs=1, learning_rate=0.01, batch_size=batch_size)
-        self.folder, self.dtype = folder, training_dtype("auto", device)
-
-    def epoch(self) -> None:
-        """Train on every image once."""
-        run = training.Run("own", self.settings, self.folder / "c.csv", self.folder / "r.pt", "", self.dtype)
-        training.train(self.model, self.batches, self.validation, run)
+def own_loop(model: nn.Module, split: Split, batch_size: int, folder: Path) -> tuple[Callable[[], object], Batches]:
+    """Return what trains an epoch with this project's loop, and the batches that it waits for."""
+    device = pick_device()
+    model.to(device, memory_format=training.MEMORY_FORMAT)
+    preprocessing = P.Preprocessing(image_size=split.side, mean=MEAN, std=STD)
+    batches = Batches(split, preprocessing, batch_size, device, shuffle=True, augmentation="crop_flip")
+    validation = Batches(split, preprocessing, batch_size, device, indices=torch.arange(1))
+    settings = P.Training(epochs=1, learning_rate=0.01, batch_size=batch_size)
+    dtype = training_dtype("auto", device)
+    run = training.Run("own", settings, folder / "curve.csv", folder / "resume.pt", "", dtype)
+    return lambda: training.train(model, batches, validation, run), batches
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -108,18 +97,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     labels = torch.randint(0, CLASSES, (args.images,))
     split = Split(labels, tuple(map(str, range(CLASSES))), args.pixels, images)
     with tempfile.TemporaryDirectory() as folder:
-        own = Own(build(args.architecture, CLASSES), split, args.batch, Path(folder))
-        plain = Plain(build(args.architecture, CLASSES), images, labels, args.batch)
+        own, batches = own_loop(build(args.architecture, CLASSES), split, args.batch, Path(folder))
+        plain = plain_loop(build(args.architecture, CLASSES), images, labels, args.batch)
         rates: dict[str, list[float]] = {"plain loop": [], "this project": []}
         for round_ in range(args.rounds + 1):
             for name, loop in (("plain loop", plain), ("this project", own)):
                 started = time.perf_counter()
-                loop.epoch()
+                loop()
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 if round_:
                     rates[name].append(args.images / (time.perf_counter() - started))
-    waiting = 100 * own.batches.seconds_waiting / sum(args.images / rate for rate in rates["this project"])
+    waiting = 100 * batches.seconds_waiting / sum(args.images / rate for rate in rates["this project"])
     ratios = sorted(a / b for a, b in zip(rates["this project"], rates["plain loop"], strict=True))
     print(f"{describe_machine()}\n{args.architecture}, {args.pixels} px, batch {args.batch}, {args.images} images")
     for name, found in rates.items():

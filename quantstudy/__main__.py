@@ -9,9 +9,6 @@ from quantstudy import layout
 from quantstudy.errors import UserError, run_stage
 from quantstudy.params import load_params
 
-RUNTIMES = ("onnxruntime", "openvino")
-"""Those that load ONNX files."""
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command that the arguments name."""
@@ -24,14 +21,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     comparing.add_argument("after", nargs="?", default="workspace", help="another one; the workspace by default")
     comparing.add_argument("--page", type=Path, help="write the HTML report of the second one too, with what moved")
     _add_quantize(commands.add_parser("quantize", help="quantize one model file, without a pipeline"))
-    tuning = commands.add_parser("tune", help="rewrite an ONNX file of this project for the runtime that is to load it")
+    tuning = commands.add_parser("tune", help="rewrite an ONNX file of this project for ONNX Runtime")
     tuning.add_argument("model", type=Path, help="an .onnx file that the stage export or quantize wrote")
-    tuning.add_argument("--runtime", required=True, choices=RUNTIMES)
+    tuning.add_argument("--runtime", required=True, choices=["onnxruntime"], help="the one that tuning is known for")
     tuning.add_argument(
-        "--batch-size", type=_positive, default=1, help="images it will be run with (%(default)s); matters to openvino"
-    )
-    tuning.add_argument(
-        "--without-vnni", action="store_true", help="for x86 CPUs without VNNI, where onnxruntime would saturate"
+        "--without-vnni", action="store_true", help="for x86 CPUs without VNNI, where it would saturate"
     )
     tuning.add_argument("--out", type=Path, required=True, help="the .onnx file to write")
     arguments = parser.parse_args(argv)
@@ -44,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif arguments.command == "tune":
         from quantstudy.runtimes.onnx_tuning import tune
 
-        tune(arguments.model, arguments.runtime, arguments.batch_size, arguments.out, saturates=arguments.without_vnni)
+        tune(arguments.model, arguments.out, saturates=arguments.without_vnni)
     elif arguments.command == "compare" and arguments.before:
         print_comparison(arguments.before, arguments.after, arguments.page)
     else:

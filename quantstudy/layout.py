@@ -58,11 +58,6 @@ def report(study: str) -> Path:
     return Path("reports") / study
 
 
-def code(stage: str) -> Path:
-    """The modules that a stage runs, each with its SHA-256."""
-    return Path("reports") / "code" / f"{stage}.txt"
-
-
 def metrics(study: str, variant: str) -> Path:
     """One flat JSON a variant: the DVC metrics."""
     return report(study) / "metrics" / f"{variant}.json"

@@ -9,7 +9,7 @@ from quantstudy.data.container import load_split
 from quantstudy.errors import run_stage
 from quantstudy.files import save_tensors
 from quantstudy.machine.device import set_up
-from quantstudy.network import models
+from quantstudy.network.fp32 import load_fp32, load_preprocessing
 from quantstudy.params import load_params
 from quantstudy.quantization.observers import collect
 
@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     split = load_split(layout.split(name, "calibration"))
     fp32 = layout.model(name, "fp32")
-    batches = Batches(split, models.load_preprocessing(fp32), study.calibration.batch_size, device)
-    model = models.load_fp32(fp32).to(device)
+    batches = Batches(split, load_preprocessing(fp32), study.calibration.batch_size, device)
+    model = load_fp32(fp32).to(device)
     statistics = collect(model, batches, study.calibration.bins)
 
     save_tensors(layout.calibration(name), statistics)

@@ -9,11 +9,13 @@ from quantstudy.errors import run_stage, unknown
 from quantstudy.files import write_json
 from quantstudy.machine.device import set_up
 from quantstudy.measure.agreement import check
-from quantstudy.network.models import load_preprocessing
+from quantstudy.network.fp32 import load_preprocessing
 from quantstudy.params import load_params
 from quantstudy.quantization.variant import load_any
 from quantstudy.runtimes.onnx_graph import load_graph
 from quantstudy.runtimes.onnx_model import save_onnx, to_onnx
+from quantstudy.runtimes.onnx_tuning import exported_model
+from quantstudy.runtimes.sessions import PACKAGES
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,9 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     source, path = layout.model(name, variant), layout.onnx(name, variant)
     model = load_any(source)
-    exported = to_onnx(model, load_graph(layout.graph(name)))
-    facts = check(model, exported, load_split(layout.split(name, "test")), load_preprocessing(source))
-    save_onnx(path, exported)
+    graph = load_graph(layout.graph(name))
+    plain = to_onnx(model, graph)
+    timed = {runtime: exported_model(model, graph, runtime) for runtime in PACKAGES}
+    facts = check(model, plain, timed, load_split(layout.split(name, "test")), load_preprocessing(source))
+    save_onnx(path, plain)
     sizes = {"size_mb": path.stat().st_size / 1e6, "pth_size_mb": source.stat().st_size / 1e6}
     write_json(layout.onnx_report(name, variant), sizes | facts)
     agreement = ", ".join(f"{runtime} {found:.2f} %" for runtime, found in facts["agreement"].items())

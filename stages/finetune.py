@@ -11,8 +11,9 @@ from quantstudy.data.container import load_split
 from quantstudy.errors import UserError, run_stage
 from quantstudy.files import sha256, write_json
 from quantstudy.machine.device import set_up, training_dtype
-from quantstudy.network import models
 from quantstudy.network.architectures import build, check_code, check_logits
+from quantstudy.network.fp32 import save_fp32
+from quantstudy.network.weights import LoadReport, load_pretrained
 from quantstudy.params import load_params
 from quantstudy.training import loop as training
 from quantstudy.training import parallel
@@ -29,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     device = parallel.join(set_up(study.seed, tf32=True))
 
-    seen = study.data.preprocessing
+    preprocessing = study.data.preprocessing
     split = load_split(layout.split(name, "train"))
-    batches, validation = training.training_and_validation(split, seen, study.training, study.seed, device)
+    batches, validation = training.training_and_validation(split, preprocessing, study.training, study.seed, device)
     classes = len(split.classes)
     model, loaded = _start(study, name, classes)
     print(loaded)
@@ -43,14 +44,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         curve=layout.curve(name, "finetune"),
         resume=layout.resume(name, "finetune"),
         fingerprint=training.fingerprint(
-            study.model, seen, study.training, study.seed, sha256(layout.split(name, "train"))
+            study.model, preprocessing, study.training, study.seed, sha256(layout.split(name, "train"))
         ),
         dtype=training_dtype(study.training.precision, device),
     )
     state = training.train(model, batches, validation, run)
     if parallel.rank():
         return
-    models.save_fp32(layout.model(name, "fp32"), model, study.model.architecture, classes, seen)
+    save_fp32(layout.model(name, "fp32"), model, study.model.architecture, classes, preprocessing)
     start = {
         "weights": loaded.source,
         "weights_loaded": len(loaded.loaded),
@@ -60,13 +61,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"best epoch {state.best_epoch}: validation top-1 {state.best_score[0]:.2f} %")
 
 
-def _start(study: P.Study, name: str, classes: int) -> tuple[nn.Module, models.LoadReport]:
+def _start(study: P.Study, name: str, classes: int) -> tuple[nn.Module, LoadReport]:
     """Build the study's network and load the weights that its training starts from, or keeps."""
     key, size = f"studies.{name}.model", study.data.image_size
     check_code(study.model.architecture, study.model.code_sha256, f"{key}.code_sha256")
     model = build(study.model.architecture, classes, size, f"{key}.architecture")
     check_logits(model, classes, size, f"{key}.architecture")
-    loaded = models.load_pretrained(model, study.model, name)
+    loaded = load_pretrained(model, study.model, name)
     if not study.training.epochs and loaded.missing:
         gaps = f"{len(loaded.missing)} tensors have a random start, {loaded.missing[0]} for one"
         raise UserError(f"studies.{name}.training.epochs: 0 keeps the weights of {key}.weights, but {gaps}")

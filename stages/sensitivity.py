@@ -5,14 +5,15 @@ import itertools
 from collections.abc import Sequence
 
 from quantstudy import layout
-from quantstudy.data.batches import Batches, images_of
+from quantstudy.data.batches import Batches
 from quantstudy.data.container import load_split
 from quantstudy.errors import run_stage
 from quantstudy.files import write_json
 from quantstudy.machine.device import set_up
 from quantstudy.measure.operations import count_macs
+from quantstudy.methods.calibration import load_calibration
 from quantstudy.methods.sensitivity import COLUMNS, measure_layers
-from quantstudy.network import models
+from quantstudy.network.fp32 import load_fp32, load_preprocessing
 from quantstudy.params import load_params
 from quantstudy.report.heatmap import plot_sensitivity
 from quantstudy.report.tables import write_csv
@@ -28,12 +29,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_up(study.seed)
 
     fp32 = layout.model(name, "fp32")
-    model, seen = models.load_fp32(fp32), models.load_preprocessing(fp32)
+    model, preprocessing = load_fp32(fp32), load_preprocessing(fp32)
     split, size = load_split(layout.split(name, "calibration")), study.calibration.batch_size
-    calibration = {"images": images_of(split, seen, size)}
+    calibration = load_calibration(name, study, model, preprocessing, observed=False)
     measured = split.subset(range(min(settings.images or len(split), len(split))))
-    batches = list(Batches(measured, seen, size, "cpu"))
-    _, macs = count_macs(model, seen.image_size)
+    batches = list(Batches(measured, preprocessing, size, "cpu"))
+    _, macs = count_macs(model, preprocessing.image_size)
     rows = measure_layers(model, calibration, batches, settings, macs)
 
     write_json(layout.sensitivity(name, "json"), rows)

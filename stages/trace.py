@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from quantstudy import layout
 from quantstudy.errors import run_stage
 from quantstudy.network.checkpoint import load_checkpoint
-from quantstudy.network.models import load_preprocessing
+from quantstudy.network.fp32 import load_preprocessing
 from quantstudy.runtimes.onnx_graph import network_graph, save_graph
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/**/*.md"))
-COMMAND = re.compile(r"(make|dvc|gto|pip|pytest|torchrun|python -m)( |$)")
+COMMAND = re.compile(r"dvc |(make|pip|pytest|torchrun|python -m)( |$)")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 

@@ -1,5 +1,7 @@
-"""What every test may use: a project in a temporary folder, with one tiny study."""
+"""What every test may use: a project in a temporary folder, with one tiny study, and the same once it is trained."""
 
+import contextlib
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,30 +11,16 @@ import pytest
 import yaml
 
 from quantstudy.errors import run_stage
+from tests.params import HALVES, TINY, TINY_PARAMS
+
+__all__ = ["HALVES", "ROOT", "TINY", "Project"]
 
 ROOT = Path(__file__).parents[1]
-
-HALVES = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
-"""Brings pixels to -1 … 1."""
-TINY = {
-    "model": {"architecture": "mobilenet_v2"},
-    "data": {
-        "source": "digits",
-        "image_size": 32,
-        **HALVES,
-        "max_train": 96,
-        "max_test": 48,
-    },
-    "training": {"epochs": 1, "learning_rate": 1e-3, "batch_size": 16, "optimizer": "adamw"},
-    "calibration": {"batches": 2, "batch_size": 16},
-    "qat": {"epochs": 1, "learning_rate": 1e-5, "batch_size": 16},
-    "seed": 0,
-}
 
 
 @dataclass(frozen=True)
 class Project:
-    """A project root with a `params.yaml` that is the repository's, but for its only study, `tiny`."""
+    """A project root with a `params.yaml` that is `TINY_PARAMS` until it is edited."""
 
     root: Path
     study: str = "tiny"
@@ -65,11 +53,29 @@ class Project:
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     """A fresh project root as the working directory."""
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["run"], params["studies"] = ["tiny"], {"tiny": TINY}
-    params["measure"].update(runtimes=[], seconds=0.05)
     root = tmp_path / "project"
     root.mkdir()
-    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    (root / "params.yaml").write_text(yaml.safe_dump(TINY_PARAMS, sort_keys=False))
+    monkeypatch.chdir(root)
+    return Project(root)
+
+
+@pytest.fixture(scope="session")
+def trained_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny study up to its calibration; nobody writes to it."""
+    from stages import calibrate, download, finetune
+
+    root = tmp_path_factory.mktemp("trained")
+    (root / "params.yaml").write_text(yaml.safe_dump(TINY_PARAMS, sort_keys=False))
+    with contextlib.chdir(root):
+        for stage in (download, finetune, calibrate):
+            stage.main(["--study", "tiny"])
+    return root
+
+
+@pytest.fixture
+def trained(trained_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """A copy of a project with the tiny study up to its calibration, as the working directory."""
+    root = shutil.copytree(trained_root, tmp_path / "project")
     monkeypatch.chdir(root)
     return Project(root)

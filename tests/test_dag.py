@@ -1,14 +1,18 @@
-"""The DAG: complete dependencies, plain names, lists that agree with the params."""
+"""The DAG: every stage tracks its code, plain names, lists that agree with the params."""
 
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from quantstudy import layout
 from quantstudy.params import load_params
 from tests.conftest import ROOT
+from tests.params import TINY_PARAMS
 
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
@@ -20,17 +24,16 @@ def script(stage: dict[str, Any]) -> str:
     return name[1]
 
 
-@pytest.mark.parametrize("name", [name for name in STAGES if name != "code"])
-def test_a_stage_depends_on_the_list_of_its_code(name: str) -> None:
-    listed = f"reports/code/{script(STAGES[name])}.txt"
-    assert [dep for dep in STAGES[name]["deps"] if dep.startswith("reports/code/")] == [listed]
-    assert listed in [next(iter(out)) for out in STAGES["code"]["outs"]]
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_tracks_its_code(name: str) -> None:
+    assert {"code.yaml": [script(STAGES[name])]} in STAGES[name]["params"]
+    assert script(STAGES[name]) in yaml.safe_load((ROOT / "code.yaml").read_text())
 
 
-def test_the_lists_are_of_all_code() -> None:
-    assert STAGES["code"]["deps"] == ["quantstudy", "stages"]
-    scripts = {path.stem for path in ROOT.glob("stages/[!_]*.py")} - {"list_code"}
-    assert {next(iter(out)) for out in STAGES["code"]["outs"]} == {f"reports/code/{name}.txt" for name in scripts}
+def test_code_is_every_script() -> None:
+    scripts = {path.stem for path in ROOT.glob("stages/[!_]*.py")}
+    assert set(yaml.safe_load((ROOT / "code.yaml").read_text())) == scripts
+    assert {script(stage) for stage in STAGES.values()} == scripts - {"diagnose"}
 
 
 def test_names_on_a_matrix_axis_cannot_collide() -> None:
@@ -43,40 +46,64 @@ def test_every_stage_has_a_description() -> None:
     assert all(stage.get("desc") for stage in STAGES.values())
 
 
-def test_every_method_listed_is_measured_and_the_rows_left_out_are_those_that_take_minutes() -> None:
-    params = load_params(ROOT / "params.yaml")
-    for name in params.methods.keys() - {*params.ptq, *params.qat}:
-        row = params.method(name)
-        beyond = {"equalize": False, "weight_range": "minmax", "rounding": "nearest", "finetune": False}
-        takes_minutes = any(getattr(row, key, default) != default for key, default in beyond.items())
-        assert takes_minutes or row.kind == "mixed_budget", name
-    axes = {"study": "${run}", "method": "${budget.methods}"}
-    assert STAGES["evaluate_budget"]["matrix"] == axes == STAGES["budget"]["matrix"]
-    assert STAGES["evaluate_ptq"]["matrix"] == {"study": "${run}", "method": "${ptq}"} == STAGES["ptq"]["matrix"]
-    assert STAGES["evaluate_qat"]["matrix"] == {"study": "${run}", "method": "${qat}"} == STAGES["qat"]["matrix"]
+def test_every_method_that_is_made_is_measured() -> None:
+    for stage, methods in (("ptq", "${ptq}"), ("qat", "${qat}"), ("budget", "${budget.methods}")):
+        axes = {"study": "${run}", "method": methods}
+        assert STAGES[stage]["matrix"] == axes == STAGES[f"evaluate_{stage}"]["matrix"]
 
 
-def test_the_artifacts_are_the_models_of_the_default_run() -> None:
-    params = load_params(ROOT / "params.yaml")
-    expected = {f"{study}/{v}": layout.model(study, v) for study in params.run for v in params.variants}
-    exported = ["fp32", *params.export.ptq, *params.export.qat]
-    expected |= {f"{study}/onnx/{v}": layout.onnx(study, v) for study in params.run for v in exported}
-    artifacts = yaml.safe_load((ROOT / "dvc.yaml").read_text())["artifacts"]
-    assert {name: row["path"] for name, row in artifacts.items()} == {n: p.as_posix() for n, p in expected.items()}
-    for name, row in artifacts.items():
-        study, variant = name.split("/")[0], name.split("/")[-1]
-        model = params.study(study)
-        assert row["type"] == "model" and row["desc"].startswith(f"{model.model.architecture} on {model.data.source}")
-        assert row["labels"][:3] == [model.model.architecture, model.data.source, variant]
-
-
-def test_params_that_stages_track_exist() -> None:
-    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+@pytest.mark.parametrize("raw", [yaml.safe_load((ROOT / "params.yaml").read_text()), TINY_PARAMS], ids=["own", "tests"])
+def test_params_that_stages_track_exist(raw: dict[str, Any]) -> None:
     for stage in STAGES.values():
-        for key in stage.get("params", []):
+        for key in (key for key in stage["params"] if isinstance(key, str)):
             for study in raw["studies"]:
                 for method in raw["methods"]:
                     found = raw
                     for part in key.replace("${item.study}", study).replace("${item.method}", method).split("."):
                         assert part in found, key
                         found = found[part]
+
+
+def test_git_ignores_what_the_cache_holds() -> None:
+    """So that DVC writes no .gitignore of its own, and a run leaves no file that git does not know."""
+    cached, in_git = [], []
+    for stage in STAGES.values():
+        for out in (*stage.get("outs", []), *stage.get("metrics", []), *stage.get("plots", [])):
+            path, options = (out, {}) if isinstance(out, str) else next(iter(out.items()))
+            path = path.replace("${item.study}", "vgg11_digits").replace("${item.method}", "int8_static")
+            (cached if options.get("cache", True) else in_git).append(path)
+    command = ["git", "check-ignore", "--no-index", *cached, *in_git]
+    printed = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+    if printed.returncode > 1:
+        pytest.skip(f"no git repository: {printed.stderr}")
+    assert sorted(printed.stdout.split()) == sorted(cached)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The stages and the package, with a code.yaml that is of them."""
+    for folder in ("quantstudy", "stages", "tools"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    run(tmp_path, "tools.code")
+    return tmp_path
+
+
+def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *command], cwd=folder, env=environment, text=True, capture_output=True, check=False
+    )
+
+
+def test_a_stage_of_other_code_than_dvc_knows_is_refused(copy: Path) -> None:
+    stage = ("stages", "plots", "--help")
+    assert run(copy, *stage, DVC_STAGE="plots").returncode == 0
+    module = copy / "quantstudy" / "report" / "tables.py"
+    module.write_text(module.read_text() + "\nSTEP = 1\n")
+    done = run(copy, *stage, DVC_STAGE="plots")
+    assert done.returncode == 1 and done.stderr.startswith("error: code.yaml: plots ")
+    assert done.stderr.count("\n") == 1
+    assert run(copy, *stage).returncode == 0  # by hand
+    assert run(copy, "tools.code", "--check").returncode == 1
+    run(copy, "tools.code")
+    assert run(copy, "tools.code", "--check").returncode == 0
+    assert run(copy, *stage, DVC_STAGE="plots").returncode == 0

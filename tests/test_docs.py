@@ -3,20 +3,26 @@
 import contextlib
 import functools
 import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
+import torch
 import yaml
+from torch import nn
 
+import quantstudy as qs
 from docs.drawing.__main__ import FIGURES, FOLDER, main
 from quantstudy import layout
 from quantstudy import params as P
 from quantstudy.files import read_json
-from quantstudy.methods.registry import quantize
-from quantstudy.network import models
-from quantstudy.quantization.variant import save_variant
+from quantstudy.methods.calibration import Calibration
+from quantstudy.methods.recipe import RECIPES
+from quantstudy.methods.recipes import quantize
+from quantstudy.network.architectures import build
+from quantstudy.quantization.variant import Variant
 from quantstudy.report.ablation import markdown
 from tests.blocks import PAGES, Block, blocks, dialogues, headings, inline_commands, prose
 from tests.commands import check
@@ -50,22 +56,42 @@ def check_rows(block: Block, folder: Path) -> None:
 
 
 def check_python(block: Block, folder: Path) -> None:
-    """Run a block of docs/; `test_readme` runs README's."""
+    """Run a block of docs/ beside a ResNet-18's weights and a study's variant; `test_readme` runs README's."""
     if block.page == ROOT / "README.md":
         return
-    facts = {"architecture": "mobilenet_v2", "classes": 10, "preprocessing": {"image_size": 32}}
-    network = models.skeleton("mobilenet_v2", 10).to_empty(device="cpu").requires_grad_(False)
-    for tensor in network.state_dict().values():
-        tensor.fill_(1)
-    variant = quantize(network, {}, P.WeightOnly(kind="weight_only", weight_bits=8))
+    if block.page == ROOT / "CONTRIBUTING.md":
+        return check_recipe(block)
+    torch.manual_seed(0)
     with contextlib.chdir(folder):
-        save_variant(layout.model("mobilenetv2_digits", "int8_static"), variant, facts, "int8_static")
+        torch.save(build("resnet18", 10).state_dict(), "resnet18.pth")
+        model = qs.load_model("resnet18.pth", "resnet18", image_size=32)
+        variant = qs.quantize(model, torch.rand(2, 3, 32, 32), "int8_weight_only")
+        qs.save(variant, layout.model("mobilenetv2_digits", "int8_static"))
         exec(block.text, {})
 
 
-def check_flowchart(block: Block, folder: Path) -> None:
-    stages = set(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]) - {"code"}
-    assert set(re.findall(r"\w+", block.text.replace("flowchart LR", ""))) == stages
+def check_recipe(block: Block) -> None:
+    """Run the example of a recipe for a row of its own, and a method of it."""
+
+    class MyRow(P.MethodRow):
+        pass
+
+    network, row = nn.Sequential(nn.Linear(2, 2)), MyRow(kind="mine")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(P, "MyRow", MyRow, raising=False)
+        exec(block.text, {})
+        assert isinstance(quantize(network, Calibration(network, []), row), Variant)
+        RECIPES.pop(MyRow)
+
+
+def check_chart(block: Block, folder: Path) -> None:
+    """The stages of the DAG, or the rooms of the import rules."""
+    names = set(re.findall(r"[a-z]\w*", re.sub(r"flowchart LR|base", "", block.text)))
+    if block.page.name == "architecture.md":
+        rules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+        assert names == set(re.findall(r"\w+", " ".join(rules["contracts"][0]["layers"])))
+    else:
+        assert names == set(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
 
 
 KINDS: dict[str, Callable[[Block, Path], None]] = {
@@ -73,7 +99,8 @@ KINDS: dict[str, Callable[[Block, Path], None]] = {
     "console": check_dialogue,
     "yaml": check_rows,
     "python": check_python,
-    "mermaid": check_flowchart,
+    "": lambda block, folder: None,
+    "mermaid": check_chart,
 }
 
 
@@ -129,18 +156,9 @@ def test_every_page_is_in_the_index() -> None:
 
 def test_every_kind_and_key_of_a_method_is_described() -> None:
     texts = "\n".join(page.read_text() for page in METHOD_PAGES)
-    for row in P.METHOD_ROWS:
-        names = set(row.model_fields) | set(get_args(row.model_fields["kind"].annotation)) - {"kind"}
-        for name in names:
-            assert re.search(rf"`{name}[`:]|\b{name}:", texts), f"{row.__name__}: {name} is in no page of docs/methods"
-
-
-def test_a_methods_page_has_all_its_parts() -> None:
-    for page in METHOD_PAGES:
-        if page.name != "README.md":
-            text = page.read_text()
-            parts = ("$$", "- **Paper", "- **Code**", "- **Cost**", "- **Use", "```yaml")
-            assert [part for part in parts if part not in text] == [], page.name
+    for kind, row in P.METHOD_ROWS.items():
+        for name in {kind, *row.model_fields}:
+            assert re.search(rf"`{name}[`:]|\b{name}:", texts), f"{kind}: {name} is in no page of docs/methods"
 
 
 def test_the_figures_are_there_and_shown() -> None:
@@ -168,7 +186,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixed, "BUDGETS", (mixed.SHOWN + 2, mixed.SHOWN + 4))
     monkeypatch.setattr(mixed, "SHOWN", mixed.SHOWN + 2)
     monkeypatch.setattr(joint, "STEPS", 2)
-    monkeypatch.setattr(reconstruction.Effort, "__init__", functools.partialmethod(_little_effort))
+    monkeypatch.setattr(reconstruction.Limits, "__init__", functools.partialmethod(_little_effort))
 
 
 def _little_effort(self: Any, **limits: Any) -> None:

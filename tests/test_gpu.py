@@ -11,7 +11,7 @@ from quantstudy.data.container import Split
 from quantstudy.machine.device import set_up
 from quantstudy.measure.latency import time_alternately
 from quantstudy.measure.memory import with_peak_memory_mb
-from quantstudy.methods.registry import quantize
+from quantstudy.methods.recipes import quantize
 from quantstudy.params import load_params
 from quantstudy.runtimes.executables import build_executable, worth_compiling
 from tests.conftest import ROOT

@@ -1,4 +1,4 @@
-"""The real thing: a tiny `dvc repro` in a fresh copy, a second that runs nothing, a changed parameter."""
+"""The real thing: a tiny `dvc repro` in a fresh copy, a second that runs nothing, changed params and changed code."""
 
 import os
 import re
@@ -11,29 +11,26 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import ROOT, TINY
+from quantstudy.network.source_code import transitive_imports
+from tests.conftest import ROOT
+from tests.params import FEW, TINY_PARAMS
+
+pytestmark = pytest.mark.slow
 
 Run = Callable[..., str]
-METHODS = {"ptq": ["int8_static", "int4_weight_only"], "qat": ["qat_int8"]}
-BUDGET = ["mixed_budget"]
+DVC = (sys.executable, "-m", "tools.dvc")
+REPRO = (sys.executable, "-m", "tools.warm", *DVC, "repro")
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A git repository with the code, the DAG and one tiny study."""
     root = tmp_path_factory.mktemp("copy")
-    for folder in ("quantstudy", "stages"):
-        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("dvc.yaml", ".dvcignore", ".gitignore"):
+    for folder in ("quantstudy", "stages", "tools"):
+        shutil.copytree(ROOT / folder, root / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("dvc.yaml", "code.yaml", ".dvcignore", ".gitignore"):
         shutil.copy(ROOT / file, root)
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params |= METHODS | {"run": ["tiny"], "studies": {"tiny": TINY}}
-    params["measure"].update(runtimes=[], seconds=0.05)
-    params |= {"budget": {"studies": ["tiny"], "methods": BUDGET}}
-    params["export"] = METHODS | {"budget": BUDGET}
-    params["sensitivity"]["bits"] = [2, 4, 16]
-    params["scaling_law"] = {"ptq": ["fp32", "int8_static"], "qat": ["fp32", "qat_int8"]}
-    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    (root / "params.yaml").write_text(yaml.safe_dump(TINY_PARAMS | FEW, sort_keys=False))
     return root
 
 
@@ -51,9 +48,10 @@ def run(copy: Path) -> Run:
     call("git", "init", "-q")
     call("git", "config", "user.email", "a@b")
     call("git", "config", "user.name", "a")
-    call("dvc", "init", "-q")
+    call(*DVC, "init", "-q")
     shutil.copytree(ROOT / ".dvc" / "plots", copy / ".dvc" / "plots")
-    call("dvc", "config", "plots.html_template", "plots/page.html")
+    call(*DVC, "config", "plots.html_template", "plots/page.html")
+    call("git", "add", "-A")
     return call
 
 
@@ -61,44 +59,86 @@ def stages_run(output: str) -> set[str]:
     return set(re.findall(r"Running stage '([^']+)'", output))
 
 
+def stale(status: str) -> set[str]:
+    """Return the stages that `dvc status` names."""
+    return set(re.findall(r"^(\w[^\s]*):$", status, re.MULTILINE))
+
+
 @pytest.fixture(scope="module")
 def first(run: Run) -> set[str]:
     """The stages of the first `dvc repro`, committed to git."""
-    stages = stages_run(run("dvc", "repro"))
+    stages = stages_run(run(*REPRO))
     run("git", "add", "-A")
     run("git", "commit", "-qm", "first")
     return stages
 
 
-def test_the_first_run_runs_every_cell(first: set[str]) -> None:
-    expected = {"code", "diagnose", "report"}
-    expected |= {
-        f"{stage}@tiny"
-        for stage in (
-            *("download", "finetune", "calibrate", "outliers", "trace", "evaluate_fp32", "export_fp32", "plots"),
-            *("sensitivity", "page"),
-        )
-    }
-    for kind, methods in (METHODS | {"budget": BUDGET}).items():
+def test_the_first_run_runs_every_cell(first: set[str], run: Run) -> None:
+    once = ("download", "finetune", "calibrate", "outliers", "trace", "evaluate_fp32", "export_fp32", "plots")
+    expected = {"report", *(f"{stage}@tiny" for stage in (*once, "sensitivity", "page"))}
+    for kind, methods in (("ptq", FEW["ptq"]), ("qat", FEW["qat"]), ("budget", FEW["budget"]["methods"])):
         cells = (kind, f"evaluate_{kind}", f"export_{kind}")
         expected |= {f"{stage}@tiny-{method}" for stage in cells for method in methods}
     assert first == expected
 
 
+def test_git_holds_the_metrics_and_what_is_shown(first: set[str], run: Run) -> None:
+    variants = ["fp32", *FEW["ptq"], *FEW["qat"], *FEW["budget"]["methods"]]
+    shown = ["results.md", "accuracy_vs_size_plot.png", "sensitivity.json", "sensitivity.png"]
+    expected = {f"reports/tiny/{name}" for name in [*shown, *(f"metrics/{variant}.json" for variant in variants)]}
+    assert set(run("git", "ls-files", "reports", "models", "data").split()) == expected
+
+
 def test_a_second_run_runs_nothing(first: set[str], run: Run) -> None:
-    assert stages_run(run("dvc", "repro")) == set()
-    assert "up to date" in run("dvc", "status")
+    assert stages_run(run(*REPRO)) == set()
+    assert "Data and pipelines are up to date." in run(*DVC, "status")
+    assert run("git", "status", "--short") == ""
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("import torch\n", "import torch  # a comment\n"), ('"""', '"""One more word. ')],
+    ids=["comment", "docstring"],
+)
+def test_a_change_without_effect_is_no_change(first: set[str], run: Run, copy: Path, old: str, new: str) -> None:
+    module = copy / "quantstudy" / "methods" / "gptq.py"
+    text = module.read_text()
+    assert old in text
+    module.write_text(text.replace(old, new, 1))
+    try:
+        assert "Data and pipelines are up to date." in run(*DVC, "status")
+    finally:
+        module.write_text(text)
+
+
+@pytest.mark.parametrize("name", ["methods/gptq.py", "data/sampling.py", "report/heatmap.py", "report/page/main.js"])
+def test_a_changed_line_makes_just_the_stages_stale_that_run_it(
+    first: set[str], run: Run, copy: Path, name: str
+) -> None:
+    changed = copy / "quantstudy" / name
+    reader = Path("quantstudy/report/html.py") if name.endswith(".js") else changed.relative_to(copy)
+    scripts = {path.stem for path in copy.glob("stages/*.py") if path.stem != "__main__"}
+    running = {name for name in scripts if reader in transitive_imports(Path("stages") / f"{name}.py", copy)}
+    commands = yaml.safe_load((copy / "dvc.yaml").read_text())["stages"]
+    expected = {stage for stage in first if commands[stage.partition("@")[0]]["cmd"].split()[3] in running}
+    text = changed.read_text()
+    changed.write_text(text + "\nA = 1\n")
+    try:
+        assert stale(run(*DVC, "status")) == expected != set()
+    finally:
+        changed.write_text(text)
+    assert "Data and pipelines are up to date." in run(*DVC, "status")
 
 
 def test_a_changed_parameter_runs_just_its_cells(first: set[str], run: Run, copy: Path) -> None:
     params = copy / "params.yaml"
-    text = params.read_text()
-    before, _, after = text.partition("int4_weight_only:\n    kind")
-    params.write_text(before + "int4_weight_only:\n    kind" + after.replace("group_size: 32", "group_size: 64", 1))
-    ran = stages_run(run("dvc", "repro"))
+    values = yaml.safe_load(params.read_text())
+    values["methods"]["int4_weight_only"]["group_size"] = 64
+    params.write_text(yaml.safe_dump(values, sort_keys=False))
+    ran = stages_run(run(*REPRO))
     cells = {f"{stage}@tiny-int4_weight_only" for stage in ("ptq", "evaluate_ptq", "export_ptq")}
     assert ran == cells | {"plots@tiny", "page@tiny", "report"}
-    difference = run("dvc", "metrics", "diff")
+    difference = run(*DVC, "metrics", "diff")
     assert re.search(r"int4_weight_only\.json\s+size_mb", difference)
     assert not re.search(r"int8_static\.json", difference)
 
@@ -112,7 +152,7 @@ def test_compare_tells_what_the_parameter_changed(first: set[str], run: Run) -> 
 
 @pytest.mark.parametrize("command", [("show",), ("diff", "HEAD")], ids=["show", "diff"])
 def test_the_page_of_plots_needs_no_network(first: set[str], run: Run, copy: Path, command: tuple[str, ...]) -> None:
-    run("dvc", "plots", *command, "-o", "page")
+    run(*DVC, "plots", *command, "-o", "page")
     page = (copy / "page" / "index.html").read_text()
     assert not re.search(r"""<(script|link|img)[^>]+(src|href)=["']?http""", page)
     assert (
@@ -123,12 +163,6 @@ def test_the_page_of_plots_needs_no_network(first: set[str], run: Run, copy: Pat
     assert "hist_features" in page
 
 
-def test_a_changed_module_runs_just_the_stages_that_import_it(first: set[str], run: Run, copy: Path) -> None:
-    module = copy / "quantstudy" / "report" / "labels.py"
-    module.write_text(module.read_text() + "\n# changed\n")
-    assert stages_run(run("dvc", "repro")) == {"code", "plots@tiny"}
-
-
 def test_an_experiment_changes_a_parameter(first: set[str], run: Run) -> None:
-    output = run("dvc", "exp", "run", "-S", "methods.int4_weight_only.group_size=128")
+    output = run(*DVC, "exp", "run", "-S", "methods.int4_weight_only.group_size=128")
     assert "ptq@tiny-int4_weight_only" in stages_run(output)

@@ -1,7 +1,7 @@
 """Run a command whose stages need not import PyTorch, a hundred times over.
 
-`python -m quantstudy.warm dvc repro` imports the heavy packages once, while the command starts, and forks for each
-stage that the command runs: `python -m stages <stage> ...` finds a socket's path in the environment, hands over its
+`python -m tools.warm dvc repro` imports the heavy packages once, while the command starts, and forks for each stage
+that the command runs: `python -m stages <stage> ...` finds a socket's path in the environment, hands over its
 arguments, folder, environment and standard files, and ends with the stage's exit status. No module of the project is
 imported before the fork, so each stage runs the code that lies on disk. Without the variable, or on a system without
 pidfds (only Linux has them), a stage imports what it needs itself; that is the only difference.
@@ -23,17 +23,19 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 VARIABLE = "QUANTSTUDY_WARM"
 PRELOAD = ("torch", "torch._dynamo", "torchvision.models", "pydantic", "tqdm", "yaml")
-_HEADER = 8
-_STANDARD_FILES = 3
 
 
 def main(command: Sequence[str]) -> int:
-    """Run `command`, serve the stages it starts, return its exit status."""
+    """Run `command`, serve the stages it starts, return its exit status; a signal to end is passed on to it.
+
+    The command is a process group of its own, so that a terminal's Ctrl-C reaches it once, from here.
+    """
     if not hasattr(os, "pidfd_open"):
         return subprocess.call(command)
     started, seconds = time.perf_counter(), dict[str, list[float]]()
@@ -41,40 +43,35 @@ def main(command: Sequence[str]) -> int:
         path = str(Path(folder) / "stages")
         listener.bind(path)
         listener.listen()
-        process = subprocess.Popen(command, env=os.environ | {VARIABLE: path})
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command and the stages get it too, and end
+        process = subprocess.Popen(command, env=os.environ | {VARIABLE: path}, process_group=0)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: _pass_on(process.pid, number))
         for name in PRELOAD:
             importlib.import_module(name)
         gc.freeze()
         with _pidfd(process.pid) as ended:
-            while ended not in (ready := select.select([listener, ended], [], [])[0]):
-                assert ready
+            while ended not in select.select([listener, ended], [], [])[0]:
                 with listener.accept()[0] as connection:
                     name, taken = _serve(connection)
                     seconds.setdefault(name, []).append(taken)
     if seconds:
         print(_summary(seconds, time.perf_counter() - started), file=sys.stderr)
-    return process.wait()
+    return _exit_status(process.wait())
 
 
-def ask(arguments: Sequence[str]) -> int | None:
-    """Have a stage run by the process above; return its exit status, or None where there is no such process."""
-    with socket.socket(socket.AF_UNIX) as connection:
-        try:
-            connection.connect(os.environ[VARIABLE])
-        except (KeyError, OSError):
-            return None
-        request = {"arguments": list(arguments), "folder": str(Path.cwd()), "environment": dict(os.environ)}
-        content = json.dumps(request).encode()
-        socket.send_fds(connection, [len(content).to_bytes(_HEADER)], range(_STANDARD_FILES))
-        connection.sendall(content)
-        answer = connection.recv(1)
-        return answer[0] if answer else 1
+def _pass_on(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
+
+
+def _exit_status(code: int) -> int:
+    """Return a shell's exit status for a return code of `subprocess`."""
+    return code if code >= 0 else 128 - code
 
 
 def _serve(connection: socket.socket) -> tuple[str, float]:
     """Run the stage that a connection asks for; return its name and the seconds it took."""
-    header, files, *_ = socket.recv_fds(connection, _HEADER, _STANDARD_FILES)
+    header, files, *_ = socket.recv_fds(connection, 8, 3)
     with connection.makefile("rb") as stream:
         try:
             request = json.loads(stream.read(int.from_bytes(header)))
@@ -91,23 +88,29 @@ def _serve(connection: socket.socket) -> tuple[str, float]:
             os.kill(child, signal.SIGTERM)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with contextlib.suppress(OSError):
-        connection.sendall(bytes([status if status >= 0 else 128 - status]))
+        connection.sendall(bytes([_exit_status(status)]))
     return request["arguments"][0], time.perf_counter() - started
 
 
-def _run(request: dict[str, object], files: list[int]) -> None:
-    """Become the stage. Does not return."""
+def _run(request: dict[str, Any], files: Sequence[int]) -> NoReturn:
+    """Become the stage."""
     status = 1
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for number, file in enumerate(files):
             os.dup2(file, number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.clear()
-        os.environ.update(request["environment"])  # type: ignore[call-overload]
-        os.chdir(str(request["folder"]))
-        sys.path[0] = str(request["folder"])
-        sys.modules.pop("quantstudy", None)  # it is imported from that folder, whichever it is
-        status = run_here(request["arguments"])  # type: ignore[arg-type]
+        os.environ.update(request["environment"])
+        del os.environ[VARIABLE]  # the stage is run here
+        os.chdir(request["folder"])
+        sys.path[0], sys.argv = request["folder"], ["stages", *request["arguments"]]
+        runpy.run_module("stages", run_name="__main__", alter_sys=True)
+        status = 0
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        status = int(isinstance(end.code, str)) if not isinstance(end.code, int) else end.code
     except BaseException:
         traceback.print_exc()
     finally:
@@ -118,22 +121,8 @@ def _run(request: dict[str, object], files: list[int]) -> None:
             os._exit(status)
 
 
-def run_here(arguments: Sequence[str]) -> int:
-    """Run a stage in this process, return its exit status; like Python, print the text of a `SystemExit`."""
-    stage, *rest = arguments
-    sys.argv = [f"stages/{stage}.py", *rest]
-    try:
-        runpy.run_module(f"stages.{stage}", run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        if end.code is None or isinstance(end.code, int):
-            return end.code or 0
-        print(end.code, file=sys.stderr)
-        return 1
-    return 0
-
-
 @contextlib.contextmanager
-def _pidfd(pid: int):  # type: ignore[no-untyped-def]
+def _pidfd(pid: int) -> Iterator[int]:
     descriptor = os.pidfd_open(pid)
     try:
         yield descriptor

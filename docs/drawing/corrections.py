@@ -15,8 +15,8 @@ from quantstudy import params as P
 from quantstudy.methods.equalization import equalize, find_pairs
 from quantstudy.methods.gain_correction import output_gain
 from quantstudy.methods.moments import input_moments
+from quantstudy.methods.recipes import quantize
 from quantstudy.methods.reconstruction import SoftRounding
-from quantstudy.methods.registry import quantize
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.schemes import WeightScheme
@@ -99,7 +99,7 @@ def gain_correction(example: Example) -> Figure:
     """Draw the gains of each layer's channels by the range of the weights, and what correcting them does."""
     drawn, (left, right) = figure(1, 2)
     looks = (("minmax", style.BLUE, "o"), ("mse", style.VERMILLION, "s"))
-    moments = input_moments(example.model, example.calibration["images"])
+    moments = input_moments(example.model, example.calibration.images)
     for (how, colour, marker), shift in zip(looks, (-0.15, 0.15), strict=True):
         layers = quantized_layers(
             quantize(example.model, example.calibration, weights_of(BITS, weight_range=how)).network
@@ -133,7 +133,7 @@ def gain_correction(example: Example) -> Figure:
 def joint(example: Example) -> Figure:
     """Draw the divergence from the fp32 network's predictions before and after joint fine-tuning."""
     drawn, axes = figure(1, 1)
-    images = {"calibration images": torch.cat(example.calibration["images"]), "test images": example.test[0]}
+    images = {"calibration images": torch.cat(example.calibration.images), "test images": example.test[0]}
     widths = (2, 3, 4)
     for finetune, colour, shift in ((False, style.SKY, -0.2), (True, style.VERMILLION, 0.2)):
         rows = [P.Static(kind="static", weight_bits=bits, rounding="gptq", finetune=finetune) for bits in widths]
@@ -194,5 +194,5 @@ def _watched(network: nn.Module, layer: str, example: Example) -> tuple[Tensor, 
     seen: list[tuple[Tensor, Tensor]] = []
     network = copy.deepcopy(network).eval()
     network.get_submodule(layer).register_forward_hook(lambda _, inputs, y: seen.append((inputs[0].clone(), y.clone())))
-    network(torch.cat(example.calibration["images"]))
+    network(torch.cat(example.calibration.images))
     return seen[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from docs.drawing.tiny import Example, figure
 from quantstudy import params as P
-from quantstudy.methods.registry import quantize
+from quantstudy.methods.recipes import quantize
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.ranges import activation_range, squared_error
 from quantstudy.quantization.saturation import LARGEST_PAIR, limit_of
@@ -54,7 +54,7 @@ def _weight_error(weight: Tensor, scheme: WeightScheme, share: float) -> float:
 
 def ranges(example: Example) -> Figure:
     """Draw the histogram of a layer's input, and below it the range that each rule chooses at 4 bits."""
-    statistics = example.calibration["layers"][LAYER]
+    statistics = example.calibration.statistics[LAYER]
     edges, counts = statistics["edges"].double(), statistics["counts"]
     centers, scheme = (edges[1:] + edges[:-1]) / 2, ActivationScheme("static", 4)
     rules: dict[str, tuple[Any, float | None]] = {

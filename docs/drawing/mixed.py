@@ -8,16 +8,9 @@ from torch import nn
 
 from docs.drawing.tiny import Example, figure
 from quantstudy import params as P
-from quantstudy.methods.allocation import HALF
-from quantstudy.methods.sensitivity import (
-    Allocation,
-    allocations_within,
-    divergence_from,
-    mean_bits,
-    measure_layers,
-    mixed,
-    quantized_table,
-)
+from quantstudy.methods.allocation import HALF, Allocation
+from quantstudy.methods.budget import allocations_within, divergence_from, mean_bits, mixed
+from quantstudy.methods.sensitivity import measure_layers, quantized_table
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.report import style
 
@@ -30,14 +23,14 @@ INT4 = 4
 def mixed_precision(example: Example) -> Figure:
     """Draw the bits that a budget gives each layer, and what each choice of bits has at its size."""
     layers: dict[str, Any] = quantizable_layers(example.model)
-    batches = list(zip(example.calibration["images"], example.train[1].split(64), strict=False))
+    batches = list(zip(example.calibration.images, example.train[1].split(64), strict=False))
     macs = dict.fromkeys(layers, 0)  # the budgets here are of size
     rows = measure_layers(example.model, example.calibration, batches, P.Sensitivity(bits=WIDTHS), macs)
     table = quantized_table(example.model, example.calibration, _budget(SHOWN), WIDTHS[:-1])
-    divergence = divergence_from(example.model, table, example.calibration["images"])
+    divergence = divergence_from(example.model, table, example.calibration.images)
 
     def choose(size: float) -> Allocation:
-        return min(allocations_within(layers, rows, _budget(size), "mean_bits"), key=divergence)
+        return min(allocations_within(layers, rows, _budget(size)), key=divergence)
 
     def ratio(bits: Allocation) -> float:
         return example.sqnr_db(mixed(example.model, table, bits, example.calibration, _budget(SHOWN)))

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantstudy.data.digits import digits
-from quantstudy.measure.statistics import sqnr_db
-from quantstudy.methods.registry import Calibration
-from quantstudy.network.models import fold_batchnorm
-from quantstudy.quantization.observers import collect
+from quantstudy.methods.calibration import Calibration
+from quantstudy.network.folding import fold_batchnorm
+from quantstudy.quantization.sqnr import sqnr_db
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 12, 64, 4e-3
 CALIBRATION_IMAGES = 256
@@ -86,11 +85,7 @@ def example() -> Example:
     train(network, (images, labels), EPOCHS, LEARNING_RATE)
     model = fold_batchnorm(network)
     shown = images[:CALIBRATION_IMAGES]
-    batches = [(part, torch.empty(0)) for part in shown.split(BATCH_SIZE)]
-    calibration = collect(model, batches, BINS) | {
-        "images": list(shown.split(BATCH_SIZE)),
-        "image_size": shown.shape[-1],
-    }
+    calibration = Calibration(model, shown.split(BATCH_SIZE), bins=BINS)
     return Example(network, model, calibration, (images, labels), test)
 
 

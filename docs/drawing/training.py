@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from docs.drawing.tiny import Example, figure, train
 from quantstudy import params as P
 from quantstudy.methods.lsq import estimate_batchnorm
-from quantstudy.methods.registry import TRAINED, finish, quantize
+from quantstudy.methods.recipes import quantize, trained_recipe_of
 from quantstudy.quantization.learned import LearnedActivation
 from quantstudy.quantization.schemes import WeightScheme
 from quantstudy.report import style
@@ -78,14 +78,14 @@ def _rounded(example: Example, bits: int) -> nn.Module:
 
 def _trained_static(example: Example, bits: int) -> nn.Module:
     settings = P.QatStatic(kind="qat_static", weight_bits=bits, activation_bits=bits)
-    variant = TRAINED["qat_static"](example.model, example.calibration, settings).requires_grad_(True)
+    variant = trained_recipe_of(settings).prepare(example.model, example.calibration, settings)
     train(variant, example.train, EPOCHS, LEARNING_RATE)
-    return finish(variant, example.model, settings)
+    return trained_recipe_of(settings).finish(variant, example.model, settings)
 
 
 def _trained_steps(example: Example, bits: int) -> nn.Module:
     settings = P.QatLsq(kind="qat_lsq", weight_bits=bits, activation_bits=bits)
-    variant = TRAINED["qat_lsq"](example.unfolded, example.calibration, settings).requires_grad_(True)
+    variant = trained_recipe_of(settings).prepare(example.unfolded, example.calibration, settings)
     train(variant, example.train, EPOCHS, LEARNING_RATE)
     estimate_batchnorm(variant, [(images, torch.empty(0)) for images in example.train[0].split(64)])
-    return finish(variant, example.unfolded, settings)
+    return trained_recipe_of(settings).finish(variant, example.unfolded, settings)

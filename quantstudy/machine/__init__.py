@@ -1,1 +1,1 @@
-"""What this machine is and has: hardware, software, the low-bit kernels that work."""
+"""What this machine is: its processors and what they compute natively; the device and threads of a process."""

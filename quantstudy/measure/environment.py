@@ -15,18 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from quantstudy.machine import hardware
-from quantstudy.machine.hardware import arithmetic_is_native, cpu_flags, cpu_model, instruction_sets
+from quantstudy.machine.hardware import arithmetic_is_native, cpu_model, instruction_sets
+from quantstudy.measure.probes import probe_kernels
 
 PACKAGES = ("torch", "torchvision", "torchao", "thop", "dvc")
-TOOLS = {"git": "--version"}
-
 _HEADERS = "#include <Python.h>\n#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"
 
 
 def environment() -> dict[str, Any]:
-    """Return every fact as plain JSON values; see `missing` and `null_metrics` for the two lists in it."""
-    from quantstudy.measure.probes import probe_kernels
-
+    """Return every fact as plain JSON values; `missing` says what is not here and what that disables."""
     facts: dict[str, Any] = {
         "gpu": gpu(),
         "cpu": cpu(),
@@ -40,7 +37,7 @@ def environment() -> dict[str, Any]:
     }
     if not facts["gpu"]["available"]:
         del facts["native_arithmetic"]["cuda"]
-    return facts | {"missing": missing(facts), "null_metrics": null_metrics(facts), "remarks": remarks(facts)}
+    return facts | {"missing": missing(facts), "remarks": remarks(facts)}
 
 
 def gpu() -> dict[str, Any]:
@@ -82,14 +79,9 @@ def cpu() -> dict[str, Any]:
 
 
 def software() -> dict[str, str | None]:
-    """Return versions: the system, Python, the packages and the command-line tools; None for what is missing."""
-    versions: dict[str, str | None] = {"os": _system(), "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions | {tool: first_line(tool, flag) for tool, flag in TOOLS.items()}
+    """Return versions: the system, Python, the packages and git; None where there is no git."""
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    return {"os": _system(), "python": platform.python_version(), **versions, "git": first_line("git", "--version")}
 
 
 def _system() -> str:
@@ -108,7 +100,7 @@ def compiler() -> dict[str, Any]:
     command = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
     version = first_line(command, "--version")
     if version is None:
-        return {"command": command, "found": False, "version": None, "works": False, "reason": "not found"}
+        return {"command": command, "version": None, "works": False, "reason": "not found"}
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
         source.write_text(_HEADERS, encoding="utf-8")
@@ -117,76 +109,50 @@ def compiler() -> dict[str, Any]:
     errors = [line.partition("error: ")[2] for line in done.stderr.splitlines() if "error: " in line]
     works = done.returncode == 0
     reason = "compiles Python's headers with OpenMP" if works else (errors or ["failed"])[0]
-    return {"command": command, "found": True, "version": version, "works": works, "reason": reason}
+    return {"command": command, "version": version, "works": works, "reason": reason}
 
 
-def first_line(command: str, flag: str) -> str | None:
-    """Return the first line that `command flag` prints; None when it is not there or fails."""
+def first_line(command: str, *flags: str) -> str | None:
+    """Return the first line that a command prints; None when it is not there or fails."""
     if shutil.which(command) is None:
         return None
     try:
-        done = subprocess.run([command, flag], capture_output=True, text=True, errors="replace", timeout=10, check=True)
+        done = subprocess.run(
+            [command, *flags], capture_output=True, text=True, errors="replace", timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return (done.stdout.strip().splitlines() or [""])[0]
 
 
 def _driver() -> str | None:
-    if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, check=False)
-    return done.stdout.strip().split("\n")[0] if done.returncode == 0 else None
+    return first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 
 
 def missing(facts: dict[str, Any]) -> list[dict[str, str]]:
     """Return a row `what`, `disables`, `how_to_get` for everything useful that `facts` say is not here."""
-    rows = []
-
-    def lacks(present: object, what: str, disables: str, how_to_get: str) -> None:
-        if not present:
-            rows.append({"what": what, "disables": disables, "how_to_get": how_to_get})
-
-    tools, has_gpu = facts["software"], facts["gpu"]["available"]
-    x86 = facts["cpu"]["architecture"].lower() in ("x86_64", "amd64")
-    kernels = facts["kernels"]
-    lacks(
-        has_gpu,
-        "a CUDA GPU",
-        "GPU latencies and memory, fast training",
-        "run on a machine with an NVIDIA GPU, its driver and a CUDA build of torch",
+    rows = (
+        (
+            facts["gpu"]["available"],
+            "a CUDA GPU",
+            "GPU latencies and memory, fast training",
+            "run on a machine with an NVIDIA GPU, its driver and a CUDA build of torch",
+        ),
+        (
+            facts["compiler"]["works"],
+            "a working C++ compiler",
+            "torch.compile: the inductor runtime and its fused int8 kernels; everything is timed in eager mode",
+            "install g++ (or set CXX) and Python's headers, e.g. the packages g++ and python3-dev",
+        ),
+        (
+            facts["kernels"]["int8_conv_onednn"]["available"],
+            "int8 convolutions of oneDNN",
+            "real int8 kernels on the CPU; int8 variants are simulated and get no speed-up",
+            "run on an x86 CPU, with a torch that has oneDNN; leave DNNL_MAX_CPU_ISA unset",
+        ),
+        (facts["software"]["git"], "git", "experiments and comparisons between them", "install the package git"),
     )
-    lacks(
-        facts["compiler"]["works"],
-        "a working C++ compiler",
-        "torch.compile: the inductor runtime and its fused int8 kernels; everything is timed in eager mode",
-        "install g++ (or set CXX) and Python's headers, e.g. the packages g++ and python3-dev",
-    )
-    lacks(
-        kernels["int8_conv_onednn"]["available"],
-        "int8 convolutions of oneDNN",
-        "real int8 kernels on the CPU; int8 variants are simulated and get no speed-up",
-        "run on an x86 CPU, with a torch that has oneDNN; leave DNNL_MAX_CPU_ISA unset",
-    )
-    lacks(
-        not x86 or not cpu_flags().isdisjoint(("amx_int8", "amx_bf16")),
-        "AMX instructions",
-        "the fastest int8 and bfloat16 kernels of a CPU",
-        "run on a Xeon from Sapphire Rapids on; a virtual machine may hide them",
-    )
-    lacks(tools["git"], "git", "experiments and comparisons between them", "install the package git")
-    lacks(tools["dvc"], "dvc", "running the pipeline", "pip install dvc")
-    lacks(tools["torchao"], "torchao", "compiled int8 kernels on the runtime inductor", "pip install torchao")
-    return rows
-
-
-def null_metrics(facts: dict[str, Any]) -> dict[str, str]:
-    """Return why a metric can be null on this machine, by its key in the metrics files."""
-    simulated = "null for a variant whose low-bit kernel is simulated here: its time says nothing about the method"
-    emulated = [dtype for dtype, native in facts["native_arithmetic"]["cpu"].items() if not native]
-    if emulated and not facts["gpu"]["available"]:
-        simulated += f"; so for {' and '.join(emulated)}, which this CPU emulates"
-    return {"speedup_b1": simulated, "speedup_b16": simulated}
+    return [dict(zip(("what", "disables", "how_to_get"), row[1:], strict=True)) for row in rows if not row[0]]
 
 
 def remarks(facts: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ at least the larger timed size.
 import functools
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,15 +22,15 @@ from quantstudy.errors import UserError, one_line
 from quantstudy.files import atomic, finite
 from quantstudy.machine.device import DTYPES
 from quantstudy.machine.hardware import arithmetic_is_native, describe_machine, int8_sums_saturate, remarks
+from quantstudy.measure.accuracy import accuracy, percent_equal
 from quantstudy.measure.coverage import not_quantized, remark, stored
-from quantstudy.measure.latency import Timing, time_alternately
+from quantstudy.measure.latency import Timing, Timings, fastest, latencies, time_alternately
 from quantstudy.measure.memory import with_peak_memory_mb
-from quantstudy.measure.operations import count_macs, tera_bit_operations
+from quantstudy.measure.operations import count_macs, layer_bits, tera_bit_operations
 from quantstudy.measure.per_layer import LAYER_IMAGES, layer_sqnr_db, weight_storage
-from quantstudy.measure.statistics import mcnemar_exact_p, sqnr_db, wilson_half_width
-from quantstudy.network import models
+from quantstudy.network.fp32 import load_preprocessing, skeleton_of
 from quantstudy.quantization.variant import load_any
-from quantstudy.runtimes.executables import Executable, build_executable, worth_compiling
+from quantstudy.runtimes.executables import Executable, build_executable, open_executable, worth_compiling
 
 if TYPE_CHECKING:
     import onnx
@@ -89,11 +89,7 @@ class Task:
     @functools.cached_property
     def preprocessing(self) -> P.Preprocessing:
         """What the model wants its input to be."""
-        return models.load_preprocessing(self.path)
-
-    def skeleton(self) -> nn.Module:
-        """Return the fp32 network without its weights."""
-        return models.skeleton_of(self.path)
+        return load_preprocessing(self.path)
 
     def noise(self, batch_size: int) -> Tensor:
         """Return images to time on, float32 [batch_size, 3, S, S], channels_last on the device."""
@@ -110,6 +106,17 @@ class Task:
         return load_graph(layout.graph(self.name))
 
 
+class _Model(NamedTuple):
+    """What a model says of itself, before it is used up."""
+
+    stored: Record
+    bits: dict[str, tuple[int, int]]
+    storage: dict[str, tuple[int, int]]
+    left: Record
+    skipped: Record
+    """What its method could not do: technique -> layer -> reason."""
+
+
 @torch.no_grad()
 def evaluate(task: Task, test: Split, reference: Reference | None) -> tuple[Record, Record, Reference]:
     """Return the metrics and the details of a variant, and its logits as a reference for others.
@@ -117,31 +124,37 @@ def evaluate(task: Task, test: Split, reference: Reference | None) -> tuple[Reco
     `reference` is fp32's on the same images; None when the variant is fp32 itself. Call it before the process has
     computed anything, so that the memory it measures is the variant's alone.
     """
-    (eager, counted, storage, left), memory = with_peak_memory_mb(lambda: _eager_after_a_batch(task), task.device)
+    (eager, model), memory = with_peak_memory_mb(lambda: _eager_after_a_batch(task), task.device)
     if reference is None:
-        total_macs, macs = count_macs(task.skeleton(), task.preprocessing.image_size)
+        total_macs, macs = count_macs(skeleton_of(task.path), task.preprocessing.image_size)
     else:
         total_macs, macs = reference.total_macs, reference.macs
     executables, baselines, failed = _executables(task, eager)
     timings = {size: _time(task, executables, baselines, size) for size in BATCH_SIZES}
-    chosen = _fastest(task, executables, timings)
+    chosen = fastest(task.variant, executables, timings)
     logits_of = {executable.runtime: run_on_test(executable, task, test) for executable in executables}
     logits = logits_of[chosen.runtime]
-    metrics = _accuracy(logits, logits if reference is None else reference.logits, test.labels.numpy())
-    metrics |= _file_size(task) | counted
-    metrics |= {"gmacs": total_macs / 1e9, "tbops": _tera_bit_operations(macs, chosen)}
-    metrics |= _latency(task, chosen, baselines, timings)
     if memory is None:
         failed["peak_memory_mb"] = "the system does not let a process reset its peak"
+    metrics: Record = accuracy(logits, logits if reference is None else reference.logits, test.labels.numpy())
+    size, fp32_size = task.path.stat().st_size, layout.model(task.name, "fp32").stat().st_size
+    metrics |= {"size_mb": size / 1e6, "compression": fp32_size / size} | model.stored
+    metrics |= {"gmacs": total_macs / 1e9, "tbops": tera_bit_operations(macs, model.bits)}
+    metrics |= latencies(task.variant, chosen, timings)
     metrics |= {"kernel_real": int(chosen.real), "peak_memory_mb": finite(memory), "seed": task.study.seed}
     sqnr = {} if reference is None else _layer_sqnr(task, test)
-    details = _details(task, chosen, timings, _layer_rows(chosen, macs, storage, sqnr))
-    details |= {"unavailable": failed, "not_quantized": left}
-    details["remarks"] += remark(left, counted["layers_quantizable"])
-    details["agreement_with_eager"] = {
-        runtime: 100 * float((found.argmax(1) == logits_of["eager"].argmax(1)).mean())
-        for runtime, found in logits_of.items()
+    details = {
+        **_details(task, chosen, timings),
+        "layers": _layer_rows(chosen, model, macs, sqnr),
+        "unavailable": failed,
+        "not_quantized": model.left,
+        "skipped": model.skipped,
+        "exported": {executable.runtime: executable.exported for executable in executables if executable.exported},
+        "agreement_with_eager": {
+            runtime: percent_equal(found, logits_of["eager"]) for runtime, found in logits_of.items()
+        },
     }
+    details["remarks"] += remark(model.left, model.stored["layers_quantizable"])
     return metrics, details, Reference(logits, total_macs, macs)
 
 
@@ -151,12 +164,13 @@ def run_on_test(executable: Executable, task: Task, test: Split) -> np.ndarray:
     return run_on_split(executable.run, test, task.preprocessing, size, task.device, executable.memory_format)
 
 
-def _eager_after_a_batch(task: Task) -> tuple[Executable, Record, dict[str, tuple[int, int]], Record]:
+def _eager_after_a_batch(task: Task) -> tuple[Executable, _Model]:
     model = task.load()
-    counted, storage, left = stored(model), weight_storage(model), not_quantized(model)
+    skipped = getattr(model, "skipped", {})
+    facts = _Model(stored(model), layer_bits(model), weight_storage(model), not_quantized(model), skipped)
     executable = build_executable(model, "eager", task.device)
     executable.run(task.noise(max(BATCH_SIZES)))
-    return executable, counted, storage, left
+    return executable, facts
 
 
 def _executables(task: Task, eager: Executable) -> tuple[list[Executable], list[Executable], dict[str, str]]:
@@ -181,10 +195,8 @@ def _others(task: Task, variant: str, failed: dict[str, str]) -> list[Executable
                 for size in BATCH_SIZES:
                     executable.run(task.noise(size).contiguous(memory_format=executable.memory_format))
                 found.append(executable)
-        except UserError as error:
-            failed[f"{variant} {runtime}"] = str(error)
         except Exception as error:  # a missing compiler, an unknown operator: many types, one meaning
-            failed[f"{variant} {runtime}"] = one_line(error)
+            failed[f"{variant} {runtime}"] = str(error) if isinstance(error, UserError) else one_line(error)
     return found
 
 
@@ -194,16 +206,9 @@ def _build(task: Task, variant: str, runtime: str) -> Executable | None:
         return build_executable(model, runtime, task.device) if worth_compiling(model, task.device) else None
     if task.device.type != "cpu":
         return None
-    from quantstudy.runtimes.executables import open_executable
-    from quantstudy.runtimes.onnx_model import to_onnx
+    from quantstudy.runtimes.onnx_tuning import exported_model
 
-    return open_executable(model, to_onnx(model, task.graph), runtime)
-
-
-def _fastest(task: Task, executables: list[Executable], timings: dict[int, dict[str, Timing]]) -> Executable:
-    """Return the executable with the smallest sum of medians, of those whose kernels are real where there are any."""
-    real = [executable for executable in executables if executable.real] or executables
-    return min(real, key=lambda e: sum(timing[f"{task.variant} {e.runtime}"].median_ms for timing in timings.values()))
+    return open_executable(model, exported_model(model, task.graph, runtime), runtime)
 
 
 def _time(task: Task, executables: list[Executable], baselines: list[Executable], batch_size: int) -> dict[str, Timing]:
@@ -217,50 +222,6 @@ def _time(task: Task, executables: list[Executable], baselines: list[Executable]
     return time_alternately(calls, task.measure.seconds * len(calls) / 2, on_cuda=task.device.type == "cuda")
 
 
-def _accuracy(logits: np.ndarray, reference: np.ndarray, labels: np.ndarray) -> Record:
-    predicted, expected = logits.argmax(1), reference.argmax(1)
-    right, right_before = predicted == labels, expected == labels
-    five = np.argsort(-logits, axis=1, kind="stable")[:, :5]
-    images = len(labels)
-    return {
-        "top1": 100 * float(right.mean()),
-        "top5": 100 * float((five == labels[:, None]).any(1).mean()),
-        "top1_ci95": wilson_half_width(int(right.sum()), images),
-        "top1_drop": 100 * float(right_before.mean() - right.mean()),
-        "top1_drop_p": mcnemar_exact_p(right_before, right),
-        "images": images,
-        "agreement": 100 * float((predicted == expected).mean()),
-        "sqnr_db": sqnr_db(reference, logits),
-    }
-
-
-def _file_size(task: Task) -> Record:
-    size, fp32 = task.path.stat().st_size, layout.model(task.name, "fp32").stat().st_size
-    return {"size_mb": size / 1e6, "compression": fp32 / size}
-
-
-def _tera_bit_operations(macs: dict[str, int], chosen: Executable) -> float:
-    weight = {name: layer.weight for name, layer in chosen.layers.items()}
-    activation = {name: layer.activation for name, layer in chosen.layers.items()}
-    return tera_bit_operations(macs, weight, activation)
-
-
-def _latency(
-    task: Task, chosen: Executable, baselines: list[Executable], timings: dict[int, dict[str, Timing]]
-) -> Record:
-    """Report both batch sizes on the chosen runtime; a speed-up only for a real kernel, over fp32's best runtime."""
-    found: Record = {}
-    for size, timing in timings.items():
-        own = timing[f"{task.variant} {chosen.runtime}"].median_ms
-        found[f"latency_ms_b{size}"] = own
-        fp32 = [timing[f"fp32 {executable.runtime}"].median_ms for executable in baselines]
-        if task.variant == "fp32":
-            found[f"speedup_b{size}"] = 1.0
-        else:
-            found[f"speedup_b{size}"] = min(fp32) / own if chosen.real and fp32 else None
-    return found
-
-
 def _layer_sqnr(task: Task, test: Split) -> dict[str, float]:
     few = test.subset(range(min(LAYER_IMAGES, len(test))))
     images, _ = next(iter(Batches(few, task.preprocessing, len(few), task.device)))
@@ -268,38 +229,35 @@ def _layer_sqnr(task: Task, test: Split) -> dict[str, float]:
     return layer_sqnr_db(fp32, variant, images.contiguous(memory_format=torch.channels_last))
 
 
-def _layer_rows(
-    chosen: Executable, macs: dict[str, int], storage: dict[str, tuple[int, int]], sqnr: dict[str, float]
-) -> list[Record]:
+def _layer_rows(chosen: Executable, model: _Model, macs: dict[str, int], sqnr: dict[str, float]) -> list[Record]:
     """One row a layer; `sqnr_db` is null for fp32, which is what the others are compared with."""
     return [
-        {"name": name, **asdict(bits), "macs": macs[name], "bytes": storage[name][0], "sqnr_db": sqnr.get(name)}
-        for name, bits in chosen.layers.items()
+        {
+            **{"name": name, "weight": weight, "activation": activation, "real": chosen.layers[name]},
+            **{"macs": macs[name], "bytes": model.storage[name][0], "sqnr_db": sqnr.get(name)},
+        }
+        for name, (weight, activation) in model.bits.items()
     ]
 
 
-def _details(task: Task, chosen: Executable, timings: dict[int, dict[str, Timing]], rows: list[Record]) -> Record:
+def _details(task: Task, chosen: Executable, timings: Timings) -> Record:
+    native = {dtype: arithmetic_is_native(dtype, "cpu") for dtype in DTYPES}
     return {
         "variant": task.variant,
         "runtime": chosen.runtime,
         "machine": describe_machine(),
-        "remarks": remarks(
-            task.device.type == "cuda",
-            {dtype: arithmetic_is_native(dtype, "cpu") for dtype in DTYPES},
-            int8_sums_saturate(),
-        ),
-        "kernel": {"real": chosen.real_layers, "total": len(chosen.layers), "note": _note(chosen)},
+        "remarks": remarks(task.device.type == "cuda", native, int8_sums_saturate()),
+        "kernel": {"real": sum(chosen.layers.values()), "total": len(chosen.layers), "note": _note(chosen)},
         "timings": [
             {"executable": name, "batch_size": size, **asdict(timing)}
             for size, by_name in timings.items()
             for name, timing in by_name.items()
         ],
-        "layers": rows,
     }
 
 
 def _note(chosen: Executable) -> str:
     if chosen.real:
         return "every layer runs in its stated type"
-    simulated = len(chosen.layers) - chosen.real_layers
+    simulated = sum(not real for real in chosen.layers.values())
     return f"{simulated} of {len(chosen.layers)} layers are simulated or run in a wider type; no speed-up is reported"

@@ -7,11 +7,15 @@ Hardware Efficiency*, ECCV 2020, section 3.3).
 """
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import nn
+
+from quantstudy.quantization.layers import quantized_layers
+from quantstudy.runtimes.executables import network_of
 
 
 def count_macs(model: nn.Module, image_size: int) -> tuple[int, dict[str, int]]:
@@ -35,20 +39,35 @@ def count_macs(model: nn.Module, image_size: int) -> tuple[int, dict[str, int]]:
     return int(total), {name: by_name[name] for name in layers}
 
 
-def tera_bit_operations(
-    macs: Mapping[str, int], weight_bits: Mapping[str, float], activation_bits: Mapping[str, float]
-) -> float:
+def layer_bits(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return the bits of the weights and of the input of every Conv2d and Linear by name, as their schemes state them.
+
+    What is not quantized has those of the network's float type, 16 or 32. They say what a method does, whatever the
+    runtime, its kernels and the CPU.
+    """
+    network, dtype = network_of(model)
+    layers, width = quantized_layers(network), 8 * dtype.itemsize
+    bits = {}
+    for name, module in network.named_modules():
+        if name in layers:
+            scheme = layers[name].scheme
+            bits[name] = (scheme.weight.bits, width if scheme.activation.mode == "none" else scheme.activation.bits)
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            bits[name] = (width, width)
+    return bits
+
+
+def tera_bit_operations(macs: Mapping[str, int], bits: Mapping[str, tuple[int, int]]) -> float:
     """Return Σ MACs · weight bits · activation bits over the layers / 1e12.
 
     Args:
         macs: multiply-accumulates per layer, from `count_macs`.
-        weight_bits: bits of the layer's weights in its arithmetic, 32 for float32.
-        activation_bits: bits of the layer's input in its arithmetic, 32 for float32.
+        bits: those of its weights and its input, from `layer_bits`.
 
     Raises:
         KeyError: a layer of `macs` has no bits.
     """
-    return sum(count * weight_bits[name] * activation_bits[name] for name, count in macs.items()) / 1e12
+    return sum(count * math.prod(bits[name]) for name, count in macs.items()) / 1e12
 
 
 def _flatten(tree: Mapping[str, tuple[float, float, Mapping[str, object]]], prefix: str) -> dict[str, int]:

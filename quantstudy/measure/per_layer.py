@@ -6,23 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantstudy.measure.statistics import sqnr_db
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
-from quantstudy.quantization.variant import Variant
+from quantstudy.quantization.sqnr import sqnr_db
+from quantstudy.runtimes.executables import network_of
 
 LAYER_IMAGES = 16
 """Test images that the outputs of the layers are compared on."""
 
 
-def network_of(model: nn.Module) -> nn.Module:
-    """Return the network inside a variant; another model is its own network. Its layers have the fp32 model's names."""
-    return model.network if isinstance(model, Variant) else model
-
-
 def weight_storage(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return (bytes, weights) of every Conv2d and Linear by name, quantized or not; scales count, biases do not."""
-    network = network_of(model)
+    network, _ = network_of(model)
     found: dict[str, tuple[int, int]] = {
         name: (layer.packed.nbytes + layer.weight_scale.nbytes, layer.shape.numel())
         for name, layer in quantized_layers(network).items()
@@ -57,7 +52,7 @@ def layer_sqnr_db(reference: nn.Module, model: nn.Module, images: Tensor) -> dic
 
 
 def _watch_outputs(model: nn.Module, images: Tensor, watch: Callable[[str, Tensor], None]) -> None:
-    network = network_of(model)
+    network, _ = network_of(model)
     layers: dict[str, Any] = quantizable_layers(network) | quantized_layers(network)
     handles = [
         layer.register_forward_hook(lambda _, inputs, output, name=name: watch(name, output))

@@ -6,6 +6,7 @@ are given. The images need no labels: some calibrate, the others say how far the
 
 import argparse
 import copy
+import functools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,23 +17,22 @@ from torch import nn
 
 from quantstudy import params as P
 from quantstudy.data.archive import open_files
-from quantstudy.data.batches import Batches, images_of, run_on_split
+from quantstudy.data.batches import images_of, run_on_split
 from quantstudy.data.container import Split
 from quantstudy.data.images import ImageList, store
-from quantstudy.errors import UserError, unknown
+from quantstudy.errors import UserError
 from quantstudy.machine.device import set_up
 from quantstudy.measure.coverage import not_quantized, remark, stored
-from quantstudy.measure.statistics import sqnr_db
-from quantstudy.methods import registry
-from quantstudy.network import models
-from quantstudy.network.architectures import build, check_logits
-from quantstudy.network.attention import opened_names
+from quantstudy.methods import recipes
+from quantstudy.methods.calibration import Calibration
 from quantstudy.network.checkpoint import FORMAT, load_checkpoint, load_tensors
-from quantstudy.quantization.observers import collect
+from quantstudy.network.fp32 import load_fp32, load_preprocessing, save_fp32
+from quantstudy.network.weights import head_name, network_of_state, read_state_dict
+from quantstudy.quantization.sqnr import sqnr_db
 from quantstudy.quantization.variant import Variant, save_variant
 from quantstudy.runtimes.executables import build_executable
+from quantstudy.runtimes.library import IMAGENET_MEAN, IMAGENET_STD, post_training_row
 
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 OUTPUTS = (".onnx", ".pth")
 _CPU = torch.device("cpu")
 
@@ -46,36 +46,29 @@ def quantize(arguments: argparse.Namespace) -> None:
     source, out = Path(arguments.model), Path(arguments.out)
     if out.suffix not in OUTPUTS or out.resolve() == source.resolve():
         raise UserError(f"--out: {str(out)!r}: name another file that ends in one of {', '.join(OUTPUTS)}")
-    settings = _settings(arguments.method)
+    settings = post_training_row(arguments.method, "--method")
     set_up(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         fp32 = _fp32_file(source, arguments, Path(folder) / "fp32.pth")
-        facts, model, size = load_checkpoint(fp32), models.load_fp32(fp32), fp32.stat().st_size
-        seen = models.load_preprocessing(fp32)
-        print(f"{source}: {facts['architecture']}, {facts['classes']} classes, images of {seen.image_size} px")
-        images, test, calibration = _images(Path(arguments.images), seen.image_size, arguments)
-        variant = _quantized(model, images, seen, settings, arguments.batch_size)
+        facts, model, size = load_checkpoint(fp32), load_fp32(fp32), fp32.stat().st_size
+        preprocessing = load_preprocessing(fp32)
+        print(f"{source}: {facts['architecture']}, {facts['classes']} classes, images of {preprocessing.image_size} px")
+        images, test, drawn = _images(Path(arguments.images), preprocessing.image_size, arguments)
+        calibration = Calibration(model, functools.partial(images_of, images, preprocessing, arguments.batch_size))
+        variant = recipes.quantize(model, calibration, settings)
         counted = stored(variant)
         layers = "{layers_quantized} of {layers_quantizable} layers in low bits, {weight_bits:.2f} bits a weight"
         print(f"{arguments.method}: {layers.format(**counted)}")
         remarks = remark(not_quantized(variant), counted["layers_quantizable"])
-        remarks += _write(out, variant, facts, arguments.method, test, seen)
+        remarks += _write(out, variant, facts, arguments.method, test, preprocessing)
     print(f"{out}: {out.stat().st_size / 1e6:.3f} MB, fp32 {size / 1e6:.3f} MB")
-    print(_agreement(model, variant, test, seen), f"calibrated on {calibration}", sep=", ")
+    print(_agreement(model, variant, test, preprocessing), f"calibrated on {drawn}", sep=", ")
     for line in remarks:
         print(line)
 
 
-def _settings(method: str) -> Any:
-    methods = P.load_methods()
-    names = [name for name, row in methods.items() if row.kind in registry.POST_TRAINING]
-    if method not in names:
-        raise unknown("--method", method, names)
-    return methods[method]
-
-
 def _fp32_file(source: Path, arguments: argparse.Namespace, place: Path) -> Path:
-    """Return a file as `models.save_fp32` writes it: `source` itself, or one made of its state_dict at `place`."""
+    """Return a file as `save_fp32` writes it: `source` itself, or one made of its state_dict at `place`."""
     content = load_tensors(source)
     given = [key for key in ("architecture", "image_size", "mean", "std") if getattr(arguments, key) is not None]
     if isinstance(content, dict) and content.get("format") == FORMAT:
@@ -86,11 +79,13 @@ def _fp32_file(source: Path, arguments: argparse.Namespace, place: Path) -> Path
         return source
     if arguments.architecture is None:
         raise UserError(f"{source}: a state_dict does not say its architecture; add --architecture, resnet18 for one")
-    values = {"image_size": 224, **IMAGENET} | {key: getattr(arguments, key) for key in given if key != "architecture"}
-    seen = _preprocessing(values)
-    model = _with_state(models.read_state_dict(source), source, arguments.architecture, seen.image_size)
-    classes = model.get_parameter(f"{models.head_name(model)}.weight").shape[0]
-    models.save_fp32(place, model, arguments.architecture, classes, seen)
+    values = {"image_size": 224, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    values |= {key: getattr(arguments, key) for key in given if key != "architecture"}
+    preprocessing = _preprocessing(values)
+    state, options = read_state_dict(source), ("--architecture", "--image-size")
+    model = network_of_state(state, str(source), arguments.architecture, preprocessing.image_size, options)
+    classes = model.get_parameter(f"{head_name(model)}.weight").shape[0]
+    save_fp32(place, model, arguments.architecture, classes, preprocessing)
     return place
 
 
@@ -101,20 +96,6 @@ def _preprocessing(values: dict[str, Any]) -> P.Preprocessing:
         first = error.errors()[0]
         option = str(first["loc"][0]).replace("_", "-")
         raise UserError(f"--{option}: {first['input']}: {first['msg']}") from None
-
-
-def _with_state(state: dict[str, torch.Tensor], source: Path, architecture: str, image_size: int) -> nn.Module:
-    """Build the network that a state_dict is of, as many classes as its head has, and load it."""
-    head = f"{models.head_name(build(architecture, 1, image_size, '--architecture'))}.weight"
-    weight = opened_names(state).get(head)
-    if weight is None:
-        raise UserError(f"{source}: not of architecture {architecture}: it lacks {head}")
-    model = build(architecture, weight.shape[0], image_size, "--architecture")
-    check_logits(model, weight.shape[0], image_size, "--image-size")
-    missing = models.load_state(model, state, str(source), "model", architecture).missing
-    if missing:
-        raise UserError(f"{source}: not of architecture {architecture}: it lacks {len(missing)} tensors, {missing[0]}")
-    return model
 
 
 def _images(path: Path, image_size: int, arguments: argparse.Namespace) -> tuple[Split, Split, str]:
@@ -136,16 +117,8 @@ def _images(path: Path, image_size: int, arguments: argparse.Namespace) -> tuple
     return *splits, f"{len(calibration)} others" if len(rest) else "the same"
 
 
-def _quantized(model: nn.Module, images: Split, seen: P.Preprocessing, settings: Any, batch_size: int) -> Variant:
-    batches = Batches(images, seen, batch_size, _CPU)
-    calibration = collect(model, batches, P.Calibration().bins) | {"image_size": seen.image_size}
-    if getattr(settings, "needs_images", False):
-        calibration["images"] = images_of(images, seen, batch_size)
-    return registry.quantize(model, calibration, settings)
-
-
 def _write(
-    out: Path, variant: Variant, facts: dict[str, Any], method: str, test: Split, seen: P.Preprocessing
+    out: Path, variant: Variant, facts: dict[str, Any], method: str, test: Split, preprocessing: P.Preprocessing
 ) -> list[str]:
     """Write the variant in the form that the suffix of `out` says; return what to tell about an ONNX file."""
     if out.suffix == ".pth":
@@ -154,17 +127,21 @@ def _write(
     from quantstudy.measure.agreement import check
     from quantstudy.runtimes.onnx_graph import network_graph
     from quantstudy.runtimes.onnx_model import save_onnx, to_onnx
+    from quantstudy.runtimes.onnx_tuning import exported_model
+    from quantstudy.runtimes.sessions import PACKAGES
 
-    exported = to_onnx(variant, network_graph(facts["architecture"], facts["classes"], seen.image_size))
-    save_onnx(out, exported)
-    found = check(copy.deepcopy(variant), exported, test, seen)
+    graph = network_graph(facts["architecture"], facts["classes"], preprocessing.image_size)
+    plain = to_onnx(variant, graph)
+    save_onnx(out, plain)
+    timed = {runtime: exported_model(variant, graph, runtime) for runtime in PACKAGES}
+    found = check(copy.deepcopy(variant), plain, timed, test, preprocessing)
     lines = [f"{runtime} agrees with PyTorch on {share:.2f} %" for runtime, share in found["agreement"].items()]
     return [*lines, *found["remarks"]]
 
 
-def _agreement(model: nn.Module, variant: Variant, test: Split, seen: P.Preprocessing) -> str:
+def _agreement(model: nn.Module, variant: Variant, test: Split, preprocessing: P.Preprocessing) -> str:
     before, after = (
-        run_on_split(executable.run, test, seen, 32, _CPU, executable.memory_format)
+        run_on_split(executable.run, test, preprocessing, 32, _CPU, executable.memory_format)
         for executable in (build_executable(network, "eager", _CPU) for network in (model, variant))
     )
     share = 100 * float((before.argmax(1) == after.argmax(1)).mean())

@@ -1,8 +1,6 @@
-"""How sure an accuracy is, and how far one model's outputs lie from another's.
+"""How sure an accuracy is: a proportion of a finite test split.
 
-An accuracy is a proportion of a finite test split. Wilson's interval says how far it can be trusted, McNemar's
-exact test whether two variants differ on the same images, and the signal-to-quantization-noise ratio how much
-quantization disturbs the logits, long before the accuracy moves.
+Wilson's interval says how far it can be trusted, McNemar's exact test whether two variants differ on the same images.
 """
 
 import math
@@ -12,9 +10,6 @@ from numpy.typing import NDArray
 
 Z_95 = 1.959963984540054
 """The 97.5 % quantile of the normal distribution: two-sided 95 %."""
-
-SQNR_LIMIT_DB = 200.0
-"""Bound of `sqnr_db` on both sides; float32 rounding alone lies near 150 dB."""
 
 
 def wilson_interval(correct: int, images: int) -> tuple[float, float]:
@@ -89,27 +84,3 @@ def _disagreements(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) -
     if a.shape != b.shape:
         raise ValueError(f"correct_a has shape {a.shape}, correct_b {b.shape}; they must be the same images")
     return int(np.sum(a & ~b)), int(np.sum(b & ~a))
-
-
-def sqnr_db(reference: NDArray[np.floating], other: NDArray[np.floating]) -> float:
-    """Return 20·log10(‖reference‖ / ‖reference - other‖) in decibels, over all elements, in float64.
-
-    Bounded by ±`SQNR_LIMIT_DB` so that it is always a finite number: identical arrays give the upper bound,
-    arrays with an infinity or a NaN (a float16 overflow) the lower one.
-
-    Raises:
-        ValueError: the two arrays differ in shape.
-    """
-    if np.shape(reference) != np.shape(other):
-        raise ValueError(f"reference has shape {np.shape(reference)}, other {np.shape(other)}")
-    signal = np.asarray(reference, dtype=np.float64)
-    noise = signal - np.asarray(other, dtype=np.float64)
-    signal_norm, noise_norm = float(np.linalg.norm(signal)), float(np.linalg.norm(noise))
-    if not math.isfinite(noise_norm):
-        return -SQNR_LIMIT_DB
-    if noise_norm == 0.0:
-        return SQNR_LIMIT_DB
-    if signal_norm == 0.0:
-        return -SQNR_LIMIT_DB
-    decibels = 20 * (math.log10(signal_norm) - math.log10(noise_norm))
-    return max(-SQNR_LIMIT_DB, min(SQNR_LIMIT_DB, decibels))

@@ -25,6 +25,8 @@ _LARGEST_LOSS = 1e4
 """Losses are scaled to this, far above the solver's absolute gap of 1e-6."""
 
 Losses = Mapping[str, Mapping[int, float]]
+Allocation = Mapping[str, int]
+"""Bits of each layer."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,7 @@ def stored_bits(shape: torch.Size, bits: int, group_size: int | None) -> int:
     """Return the bits that a weight of `shape` takes in a file: packed codes and scales, or 16 for each of it."""
     if bits == HALF:
         return HALF * shape.numel()
-    scheme = WeightScheme(bits, group_size)
-    scales = scheme.grouped(torch.empty(shape, device="meta")).shape[:2].numel()
-    return 8 * (-(-shape.numel() * bits // 8) + scales * scheme.scale_dtype.itemsize)
+    return 8 * WeightScheme(bits, group_size).layout(shape).nbytes
 
 
 def allocate(losses: Losses, budgets: Sequence[Budget]) -> dict[str, int]:

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
-from tqdm import tqdm
 
 from quantstudy.errors import UserError
 from quantstudy.methods.equalization import mean_response, traced
@@ -44,12 +43,12 @@ _KEEP_MEANS_CALLS = (torch.flatten, nn.functional.adaptive_avg_pool2d)
 
 
 @torch.no_grad()
-def correct_biases(model: nn.Module, network: nn.Module, images: Tensor) -> None:
+def correct_biases(model: nn.Module, network: nn.Module, images: Tensor) -> dict[str, str]:
     """Add to the bias of each quantized layer what its mean output lacks, in place; `images` is [N, 3, S, S].
 
     One pass does it: each layer is corrected before the next one sees its output. A linear layer without a bias keeps
     none: in an ONNX graph there is no place for it. The activations that are seen are modules of `ACTIVATIONS` which
-    read a layer's output itself, or a sum that was added to it in place.
+    read a layer's output itself, or a sum that was added to it in place. Returns the layers that are left, with why.
     """
     images = images[: max(_PIXELS // images.shape[-1] ** 2, 1)]
     layers = _correctable(network)
@@ -69,6 +68,7 @@ def correct_biases(model: nn.Module, network: nn.Module, images: Tensor) -> None
     finally:
         for handle in handles:
             handle.remove()
+    return {name: "has no bias to correct" for name in quantized_layers(network) if name not in layers}
 
 
 class _WantedSum:
@@ -147,13 +147,16 @@ def correct_own_biases(model: nn.Module, network: nn.Module, moments: Mapping[st
 
 
 @torch.no_grad()
-def correct_biases_analytically(model: nn.Module, network: nn.Module, image_size: int) -> None:
+def correct_biases_analytically(model: nn.Module, network: nn.Module, image: Tensor) -> dict[str, str]:
     """Add to the bias of each quantized layer what its weights' errors take from its mean output, in place.
 
     Args:
         model: fp32; each BatchNorm was folded by `fold_batchnorm`, which keeps what it says of its convolution.
         network: a copy of it with frozen quantized layers.
-        image_size: side of the images in pixels, which tells how much of what a kernel reads is padding.
+        image: float32 [1, 3, H, W] of any values; its size tells how much of what a kernel reads is padding.
+
+    Returns:
+        The layers that are left, with why.
 
     Raises:
         UserError: no layer of the model reads what a BatchNorm tells the mean of.
@@ -162,16 +165,18 @@ def correct_biases_analytically(model: nn.Module, network: nn.Module, image_size
     known = {name: layer for name, layer in layers.items() if name in means}
     if not known:
         raise UserError("bias_correction: analytic needs BatchNorm before the layers, and there is none; choose true")
-    inside = _shares_inside(model, set(known), image_size)
+    inside = _shares_inside(model, set(known), image)
     for name, layer in known.items():
         weight: Any = model.get_submodule(name).weight
         missing = (weight - layer.dequantized()) * inside.get(name, 1.0)
         _add_to_bias(layer, mean_response(missing, means[name], getattr(layer, "groups", 1)))
-    if unknown := len(layers) - len(known):
-        tqdm.write(f"bias_correction: {unknown} of {len(layers)} left: no BatchNorm tells their input's mean")
+    left = (name for name in quantized_layers(network) if name not in known)
+    return {
+        name: "no BatchNorm tells its input's mean" if name in layers else "has no bias to correct" for name in left
+    }
 
 
-def _shares_inside(model: nn.Module, names: set[str], image_size: int) -> dict[str, Tensor]:
+def _shares_inside(model: nn.Module, names: set[str], image: Tensor) -> dict[str, Tensor]:
     """Return how often each weight of a convolution's kernel reads the image, not padding: [kH, kW], 0 to 1."""
     shares: dict[str, Tensor] = {}
 
@@ -183,8 +188,7 @@ def _shares_inside(model: nn.Module, names: set[str], image_size: int) -> dict[s
             seen = nn.functional.conv2d(torch.ones_like(x[:1, :1]), taps, None, *geometry)
             shares[name] = seen.mean((0, 2, 3)).view(layer.kernel_size)
 
-    image = torch.zeros(1, 3, image_size, image_size)
-    run_watched(model, {name: model.get_submodule(name) for name in names}, [image], watch)
+    run_watched(model, {name: model.get_submodule(name) for name in names}, [torch.zeros_like(image)], watch)
     return shares
 
 

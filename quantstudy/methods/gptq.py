@@ -34,8 +34,7 @@ def gptq_codes(weight: Tensor, scale: Tensor, scheme: WeightScheme, moments: Mom
         moments: those of the layer's input, of as many groups as the layer has.
     """
     groups = moments.mean.shape[0]
-    rows = weight.float().flatten(1)
-    step = scale.repeat_interleave(scheme.grouped(weight).shape[2], dim=1)[:, : rows.shape[1]]
+    rows, step = weight.float().flatten(1), scheme.spread(scale, weight.shape)
     rows, step = (value.unflatten(0, (groups, -1)).clone() for value in (rows, step))  # [groups, O / groups, K]
     codes = torch.empty_like(rows)
     area = weight.shape[2:].numel() if scheme.limit == "pairs" else None

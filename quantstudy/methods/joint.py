@@ -12,7 +12,7 @@ divergence of the predictions (the paper: features before the head). Images are 
 `LARGE` weights keep their codes: Adam on a hundred million takes seconds a step.
 
 `finetune_jointly` is the last step of post-training methods, on the calibration images. The kind `qat_joint` trains the
-same way by the epoch, on the training images (`stages.qat`), between `thaw` and `settle`.
+same way by the epoch, on the training images: `JointRecipe`.
 """
 
 import time
@@ -21,13 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from quantstudy.methods.reconstruction import LARGE, progress_of
 from quantstudy.quantization.layers import ActivationQuantizer, quantized_layers
 from quantstudy.quantization.learned import LearnedActivation
 from quantstudy.quantization.schemes import WeightScheme
-from quantstudy.training import parallel
 
 STEPS = 500
 BATCH_SIZE = 64
@@ -63,7 +61,7 @@ class MovingCodes(nn.Module):
         return self.scheme.ungrouped(codes, self.shape), self.scale()
 
 
-def finetune_jointly(reference: nn.Module, network: nn.Module, images: list[Tensor], seconds: float) -> None:
+def finetune_jointly(reference: nn.Module, network: nn.Module, images: list[Tensor], seconds: float) -> dict[str, str]:
     """Train `network`, whose layers are frozen, to predict what `reference` does; it is frozen again afterwards.
 
     Args:
@@ -71,8 +69,11 @@ def finetune_jointly(reference: nn.Module, network: nn.Module, images: list[Tens
         network: the quantized one, in place.
         images: batches of float32 [N, 3, S, S].
         seconds: at most; the schedule is then shorter.
+
+    Returns:
+        The layers whose codes and scales did not learn, with why.
     """
-    thaw(network)
+    kept = make_trainable(network)
     optimizer = torch.optim.Adam(parameter_groups(network, CODE_RATE), fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     pixels = torch.cat(images)
@@ -92,11 +93,16 @@ def finetune_jointly(reference: nn.Module, network: nn.Module, images: list[Tens
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    settle(network)
+    freeze_trained(network)
+    return kept
 
 
-def thaw(network: nn.Module) -> None:
-    """Let what frozen layers have learn, and nothing else, in place: biases, activation scales, codes if not LARGE."""
+def make_trainable(network: nn.Module) -> dict[str, str]:
+    """Let what frozen layers have learn, and nothing else, in place: biases, activation scales, codes if not LARGE.
+
+    Returns:
+        The layers whose codes and weight scales do not learn, with why.
+    """
     network.requires_grad_(False)
     layers: dict[str, Any] = quantized_layers(network)
     for layer in layers.values():
@@ -109,19 +115,12 @@ def thaw(network: nn.Module) -> None:
             activation.learned = LearnedActivation(*grid)
         if layer.shape.numel() <= LARGE:
             layer.weight_quantizer = MovingCodes(layer.weight_codes(), layer.weight_scale.float(), layer.scheme.weight)
-    kept = with_fixed_codes(network)
-    if kept and not parallel.rank():
-        names = ", ".join(kept)
-        tqdm.write(f"joint fine-tuning leaves codes and scales of weights that are more than {LARGE}: {names}")
-
-
-def with_fixed_codes(network: nn.Module) -> list[str]:
-    """Return the names of a thawed network's layers whose codes and weight scales do not learn."""
-    return [name for name, layer in quantized_layers(network).items() if layer.weight_quantizer is None]
+    reason = f"more than {LARGE:,} weights: codes and scales stay"
+    return {name: reason for name, layer in layers.items() if layer.weight_quantizer is None}
 
 
 def parameter_groups(network: nn.Module, rate: float) -> list[dict[str, Any]]:
-    """Return what learns in a thawed network, for Adam: codes at `rate`, all else in proportion to it."""
+    """Return what `make_trainable` lets learn, for Adam: codes at `rate`, all else in proportion to it."""
     layers: list[Any] = list(quantized_layers(network).values())
     quantizers = [layer.weight_quantizer for layer in layers if layer.weight_quantizer is not None]
     found = [
@@ -136,11 +135,11 @@ def parameter_groups(network: nn.Module, rate: float) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def settle(network: nn.Module) -> None:
-    """Freeze what `thaw` made trainable, in place."""
+def freeze_trained(network: nn.Module) -> None:
+    """Freeze what `make_trainable` made trainable, in place."""
     layers: dict[str, Any] = quantized_layers(network)
     for layer in layers.values():
-        layer.activation.settle()
+        layer.activation.adopt_learned()
         if layer.weight_quantizer is not None:
             layer.freeze()
         layer.requires_grad_(False)

@@ -14,16 +14,21 @@ and BatchNorm is folded into scales and biases.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantstudy.network.models import conv_norm_pairs
+from quantstudy import params as P
+from quantstudy.methods.calibration import Calibration
+from quantstudy.methods.recipe import TrainedRecipe, register
+from quantstudy.methods.uniform import layer_schemes
+from quantstudy.network.folding import conv_norm_pairs
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.learned import LearnedActivation, LearnedWeight
 from quantstudy.quantization.ranges import ActivationRange, activation_range
+from quantstudy.quantization.variant import Variant
 
 RE_ESTIMATION_BATCHES = 50
 
@@ -85,7 +90,7 @@ def freeze_learned(network: nn.Module, pairs: list[tuple[str, str]]) -> None:
     A gamma that became negative in training gives its channel the codes of the negated weight, the lowest one clipped.
     """
     for layer in quantized_layers(network).values():
-        layer.activation.settle()
+        layer.activation.adopt_learned()
         layer.freeze()
     for name, norm_name in pairs:
         layer, norm = network.get_submodule(name), network.get_submodule(norm_name)  # type: ignore[assignment]
@@ -102,3 +107,30 @@ def _fold(layer: Any, norm: Any) -> None:
     )
     before = 0 if layer.bias is None else layer.bias
     layer.bias = nn.Parameter((before - norm.running_mean) * factor + norm.bias, requires_grad=False)
+
+
+@register(P.QatLsq)
+class LsqRecipe(TrainedRecipe[P.QatLsq]):
+    """The static scheme with learned scales, trained with its BatchNorm."""
+
+    keeps_batchnorm = True
+
+    def prepare(self, model: nn.Module, calibration: Calibration, row: P.QatLsq) -> Variant:
+        """Return a copy with learned scales."""
+        schemes = layer_schemes(model, row, calibration.replaceable, "static")
+        variant = Variant(learnable(model, calibration.statistics, schemes, row.activation_range))
+        variant.requires_grad_(True)
+        return variant
+
+    def finish(self, variant: Variant, model: nn.Module, row: P.QatLsq) -> Variant:
+        """Round, and fold BatchNorm into scales and biases."""
+        freeze_learned(variant.network, conv_norm_pairs(model))
+        return variant
+
+    def distillation(self, row: P.QatLsq) -> float:
+        """Return what the row says."""
+        return row.distillation
+
+    def before_validation(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Callable[[nn.Module], None]:
+        """Return the estimation of BatchNorm's statistics with the weights at hand."""
+        return lambda network: estimate_batchnorm(network, batches)

@@ -8,59 +8,63 @@
 6. `finetune`: all of it at once on the calibration images, without labels (`methods.joint`).
 """
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from quantstudy import params as P
 from quantstudy.methods.bias_correction import correct_biases, correct_biases_analytically
-from quantstudy.methods.equalization import absorb_high_biases, equalize
+from quantstudy.methods.calibration import Calibration
+from quantstudy.methods.equalization import absorb_high_biases, equalize, find_pairs
 from quantstudy.methods.gain_correction import correct_gains
 from quantstudy.methods.gptq import gptq_codes
 from quantstudy.methods.joint import finetune_jointly
-from quantstudy.methods.moments import input_moments
-from quantstudy.methods.reconstruction import Effort, reconstruct
+from quantstudy.methods.reconstruction import LARGE, Limits, reconstruct
 from quantstudy.quantization.layers import quantized_layers
-from quantstudy.quantization.observers import collect
+from quantstudy.quantization.variant import Skipped
 
 
-def prepared(model: nn.Module, calibration: dict[str, Any], settings: P.Scheme) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the network that is quantized, and its calibration: both as given unless the settings equalize."""
-    if not settings.equalize:
-        return model, calibration
+def equalized(model: nn.Module, calibration: Calibration, row: P.Scheme) -> tuple[nn.Module, Calibration, Skipped]:
+    """Return the network that is quantized, its calibration, and what could not be equalized."""
+    if not row.equalize:
+        return model, calibration, {}
+    skipped: Skipped = {}
+    if not find_pairs(model):
+        skipped["equalize"] = {"the network": "no two layers that only each other read, or it cannot be traced"}
     model = equalize(model)
-    absorb_high_biases(model, calibration["images"])
-    bins = len(next(iter(calibration["layers"].values()))["counts"]) if "layers" in calibration else 2048
-    batches = [(images, torch.empty(0)) for images in calibration["images"]]
-    return model, calibration | {"layers": collect(model, batches, bins)["layers"]}
+    absorb_high_biases(model, calibration.images)
+    return model, calibration.of(model), skipped
 
 
 @torch.no_grad()
-def freeze(model: nn.Module, network: nn.Module, calibration: dict[str, Any], settings: P.Rounding) -> None:
-    """Round the weights of `network`, a copy of `model` with quantized layers, for good, as the settings say.
+def freeze(model: nn.Module, network: nn.Module, calibration: Calibration, row: P.Rounding) -> Skipped:
+    """Round the weights of `network`, a copy of `model` with quantized layers, for good, as the row says.
 
-    Who makes several variants of one model can put their `moments` into `calibration` once.
+    Returns:
+        What could not be done: technique -> layer -> reason.
     """
-    if settings.rounding in ("adaround", "brecq"):
-        images = torch.cat(calibration["images"])
-        reconstruct(model, network, images, Effort(seconds=settings.seconds), block=settings.rounding == "brecq")
-    layers: dict[str, Any] = quantized_layers(network)
+    skipped: Skipped = {}
+    if row.rounding in ("adaround", "brecq"):
+        images, limits = torch.cat(calibration.images), Limits(seconds=row.seconds)
+        left = reconstruct(model, network, images, limits, block=row.rounding == "brecq")
+        reason = f"more than {LARGE:,} weights are learned together; rounded by GPTQ"
+        skipped[row.rounding] = dict.fromkeys(left, reason)
+    layers = quantized_layers(network)
     waiting = {name: layer for name, layer in layers.items() if not layer.frozen}
-    seen = set(layers) if settings.gain_correction else set(waiting) if settings.rounding != "nearest" else set()
-    moments = calibration.get("moments") or (input_moments(model, calibration["images"], names=seen) if seen else {})
-    for name, layer in waiting.items():
-        if settings.rounding == "nearest":
+    if row.rounding == "nearest":
+        for layer in waiting.values():
             layer.freeze()
-        else:
-            scheme, weight = layer.scheme.weight, layer.weight.detach()
+    else:
+        moments = calibration.moments(layers if row.gain_correction else waiting)
+        for name, layer in waiting.items():
+            scheme, weight = layer.scheme.weight, layer.float_weight()
             scale = scheme.choose_scale(weight)
             layer.set_codes(gptq_codes(weight, scale, scheme, moments[name]), scale)
-    if settings.gain_correction:
-        correct_gains(model, network, moments)
-    if settings.bias_correction == "analytic":
-        correct_biases_analytically(model, network, calibration["image_size"])
-    elif settings.bias_correction:
-        correct_biases(model, network, torch.cat(calibration["images"]))
-    if settings.finetune:
-        finetune_jointly(model, network, calibration["images"], settings.seconds)
+    if row.gain_correction:
+        correct_gains(model, network, calibration.moments(layers))
+    if row.bias_correction == "analytic":
+        skipped["bias_correction"] = correct_biases_analytically(model, network, calibration.images[0][:1])
+    elif row.bias_correction:
+        skipped["bias_correction"] = correct_biases(model, network, torch.cat(calibration.images))
+    if row.finetune:
+        skipped["finetune"] = finetune_jointly(model, network, calibration.images, row.seconds)
+    return {technique: layers for technique, layers in skipped.items() if layers}

@@ -37,8 +37,8 @@ _STRETCH = (-0.1, 1.1)
 
 
 @dataclass(frozen=True)
-class Effort:
-    """What reconstruction may take: steps a unit, images a step, seconds in all, megabytes of cached activations."""
+class Limits:
+    """Of reconstruction: steps a unit, images a step, seconds in all, megabytes of cached activations."""
 
     steps: int = 1000
     batch_size: int = 32
@@ -100,18 +100,18 @@ def find_units(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def reconstruct(reference: nn.Module, network: nn.Module, images: Tensor, effort: Effort, block: bool) -> list[str]:
+def reconstruct(reference: nn.Module, network: nn.Module, images: Tensor, limits: Limits, block: bool) -> list[str]:
     """Freeze the layers of `network` with learned rounding, unit by unit; return the layers that were left to others.
 
     Args:
         reference: the fp32 network.
         network: its copy with quantized layers, not yet frozen.
         images: float32 [N, 3, S, S] to learn on.
-        effort: limits. The time limit shortens the schedule of each unit alike, in share of what is left.
+        limits: the time limit shortens the schedule of each unit alike, in share of what is left.
         block: whether residual blocks are units, or each layer is one.
     """
     units = find_units(network) if block else dict(quantized_layers(network))
-    skipped, deadline = [], time.monotonic() + effort.seconds
+    skipped, deadline = [], time.monotonic() + limits.seconds
     with tqdm(total=len(units), desc="reconstruction", unit="unit", leave=False, mininterval=1.0) as bar:
         for number, (name, unit) in enumerate(units.items()):
             layers: list[Any] = list(quantized_layers(unit).values())
@@ -120,15 +120,15 @@ def reconstruct(reference: nn.Module, network: nn.Module, images: Tensor, effort
                 continue
             share = (deadline - time.monotonic()) / (len(units) - number)
             ends = time.monotonic() + max(share, 0.0)
-            inputs, targets = _cached(reference, network, name, images, effort)
-            before, after = _learn(unit, layers, inputs, targets, effort, ends)
+            inputs, targets = _cached(reference, network, name, images, limits)
+            before, after = _learn(unit, layers, inputs, targets, limits, ends)
             bar.set_postfix_str(f"{name}: error {before:.3g} -> {after:.3g}")
             bar.update()
     return skipped
 
 
 def _learn(
-    unit: nn.Module, layers: list[Any], inputs: Tensor, targets: Tensor, effort: Effort, ends: float
+    unit: nn.Module, layers: list[Any], inputs: Tensor, targets: Tensor, limits: Limits, ends: float
 ) -> tuple[float, float]:
     """Learn the rounding of one unit and freeze it; return its error with rounding to nearest, and now."""
     before = _error(unit, inputs, targets)
@@ -138,8 +138,8 @@ def _learn(
     optimizer = torch.optim.Adam([quantizer.v for quantizer in quantizers], LEARNING_RATE)
     generator = torch.Generator().manual_seed(0)
     with torch.enable_grad():
-        for progress in progress_of(effort.steps, ends):
-            chosen = torch.randint(len(inputs), (effort.batch_size,), generator=generator)
+        for progress in progress_of(limits.steps, ends):
+            chosen = torch.randint(len(inputs), (limits.batch_size,), generator=generator)
             loss = (unit(inputs[chosen]) - targets[chosen]).square().sum(1).mean()
             if progress > _WARM_UP:
                 beta = 20 - 18 * (progress - _WARM_UP) / (1 - _WARM_UP)
@@ -179,12 +179,12 @@ class _Reached(Exception):
 
 @torch.no_grad()
 def _cached(
-    reference: nn.Module, network: nn.Module, name: str, images: Tensor, effort: Effort
+    reference: nn.Module, network: nn.Module, name: str, images: Tensor, limits: Limits
 ) -> tuple[Tensor, Tensor]:
     """Return the unit's input in the quantized network and its output in the fp32 one, of as many images as fit."""
     inputs: list[Tensor] = []
     targets: list[Tensor] = []
-    room = effort.memory_mb * 1e6
+    room = limits.memory_mb * 1e6
 
     def keep_input(_: nn.Module, values: tuple[Tensor, ...]) -> None:
         inputs.append(values[0])

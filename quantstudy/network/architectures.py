@@ -9,7 +9,6 @@ import functools
 import hashlib
 import importlib
 import inspect
-import sys
 import sysconfig
 from collections import OrderedDict
 from collections.abc import Callable
@@ -133,7 +132,8 @@ def vgg11_small(num_classes: int) -> nn.Module:
 
     The two hidden linear layers of torchvision's are 119 of its 129 million parameters, and read one pixel 49 times.
     """
-    vgg = torchvision_models().vgg
+    from torchvision.models import vgg
+
     features = vgg.make_layers(vgg.cfgs["A"], batch_norm=True)
     for module in features:
         if isinstance(module, nn.Conv2d):
@@ -154,38 +154,17 @@ _SMALL = {"vgg11_small": vgg11_small}
 def _torchvision(architecture: str, key: str) -> Callable[..., nn.Module]:
     if architecture in _SMALL:
         return _SMALL[architecture]
-    models = torchvision_models()
     if architecture not in torchvision_names():
         raise unknown(key, architecture, [*torchvision_names(), *_SMALL])
     has_auxiliary_heads = architecture in ("googlenet", "inception_v3")
     arguments = {"init_weights": True, "aux_logits": False} if has_auxiliary_heads else {}
-    return functools.partial(models.get_model, architecture, weights=None, **arguments)
+    from torchvision.models import get_model
+
+    return functools.partial(get_model, architecture, weights=None, **arguments)
 
 
 def torchvision_names() -> list[str]:
     """Return the names of torchvision's classifiers."""
-    models = torchvision_models()
-    names: list[str] = models.list_models(module=models)
-    return names
+    from torchvision import models
 
-
-@functools.cache
-def torchvision_models() -> ModuleType:
-    """Import torchvision's models without torch._dynamo: 0.15 s instead of 1.4 s.
-
-    Only its operators for detectors want a function of it, which is called when they are. A stand-in holds its place
-    during the import; a torchvision that wants more of it gets the real one.
-    """
-    if "torch._dynamo" in sys.modules:
-        return importlib.import_module("torchvision.models")
-    names = ("torch._dynamo", "torch._dynamo.utils")
-    sys.modules.update({name: ModuleType(name) for name in names})
-    sys.modules["torch._dynamo.utils"].is_compile_supported = lambda device_type: False  # type: ignore[attr-defined]
-    try:
-        return importlib.import_module("torchvision.models")
-    except (ImportError, AttributeError):
-        pass
-    finally:
-        for name in names:
-            del sys.modules[name]
-    return importlib.import_module("torchvision.models")
+    return list(models.list_models(module=models))

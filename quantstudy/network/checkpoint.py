@@ -15,7 +15,7 @@ import torch
 from quantstudy.errors import UserError
 from quantstudy.files import save_tensors
 
-FORMAT = "quantstudy-2"
+FORMAT = "quantstudy-3"
 
 
 def save_checkpoint(path: Path, state_dict: dict[str, torch.Tensor], **facts: Any) -> None:

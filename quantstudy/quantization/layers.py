@@ -75,7 +75,7 @@ class ActivationQuantizer(nn.Module):
         return fake(x, scale.view(1), zero_point.view(1), on, 0, highest)[0]
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def adopt_learned(self) -> None:
         """End training: the learned scale becomes the quantizer's own."""
         if self.learned is not None:
             self.scale = max(float(self.learned.scale), SMALLEST_SCALE)
@@ -122,6 +122,11 @@ class _QuantLayer(nn.Module):
         scale = self.scheme.weight.choose_scale(weight)
         self.set_codes(self.scheme.weight.quantize(weight, scale), scale)
 
+    def float_weight(self) -> Tensor:
+        """Return the float weight of a layer that is not frozen, detached."""
+        assert self.weight is not None, "the layer is frozen"
+        return self.weight.detach()
+
     def set_codes(self, codes: Tensor, scale: Tensor) -> None:
         """Store int8 codes of the weight's shape and float32 scales [O, groups]; the layer is frozen after."""
         self.weight = self.weight_quantizer = None
@@ -133,11 +138,10 @@ class _QuantLayer(nn.Module):
 
     def empty_codes(self) -> None:
         """Become frozen with uninitialized storage, for `load_state_dict(assign=True)`."""
-        groups = self.scheme.weight.grouped(torch.empty(self.shape, device="meta")).shape[1]
-        count = -(-self.shape.numel() * self.scheme.weight.bits // 8)
+        layout = self.scheme.weight.layout(self.shape)
         self.weight = None
-        self.register_buffer("packed", torch.empty(count, dtype=torch.uint8, device="meta"))
-        scale = torch.empty(self.shape[0], groups, dtype=self.scheme.weight.scale_dtype, device="meta")
+        self.register_buffer("packed", torch.empty(layout.packed_bytes, dtype=torch.uint8, device="meta"))
+        scale = torch.empty(layout.rows, layout.groups, dtype=self.scheme.weight.scale_dtype, device="meta")
         self.register_buffer("weight_scale", scale)
 
     def weight_codes(self) -> Tensor:
@@ -266,6 +270,6 @@ def put_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
             model.set_submodule(place, layer)
 
 
-def quantized_layers(model: nn.Module) -> dict[str, _QuantLayer]:
+def quantized_layers(model: nn.Module) -> dict[str, Any]:
     """Return every quantized layer of `model` by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, _QuantLayer)}

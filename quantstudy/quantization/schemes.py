@@ -28,6 +28,40 @@ _CACHED = 2**18
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How a weight [O, I, ...] lies in groups: each of `rows` outputs has `groups` of `length` codes, the last shorter.
+
+    `rest` is the length of that last group where it is shorter, else 0.
+    """
+
+    rows: int
+    columns: int
+    length: int
+    code_bits: int
+    scale_bytes: int
+
+    @property
+    def groups(self) -> int:
+        """Scales of a row."""
+        return -(-self.columns // self.length)
+
+    @property
+    def rest(self) -> int:
+        """Codes in a last group that is not whole, else 0."""
+        return self.columns % self.length
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed codes."""
+        return -(-self.rows * self.columns * self.code_bits // 8)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed codes and the scales."""
+        return self.packed_bytes + self.rows * self.groups * self.scale_bytes
+
+
+@dataclass(frozen=True)
 class WeightScheme:
     """Symmetric integer weights of `bits`, one scale per output channel or per `group_size` weights of it.
 
@@ -60,14 +94,24 @@ class WeightScheme:
         """float32 per channel, bfloat16 per group (16 bits, and no underflow after a BatchNorm fold)."""
         return torch.float32 if self.group_size is None else torch.bfloat16
 
+    def layout(self, shape: torch.Size) -> Layout:
+        """Return how a weight of `shape` lies in groups."""
+        columns = shape[1:].numel()
+        length = min(self.group_size or columns, columns)
+        return Layout(shape[0], columns, length, self.bits, self.scale_dtype.itemsize)
+
     def grouped(self, weight: Tensor) -> Tensor:
         """Reshape [O, ...] to [O, groups, group size], the last group padded with zeros."""
+        layout = self.layout(weight.shape)
         rows = weight.flatten(1)
-        size = min(self.group_size or rows.shape[1], rows.shape[1])
-        padding = -rows.shape[1] % size
-        if padding:
-            rows = F.pad(rows, (0, padding))
-        return rows.view(rows.shape[0], -1, size)
+        if layout.rest:
+            rows = F.pad(rows, (0, layout.length - layout.rest))
+        return rows.view(layout.rows, layout.groups, layout.length)
+
+    def spread(self, scale: Tensor, shape: torch.Size) -> Tensor:
+        """Return each weight's own scale, [O, columns], of scales [O, groups]."""
+        layout = self.layout(shape)
+        return scale.repeat_interleave(layout.length, dim=1)[:, : layout.columns]
 
     def ungrouped(self, groups: Tensor, shape: torch.Size) -> Tensor:
         """Undo `grouped`: [O, groups, group size] to `shape`."""

@@ -6,6 +6,7 @@ row a quantized layer (bits, group size, activation grid) and the tensors, integ
 """
 
 import copy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from quantstudy.network.checkpoint import load_checkpoint, save_checkpoint
-from quantstudy.network.models import load_fp32, network_facts, skeleton_of
+from quantstudy.network.fp32 import load_fp32, network_facts, skeleton_of
 from quantstudy.quantization.layers import ChannelReLU, LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
+
+Skipped = dict[str, dict[str, str]]
+"""What a method could not do: technique -> layer -> reason."""
 
 
 class Variant(nn.Module):
     """A quantized network: float32 images [N, 3, S, S] in, float32 logits [N, classes] out."""
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, network: nn.Module, dtype: torch.dtype = torch.float32, skipped: Skipped | None = None) -> None:
         super().__init__()
-        self.network, self.dtype = network, dtype
+        self.network, self.dtype, self.skipped = network, dtype, skipped or {}
 
     def forward(self, images: Tensor) -> Tensor:
         """Cast the images to the network's type, and its logits to float32."""
@@ -39,6 +43,7 @@ def save_variant(path: Path, variant: Variant, fp32: dict[str, Any], name: str) 
         "variant": name,
         "dtype": str(variant.dtype).removeprefix("torch."),
         "layers": layers,
+        "skipped": variant.skipped,
         "channel_relus": [name for name, module in variant.network.named_modules() if isinstance(module, ChannelReLU)],
     }
     save_checkpoint(path, variant.network.state_dict(), **facts)
@@ -61,7 +66,8 @@ def load_variant(path: Path) -> Variant:
         network.set_submodule(name, ChannelReLU(checkpoint["state_dict"][f"{name}.bound"]))
     network.load_state_dict(checkpoint["state_dict"], assign=True)
     network.requires_grad_(False).eval()
-    return Variant(network.to(memory_format=torch.channels_last), dtype).eval()  # type: ignore[call-overload]
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Variant(network, dtype, checkpoint["skipped"]).eval()
 
 
 def load_any(path: Path) -> nn.Module:
@@ -71,21 +77,18 @@ def load_any(path: Path) -> nn.Module:
 
 def _describe(layer: Any) -> dict[str, Any]:
     return {
-        "weight_bits": layer.scheme.weight.bits,
-        "group_size": layer.scheme.weight.group_size,
-        "activation": layer.scheme.activation.mode,
-        "activation_bits": layer.scheme.activation.bits,
+        "weight": asdict(layer.scheme.weight),
+        "activation": asdict(layer.scheme.activation),
         "scale": layer.activation.scale,
         "zero_point": layer.activation.zero_point,
     }
 
 
 def _scheme(row: dict[str, Any]) -> LayerScheme:
-    activation = ActivationScheme(row["activation"], row["activation_bits"])
-    return LayerScheme(WeightScheme(row["weight_bits"], row["group_size"]), activation)
+    return LayerScheme(WeightScheme(**row["weight"]), ActivationScheme(**row["activation"]))
 
 
-def cast(network: nn.Module, dtype: torch.dtype) -> Variant:
+def cast(network: nn.Module, dtype: torch.dtype, skipped: Skipped | None = None) -> Variant:
     """Return a copy of `network` with every floating-point parameter in `dtype`; packed codes and scales stay."""
     network = copy.deepcopy(network)
     for layer in quantized_layers(network).values():
@@ -97,4 +100,4 @@ def cast(network: nn.Module, dtype: torch.dtype) -> Variant:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point() and name != "weight_scale":
                 module._buffers[name] = buffer.to(dtype)
-    return Variant(network, dtype)
+    return Variant(network, dtype, skipped)

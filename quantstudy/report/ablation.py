@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from quantstudy.report.tables import p_value
+from quantstudy.report.tables import p_value, plain_table, signed
 
 _HEADER = ("scheme", "techniques", "drop", "top-1 %", "seeds", "images", "p, row above", "bits", "MB", "s")
 
@@ -13,26 +13,26 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
     A row that adds techniques to those of the row above names only what it adds; p is shown where that is a single one.
     """
-    lines = ["| " + " | ".join(_HEADER) + " |", "|---|---|" + "---:|" * (len(_HEADER) - 2)]
+    cells = []
     above: tuple[str, list[str]] = ("", [])
     for row in rows:
         names = row["techniques"]
         same = len(above[1]) if above == (row["scheme"], names[: len(above[1])]) else 0
-        techniques = "+ " * (same > 0) + " + ".join(names[same:])
         above = (row["scheme"], names)
         spread = "" if row["top1_drop_std"] is None else f" ± {row['top1_drop_std']:.2f}"
         p = row["p_above"] if same and len(names) == same + 1 else None
-        cells = (
-            row["scheme"],
-            techniques,
-            f"{round(row['top1_drop'], 2) + 0.0:+.2f}{spread}",
-            f"{row['top1']:.2f} ± {row['top1_ci95']:.2f}",
-            str(row["seeds"]),
-            str(row["images"]),
-            "" if p is None else p_value(p),
-            f"{row['mean_bits']:.2f}",
-            f"{row['size_mb']:.2f}",
-            f"{row['seconds']:.0f}",
+        cells.append(
+            (
+                row["scheme"],
+                "+ " * (same > 0) + " + ".join(names[same:]),
+                signed(row["top1_drop"]) + spread,
+                f"{row['top1']:.2f} ± {row['top1_ci95']:.2f}",
+                str(row["seeds"]),
+                str(row["images"]),
+                "" if p is None else p_value(p),
+                f"{row['mean_bits']:.2f}",
+                f"{row['size_mb']:.2f}",
+                f"{row['seconds']:.0f}",
+            )
         )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return plain_table(_HEADER, cells, words=2)

@@ -26,7 +26,11 @@ assert SHAPES.keys() == FAMILIES.keys()
 
 ACCURACY = "top-1 accuracy, %"
 FAMILY = alt.Scale(domain=list(FAMILIES))
-LAYER_AXIS = alt.Axis(title="layer, from the input to the output", labelOverlap=True, labelAngle=0, ticks=False)
+LAYER = alt.X(
+    "index:O", axis=alt.Axis(title="layer, from the input to the output", labelOverlap=True, labelAngle=0, ticks=False)
+)
+ON_TOP = alt.Legend(orient="top", symbolOpacity=1, symbolType="square")
+FADED_UNLESS_CHOSEN = alt.condition("datum.chosen", alt.value(1), alt.value(0.55))
 
 
 def specifications() -> dict[str, dict[str, Any]]:
@@ -42,24 +46,35 @@ def specifications() -> dict[str, dict[str, Any]]:
         "histogram": histogram(),
         "classes": classes(),
     }
-    return {name: _plain(chart) for name, chart in charts.items()}
+    specifications = {name: chart.properties(width="container").to_dict() for name, chart in charts.items()}
+    for specification in specifications.values():
+        del specification["config"]  # the page's theme sets it
+    return specifications
 
 
-def _plain(chart: Any) -> dict[str, Any]:
-    specification: dict[str, Any] = chart.properties(width="container").to_dict()
-    del specification["config"]  # the page's theme sets it
-    return specification
+def _chart(rows: str, height: int) -> alt.Chart:
+    return alt.Chart(alt.NamedData(rows), height=height)
+
+
+def _tips(*columns: str) -> list[alt.Tooltip]:
+    """Return the lines of a tooltip, each written `field:type`, then `|format` and `|title` where it has them."""
+    tips = []
+    for column in columns:
+        field, form, title = (*column.split("|"), "", "")[:3]
+        tips.append(alt.Tooltip(field, format=form or alt.Undefined, title=title or alt.Undefined))
+    return tips
+
+
+def _series(field: str, *names: str) -> alt.Color:
+    """Return the colours of a column with few values, which are named above the chart."""
+    return alt.Color(f"{field}:N", title=None, scale=alt.Scale(domain=names, range="ordinal"), legend=ON_TOP)
 
 
 def trade_off(cost: str) -> Any:
     """Return top-1 against a cost. Rows of `variants` have `cost`, its ends and `on_front` beside their own columns."""
-    base = alt.Chart(alt.NamedData("variants"), height=340)
-    x = alt.X(
-        "cost:Q",
-        title=cost,
-        scale=alt.Scale(type="log", nice=False, padding=24),
-        axis=alt.Axis(tickCount=6, grid=False),
-    )
+    base = _chart("variants", 340)
+    scale = alt.Scale(type="log", nice=False, padding=24)
+    x = alt.X("cost:Q", title=cost, scale=scale, axis=alt.Axis(tickCount=6, grid=False))
     y = alt.Y("top1:Q", title=ACCURACY, scale=alt.Scale(zero=False, padding=12))
     low, high = alt.Y("top1_low:Q", title=ACCURACY), alt.Y2("top1_high:Q")
     band = base.transform_filter("datum.variant == 'fp32'").mark_rect(opacity=0.1).encode(y=low, y2=high)
@@ -69,149 +84,97 @@ def trade_off(cost: str) -> Any:
     color = alt.Color("family:N", scale=FAMILY, legend=None)
     spread = base.mark_rule(opacity=0.4).encode(x=x, y=low, y2=high, color=color)
     sideways = base.mark_rule(opacity=0.4).encode(x=alt.X("cost_low:Q", title=cost), x2="cost_high:Q", y=y, color=color)
-    return alt.layer(band, front.encode(x=x, y=y), spread, sideways, _marks(base, x, y), _names(base, x, y))
-
-
-def _marks(base: alt.Chart, x: alt.X, y: alt.Y) -> alt.Chart:
-    return base.mark_point(cursor="pointer", strokeWidth=1.6).encode(
-        x=x,
-        y=y,
+    marks = base.mark_point(cursor="pointer", strokeWidth=1.6).encode(
         stroke=alt.Stroke("family:N", scale=FAMILY, legend=None),
         fill=alt.Fill("family:N", scale=FAMILY, legend=None),
         shape=alt.Shape("family:N", scale=alt.Scale(domain=list(SHAPES), range=list(SHAPES.values())), legend=None),
         fillOpacity=alt.condition("datum.hollow", alt.value(0), alt.value(0.9)),
         size=alt.condition("datum.chosen", alt.value(340), alt.value(120)),
-        tooltip=[
-            alt.Tooltip("variant:N"),
-            alt.Tooltip("top1:Q", title="top-1 %", format=".2f"),
-            alt.Tooltip("top1_ci95:Q", title="±", format=".2f"),
-            alt.Tooltip("cost:Q", title="cost", format=".4~r"),
-            alt.Tooltip("size_mb:Q", title="size, MB", format=".2f"),
-            alt.Tooltip("widths:N", title="W/A bits"),
-            alt.Tooltip("kernel_name:N", title="kernel"),
-        ],
+        tooltip=_tips(
+            *("variant:N", "top1:Q|.2f|top-1 %", "top1_ci95:Q|.2f|±", "cost:Q|.4~r|cost", "size_mb:Q|.2f|size, MB"),
+            *("widths:N||W/A bits", "kernel_name:N||kernel"),
+        ),
     )
-
-
-def _names(base: alt.Chart, x: alt.X, y: alt.Y) -> alt.Chart:
-    side = alt.expr("datum.on_the_right ? 'right' : 'left'")
-    named = base.transform_filter("datum.chosen || datum.recommended")
-    return named.mark_text(align=side, dx=alt.expr("datum.on_the_right ? -13 : 13"), dy=-11, fontWeight="bold").encode(
-        x=x, y=y, text="variant:N"
-    )
+    align, dx = alt.expr("datum.on_the_right ? 'right' : 'left'"), alt.expr("datum.on_the_right ? -13 : 13")
+    names = base.transform_filter("datum.chosen || datum.recommended")
+    names = names.mark_text(align=align, dx=dx, dy=-11, fontWeight="bold").encode(text="variant:N")
+    front, marks, names = (layer.encode(x=x, y=y) for layer in (front, marks, names))
+    return alt.layer(band, front, spread, sideways, marks, names)
 
 
 def scaling_law() -> Any:
     """Return top-1 over bits without and with training, with the bands of the 95 % intervals; rows are `points`."""
-    base = alt.Chart(alt.NamedData("points"), height=340).encode(
+    base = _chart("points", 340).encode(
         x=alt.X("bits:O", title="bits of a weight", sort="descending", axis=alt.Axis(labelAngle=0)),
-        color=alt.Color(
-            "training:N",
-            title=None,
-            scale=alt.Scale(domain=["without training (PTQ)", "with training (QAT)"], range="ordinal"),
-            legend=alt.Legend(orient="top", symbolOpacity=1, symbolType="square"),
-        ),
+        color=_series("training", "without training (PTQ)", "with training (QAT)"),
     )
     y = alt.Y("top1:Q", title=ACCURACY, scale=alt.Scale(zero=False))
     band = base.mark_area(opacity=0.15).encode(y=alt.Y("top1_low:Q", title=ACCURACY), y2="top1_high:Q")
-    tooltip = [alt.Tooltip("variant:N"), alt.Tooltip("top1:Q", format=".2f"), alt.Tooltip("top1_ci95:Q", format=".2f")]
     points = base.mark_point(filled=True, size=70, opacity=1, cursor="pointer").encode(
         y=y,
         shape=alt.Shape("training:N", legend=None),
         size=alt.condition("datum.chosen", alt.value(260), alt.value(70)),
-        tooltip=tooltip,
+        tooltip=_tips("variant:N", "top1:Q|.2f", "top1_ci95:Q|.2f"),
     )
     return alt.layer(band, base.mark_line().encode(y=y), points)
 
 
 def layer_shares() -> Any:
     """Return each layer's share of the model's bytes and multiply-accumulates; rows are `shares`."""
-    return (
-        alt.Chart(alt.NamedData("shares"), height=200)
-        .mark_bar(cursor="pointer")
-        .encode(
-            x=alt.X("index:O", axis=LAYER_AXIS),
-            xOffset="of:N",
-            y=alt.Y("share:Q", title="share", axis=alt.Axis(format="%")),
-            color=alt.Color(
-                "of:N",
-                title=None,
-                scale=alt.Scale(domain=["bytes", "multiply-accumulates"], range="ordinal"),
-                legend=alt.Legend(orient="top"),
-            ),
-            opacity=_unless_another_layer(),
-            tooltip=["layer:N", "of:N", alt.Tooltip("share:Q", format=".2%")],
-        )
+    marks = _chart("shares", 200).mark_bar(cursor="pointer")
+    return marks.encode(
+        x=LAYER,
+        xOffset="of:N",
+        y=alt.Y("share:Q", title="share", axis=alt.Axis(format="%")),
+        color=_series("of", "bytes", "multiply-accumulates"),
+        opacity=FADED_UNLESS_CHOSEN,
+        tooltip=_tips("layer:N", "of:N", "share:Q|.2%"),
     )
 
 
 def layer_sqnr() -> Any:
     """Return the SQNR of each layer's output, and its bits; rows are `layers`."""
-    base = alt.Chart(alt.NamedData("layers"), height=200).encode(
-        x=alt.X("index:O", axis=LAYER_AXIS),
-        y=alt.Y("sqnr_db:Q", title="SQNR of its output, dB", scale=alt.Scale(zero=False)),
+    base = _chart("layers", 200).encode(
+        x=LAYER, y=alt.Y("sqnr_db:Q", title="SQNR of its output, dB", scale=alt.Scale(zero=False))
     )
-    bits = alt.Color("bits:N", title="W/A bits", scale=alt.Scale(range="ordinal"))
     points = base.mark_point(filled=True, size=70, cursor="pointer").encode(
-        color=bits.legend(orient="top"),
+        color=alt.Color("bits:N", title="W/A bits", scale=alt.Scale(range="ordinal"), legend=alt.Legend(orient="top")),
         shape=alt.Shape("bits:N", title="W/A bits"),
-        opacity=_unless_another_layer(),
-        tooltip=["layer:N", "bits:N", alt.Tooltip("sqnr_db:Q", title="SQNR, dB", format=".1f")],
+        opacity=FADED_UNLESS_CHOSEN,
+        tooltip=_tips("layer:N", "bits:N", "sqnr_db:Q|.1f|SQNR, dB"),
     )
     return alt.layer(base.mark_line(color="#8A8A8A", strokeWidth=1), points)
 
 
-def _unless_another_layer() -> Any:
-    return alt.condition("datum.chosen", alt.value(1), alt.value(0.55))
-
-
 def sensitivity() -> Any:
     """Return the drop of accuracy when one layer alone has fewer bits; rows are `sensitivity`."""
-    return (
-        alt.Chart(alt.NamedData("sensitivity"), height=150)
-        .mark_rect(cursor="pointer")
-        .encode(
-            x=alt.X("index:O", axis=LAYER_AXIS),
-            y=alt.Y("bits:O", title="bits", sort="descending"),
-            color=alt.Color(
-                "top1_drop:Q",
-                title="points lost",
-                scale=alt.Scale(domainMin=0, clamp=True),
-                legend=alt.Legend(orient="top", gradientLength=160),
-            ),
-            tooltip=[
-                "layer:N",
-                "bits:O",
-                alt.Tooltip("top1_drop:Q", title="points lost", format=".2f"),
-                alt.Tooltip("sqnr_db:Q", title="SQNR, dB", format=".1f"),
-            ],
-        )
+    scale, legend = alt.Scale(domainMin=0, clamp=True), alt.Legend(orient="top", gradientLength=160)
+    marks = _chart("sensitivity", 150).mark_rect(cursor="pointer")
+    return marks.encode(
+        x=LAYER,
+        y=alt.Y("bits:O", title="bits", sort="descending"),
+        color=alt.Color("top1_drop:Q", title="points lost", scale=scale, legend=legend),
+        tooltip=_tips("layer:N", "bits:O", "top1_drop:Q|.2f|points lost", "sqnr_db:Q|.1f|SQNR, dB"),
     )
 
 
 def histogram() -> Any:
     """Return the histogram of a layer's input (rows `bins`) and where it may be clipped (rows `thresholds`)."""
-    bars = (
-        alt.Chart(alt.NamedData("bins"), height=240)
-        .mark_rect(opacity=0.75)
-        .encode(
-            x=alt.X("low:Q", title="activation", scale=alt.Scale(nice=False, zero=False)),
-            x2="high:Q",
-            y=alt.Y("share:Q", title="share of the values", scale=alt.Scale(type="log"), axis=alt.Axis(format="~%")),
-            y2="floor:Q",
-            tooltip=[alt.Tooltip("low:Q", format=".3~r"), alt.Tooltip("high:Q", format=".3~r"), "share:Q"],
-        )
+    bars = _chart("bins", 240).mark_rect(opacity=0.75)
+    bars = bars.encode(
+        x=alt.X("low:Q", title="activation", scale=alt.Scale(nice=False, zero=False)),
+        x2="high:Q",
+        y=alt.Y("share:Q", title="share of the values", scale=alt.Scale(type="log"), axis=alt.Axis(format="~%")),
+        y2="floor:Q",
+        tooltip=_tips("low:Q|.3~r", "high:Q|.3~r", "share:Q"),
     )
-    label = alt.Color("label:N", title="clipped at", sort=None, scale=alt.Scale(range="ordinal"))
-    rules = (
-        alt.Chart(alt.NamedData("thresholds"))
-        .mark_rule(strokeWidth=2)
-        .encode(
-            x=alt.X("value:Q", title="activation"),
-            color=label.legend(orient="top", columns=3),
-            strokeDash=alt.StrokeDash("label:N", title="clipped at", sort=None),
-            tooltip=["label:N", alt.Tooltip("value:Q", format=".4~r")],
-        )
+    legend = alt.Legend(orient="top", columns=3)
+    rules = alt.Chart(alt.NamedData("thresholds")).mark_rule(strokeWidth=2)
+    rules = rules.encode(
+        x=alt.X("value:Q", title="activation"),
+        color=alt.Color("label:N", title="clipped at", sort=None, scale=alt.Scale(range="ordinal"), legend=legend),
+        strokeDash=alt.StrokeDash("label:N", title="clipped at", sort=None),
+        tooltip=_tips("label:N", "value:Q|.4~r"),
     )
     return alt.layer(bars, rules)
 
@@ -219,18 +182,10 @@ def histogram() -> Any:
 def classes() -> Any:
     """Return the images a class that the variant loses (negative) and gains against the baseline; rows `classes`."""
     whole = alt.Axis(labelExpr="datum.value % 1 ? '' : abs(datum.value)", tickMinStep=1)
-    return (
-        alt.Chart(alt.NamedData("classes"), height=200)
-        .mark_bar()
-        .encode(
-            y=alt.Y("name:N", title="class", sort=None, axis=alt.Axis(labelLimit=110)),
-            x=alt.X("images:Q", title="images lost (left) and gained (right)", axis=whole),
-            color=alt.Color(
-                "change:N",
-                title=None,
-                scale=alt.Scale(domain=["lost", "gained"], range="ordinal"),
-                legend=alt.Legend(orient="top"),
-            ),
-            tooltip=["name:N", "change:N", "images:Q"],
-        )
+    marks = _chart("classes", 200).mark_bar()
+    return marks.encode(
+        y=alt.Y("name:N", title="class", sort=None, axis=alt.Axis(labelLimit=110)),
+        x=alt.X("images:Q", title="images lost (left) and gained (right)", axis=whole),
+        color=_series("change", "lost", "gained"),
+        tooltip=_tips("name:N", "change:N", "images:Q"),
     )

@@ -13,10 +13,12 @@ from typing import Any, Literal
 from quantstudy.errors import UserError
 from quantstudy.measure.statistics import mcnemar_exact_p
 from quantstudy.report.revisions import Revision
-from quantstudy.report.tables import NOTHING, markdown_table, p_value
+from quantstudy.report.tables import NOTHING, markdown_table, number, p_value, signed
 
 FALSE_DISCOVERIES = 0.05
 """Share of the variants called moved that chance may make."""
+MEASURED = ("top1", "size_mb", "latency_ms_b1", "latency_ms_b16")
+"""What is shown of both sides."""
 Metrics = dict[str, Any]
 Verdict = Literal["better", "worse", "same", "only before", "only after"]
 
@@ -43,10 +45,8 @@ def compare(before: Revision, after: Revision) -> list[Row]:
     rows = []
     for study, variant in dict.fromkeys([*after.variants, *before.variants]):
         old, new = before.metrics(study, variant), after.metrics(study, variant)
-        p = None
-        if old and new and labels.get(study) is not None:
-            p = _p(before, after, study, variant, labels[study])
         if old or new:
+            p = _p(before, after, study, variant, labels.get(study)) if old and new else None
             rows.append(Row(study, variant, old, new, p))
     if not any(row.before and row.after for row in rows):
         raise UserError(f"{before.name!r} and {after.name!r} have no variant in common whose metrics are kept")
@@ -60,6 +60,9 @@ def _same_labels(before: Revision, after: Revision, study: str) -> Any:
 
 
 def _p(before: Revision, after: Revision, study: str, variant: str, labels: Any) -> float | None:
+    """Return McNemar's p-value; None unless both have predictions of images with the same `labels`."""
+    if labels is None:
+        return None
     old, new = before.predictions(study, variant), after.predictions(study, variant)
     if old is None or new is None:
         return None
@@ -93,7 +96,8 @@ def to_markdown(before: Revision, after: Revision, rows: Sequence[Row]) -> str:
         parts.append("\n".join(f"- `{key}`: {old} → {new}" for key, old, new in changes))
     shown = [row for row in rows if _differs(row)]
     if shown:
-        parts.append(_table(shown).rstrip())
+        header = ("study", "variant", "top-1 %", "change (p)", "size MB", "ms, batch 1", "ms, batch 16", "verdict")
+        parts.append(markdown_table([header, *map(_cells, shown)], words=2).rstrip())
     if len(shown) < len(rows):
         parts.append(f"{len(rows) - len(shown)} variants have the same accuracy and size.")
     parts.append(_reading(common))
@@ -102,10 +106,9 @@ def to_markdown(before: Revision, after: Revision, rows: Sequence[Row]) -> str:
 
 def to_record(before: Revision, after: Revision, rows: Sequence[Row]) -> dict[str, Any]:
     """Return the comparison as plain JSON, for the HTML report."""
-    measured = ("top1", "size_mb", "latency_ms_b1", "latency_ms_b16")
 
     def values(side: Metrics | None) -> Metrics | None:
-        return None if side is None else {key: side[key] for key in measured}
+        return None if side is None else {key: side[key] for key in MEASURED}
 
     return {
         "before": before.name,
@@ -141,23 +144,18 @@ def _differs(row: Row) -> bool:
     return any(row.before[key] != row.after[key] for key in ("top1", "size_mb"))
 
 
-def _table(rows: Sequence[Row]) -> str:
-    header = ("study", "variant", "top-1 %", "change (p)", "size MB", "ms, batch 1", "ms, batch 16", "verdict")
-    return markdown_table([header, *(_cells(row) for row in rows)], words=2)
-
-
 def _cells(row: Row) -> tuple[str, ...]:
     change = NOTHING
     if row.before and row.after:
-        change = f"{row.after['top1'] - row.before['top1'] + 0.0:+.2f}"
+        change = signed(row.after["top1"] - row.before["top1"])
         change += "" if row.p is None else f" ({p_value(row.p)})"
-    measured = [_both(row, key) for key in ("top1", "size_mb", "latency_ms_b1", "latency_ms_b16")]
+    measured = [_both(row, key) for key in MEASURED]
     verdict = f"**{row.verdict}**" if row.verdict in ("better", "worse") else row.verdict
     return (row.study, row.variant, measured[0], change, *measured[1:], verdict)
 
 
 def _both(row: Row, key: str) -> str:
-    values = [NOTHING if side is None or side[key] is None else f"{side[key]:.2f}" for side in (row.before, row.after)]
+    values = [number(None if side is None else side[key], 2) for side in (row.before, row.after)]
     return values[0] if values[0] == values[1] else " → ".join(values)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from quantstudy import layout
 from quantstudy.errors import UserError, unknown
-from quantstudy.report.tables import p_value
+from quantstudy.report.tables import p_value, plain_table, signed
 
 README, DOCS = Path("README.md"), Path("docs")
 PLACE = re.compile(r"(<!-- (results|peers|ablation|front): (\w+)((?: \w+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -84,18 +84,16 @@ def front(study: str, page: Path, read: Read) -> str:
     picture = layout.budget_front(study, "png")
     if not picture.is_file():
         raise FileNotFoundError(2, "no such file", str(picture))
-    lines = [
-        f"![{study}: accuracy against size for budgets of bits]({os.path.relpath(picture, page.parent)})\n",
-        "| bits chosen by | MB | bits a weight | top-1 % | mixed_budget has more | p |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+    rows = []
     for own in json.loads(read(layout.budget_front(study, "json")))["comparison"]:
-        lines.append(f"| mixed_budget, {own['label']} | {_numbers(own)} | | |")
+        rows.append([f"mixed_budget, {own['label']}", *_numbers(own), "", ""])
         for row in own["against"]:
-            against = f"{row['top1_less']:+.2f} | {p_value(row['p'])}"
-            lines.append(f"| {row['series']}, {row['label']} | {_numbers(row)} | {against} |")
-    return "\n".join(lines) + "\n"
+            against = (signed(row["top1_less"]), p_value(row["p"]))
+            rows.append([f"{row['series']}, {row['label']}", *_numbers(row), *against])
+    image = f"![{study}: accuracy against size for budgets of bits]({os.path.relpath(picture, page.parent)})"
+    header = ("bits chosen by", "MB", "bits a weight", "top-1 %", "mixed_budget has more", "p")
+    return f"{image}\n\n{plain_table(header, rows, words=1)}"
 
 
-def _numbers(row: dict[str, float]) -> str:
-    return f"{row['size_mb']:.2f} | {row['mean_bits']:.2f} | {row['top1']:.2f}"
+def _numbers(row: dict[str, float]) -> list[str]:
+    return [f"{row[key]:.2f}" for key in ("size_mb", "mean_bits", "top1")]

@@ -7,9 +7,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from quantstudy.report.style import BLUE, GREY, ORANGE, PURPLE, VERMILLION, plot_style, save
+from quantstudy.report.style import BLUE, GREY, ORANGE, PURPLE, VERMILLION, log_axis, plot_style, save
 
 SERIES = {
     "mixed_budget": ("o", VERMILLION, "mixed_budget: least loss within the size"),
@@ -36,12 +35,8 @@ def plot_budget_front(path: Path, title: str, rows: Sequence[Mapping[str, Any]])
         for series in SERIES:
             _draw(left, right, series, sorted((r for r in rows if r["series"] == series), key=lambda r: r["size_mb"]))
         for axes, label in ((left, "top-1 accuracy on test images, %"), (right, "SQNR of the logits, dB")):
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.set_xlabel("size of the model file, MB")
-            axes.set_ylabel(label)
+            log_axis(axes, (1, 1.5, 2, 3, 5, 7))
+            axes.set(xlabel="size of the model file, MB", ylabel=label)
         left.set_title(f"{title}: bits of each layer within a budget")
         left.legend(loc="lower right")
         save(figure, path)

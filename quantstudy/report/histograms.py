@@ -45,16 +45,17 @@ def layer_statistics(layer: Mapping[str, Any], percentiles: Sequence[float]) -> 
         values out at each end, `outlier_fraction` (the share of values outside it) and `range_ratio` (the whole
         range over it: how much finer the quantization step becomes by clipping there).
     """
-    edges, counts = layer["edges"], layer["counts"]
+    edges, counts = as_array(layer["edges"]), as_array(layer["counts"])
+    centers = (edges[:-1] + edges[1:]) / 2
     facts: dict[str, Any] = {key: float(layer[key]) for key in ("min", "max", "mean", "std")}
-    facts["kurtosis"] = _kurtosis(as_array(edges), as_array(counts))
+    facts["kurtosis"] = _kurtosis(centers, counts)
     facts["percentiles"] = {}
     for percentile in percentiles:
-        low, high = histogram_percentile(edges, counts, percentile)
+        low, high = histogram_percentile(layer["edges"], layer["counts"], percentile)
         facts["percentiles"][f"{percentile:g}"] = {
             "low": low,
             "high": high,
-            "outlier_fraction": _share_outside(as_array(edges), as_array(counts), low, high),
+            "outlier_fraction": float(counts[(centers < low) | (centers > high)].sum() / max(counts.sum(), 1.0)),
             "range_ratio": (facts["max"] - facts["min"]) / (high - low) if high > low else None,
         }
     return facts
@@ -85,10 +86,10 @@ def _draw(axes: Axes, name: str, layer: Mapping[str, Any], percentiles: Sequence
     for index, percentile in enumerate(percentiles):
         low, high = histogram_percentile(layer["edges"], layer["counts"], percentile)
         color, line = _CLIP_STYLES[index % len(_CLIP_STYLES)]
-        label = f"{percentile:g} %: {low:.3g} to {high:.3g}"
-        axes.axvline(high, color=color, linestyle=line, linewidth=1.5, label=label)
+        style: Any = {"color": color, "linestyle": line, "linewidth": 1.5}
+        axes.axvline(high, label=f"{percentile:g} %: {low:.3g} to {high:.3g}", **style)
         if low > edges[0]:
-            axes.axvline(low, color=color, linestyle=line, linewidth=1.5)
+            axes.axvline(low, **style)
     axes.set_title(f"input of {name}", fontsize=10)
     axes.set_xlabel("activation", fontsize=9)
     axes.set_ylabel("share of the values", fontsize=9)
@@ -113,16 +114,10 @@ def as_array(tensor: Tensor) -> NDArray[np.float64]:
     return tensor.detach().cpu().numpy().astype(np.float64)
 
 
-def _share_outside(edges: NDArray[np.float64], counts: NDArray[np.float64], low: float, high: float) -> float:
-    centers = (edges[:-1] + edges[1:]) / 2
-    outside = (centers < low) | (centers > high)
-    return float(counts[outside].sum() / max(counts.sum(), 1.0))
-
-
-def _kurtosis(edges: NDArray[np.float64], counts: NDArray[np.float64]) -> float | None:
+def _kurtosis(values: NDArray[np.float64], counts: NDArray[np.float64]) -> float | None:
     if np.count_nonzero(counts) < 2:
         return None
-    centers, weights = (edges[:-1] + edges[1:]) / 2, counts / counts.sum()
-    deviations = centers - (weights * centers).sum()
+    weights = counts / counts.sum()
+    deviations = values - (weights * values).sum()
     variance = float((weights * deviations**2).sum())
     return float((weights * deviations**4).sum()) / variance**2

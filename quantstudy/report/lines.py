@@ -8,11 +8,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from quantstudy.errors import UserError
-from quantstudy.report.style import BLACK, BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILLION, plot_style, save
+from quantstudy.report.style import BLACK, BLUE, GREEN, INK, ORANGE, OUTLINED, PURPLE, SKY, VERMILLION, plot_style, save
 
 SERIES = {"PTQ": ("o", VERMILLION, "post-training (PTQ)"), "QAT": ("s", BLUE, "with training (QAT)")}
 RUN_STYLES = (("o", BLUE), ("s", VERMILLION), ("^", GREEN), ("D", ORANGE), ("v", PURPLE), ("P", SKY))
@@ -33,10 +32,9 @@ def plot_scaling_law(path: Path, title: str, points: Sequence[Mapping[str, Any]]
         axes = figure.add_subplot()
         for training, (marker, color, label) in SERIES.items():
             rows = [row for row in points if row["training"] == training]
-            bits = [row["bits"] for row in rows]
-            low, high = [row["top1_low"] for row in rows], [row["top1_high"] for row in rows]
+            bits, top1, low, high = ([row[key] for row in rows] for key in ("bits", "top1", "top1_low", "top1_high"))
             axes.fill_between(bits, low, high, color=color, alpha=0.15, linewidth=0)
-            axes.plot(bits, [row["top1"] for row in rows], marker=marker, color=color, label=label, markersize=7)
+            axes.plot(bits, top1, marker=marker, color=color, label=label, markersize=7)
         axes.set_xscale("log", base=2)
         axes.invert_xaxis()
         axes.xaxis.set_major_locator(FixedLocator(sorted({row["bits"] for row in points})))
@@ -44,32 +42,21 @@ def plot_scaling_law(path: Path, title: str, points: Sequence[Mapping[str, Any]]
         axes.xaxis.set_minor_locator(NullLocator())
         axes.margins(x=0.08, y=0.12)
         _name_points(axes, points)
-        axes.set_title(f"{title}: scaling law")
-        axes.set_xlabel("bits of a weight")
-        axes.set_ylabel("top-1 accuracy, %")
+        axes.set(title=f"{title}: scaling law", xlabel="bits of a weight", ylabel="top-1 accuracy, %")
         axes.legend(loc="lower left", title="bands: 95 % intervals", alignment="left", title_fontsize=9)
         save(figure, path)
 
 
 def _name_points(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
     """Write each value beside its point, the better one of each number of bits above, the other below."""
-    for bits in sorted({row["bits"] for row in points}):
+    for bits in {row["bits"]: None for row in points}:
         rows = sorted((row for row in points if row["bits"] == bits), key=lambda row: -row["top1"])
         shown = rows[:1] if len({row["variant"] for row in rows}) == 1 else rows
         for place, row in enumerate(shown):
             color = INK if len(shown) == 1 else SERIES[row["training"]][1]
-            offset, align = ((0, 9), "bottom") if place == 0 else ((0, -9), "top")
-            text = axes.annotate(
-                f"{row['top1']:.2f}",
-                (bits, row["top1"]),
-                offset,
-                textcoords="offset points",
-                ha="center",
-                va=align,
-                color=color,
-                fontsize=9,
-            )
-            text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+            point, offset, align = (bits, row["top1"]), (0, -9 if place else 9), "top" if place else "bottom"
+            text: Any = {"textcoords": "offset points", "ha": "center", "va": align, "color": color, "fontsize": 9}
+            axes.annotate(f"{row['top1']:.2f}", point, offset, path_effects=OUTLINED, **text)
 
 
 def read_curve(path: Path) -> Curve:
@@ -92,49 +79,32 @@ def plot_training_curves(path: Path, title: str, finetune: Curve, qat: Mapping[s
 
     Solid lines are validation, dashed ones training.
     """
+    styles = {method: RUN_STYLES[index % len(RUN_STYLES)] for index, method in enumerate(qat)}
     with plot_style():
         figure = Figure(figsize=(11, 6.4), layout="constrained")
         grid = figure.subplots(2, 2, sharex="col")
-        columns: list[tuple[str, Mapping[str, Curve]]] = [("fine-tuning", {"fp32": finetune}), ("QAT", qat)]
-        for column, (name, curves) in enumerate(columns):
-            styles = (("o", BLACK),) if column == 0 else RUN_STYLES
-            for row, (metric, unit) in enumerate((("loss", "cross-entropy loss"), ("top1", "top-1 accuracy, %"))):
-                axes = grid[row][column]
-                _draw_curves(axes, curves, metric, styles)
-                axes.set_ylabel(unit)
-            grid[0][column].set_title(f"{title}: {name}")
-            grid[1][column].set_xlabel("epoch")
-            grid[1][column].xaxis.set_major_locator(MaxNLocator(integer=True))
-        _curve_legends(grid[0][0], grid[0][1], list(qat))
+        for (loss, top1), name in zip(grid.T, ("fine-tuning", "QAT"), strict=True):
+            loss.set(title=f"{title}: {name}", ylabel="cross-entropy loss")
+            top1.set(xlabel="epoch", ylabel="top-1 accuracy, %")
+            top1.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for row, metric in enumerate(("loss", "top1")):
+            _draw_curve(grid[row][0], finetune, metric, "o", BLACK)
+            for method, curve in qat.items():
+                _draw_curve(grid[row][1], curve, metric, *styles[method])
+        parts = (("validation", BLACK, "-"), ("training", "white", "--"))
+        handles = [_handle("o", BLACK, label, markerfacecolor=face, linestyle=line) for label, face, line in parts]
+        grid[0][0].legend(handles=handles)
+        grid[0][1].legend(handles=[_handle(*style, method) for method, style in styles.items()])
         save(figure, path)
 
 
-def _draw_curves(axes: Axes, curves: Mapping[str, Curve], metric: str, styles: Sequence[tuple[str, str]]) -> None:
-    for index, curve in enumerate(curves.values()):
-        marker, color = styles[index % len(styles)]
-        for part, line, alpha in (("train", "--", 0.55), ("validation", "-", 1.0)):
-            rows = [row for row in curve if f"{part}_{metric}" in row]
-            axes.plot(
-                [row["epoch"] for row in rows],
-                [row[f"{part}_{metric}"] for row in rows],
-                color=color,
-                linestyle=line,
-                alpha=alpha,
-                marker=marker,
-                markersize=5,
-                markerfacecolor=color if part == "validation" else "white",
-            )
+def _draw_curve(axes: Axes, curve: Curve, metric: str, marker: str, color: str) -> None:
+    for part, line, alpha, face in (("train", "--", 0.55, "white"), ("validation", "-", 1.0, color)):
+        rows = [row for row in curve if f"{part}_{metric}" in row]
+        x, y = [row["epoch"] for row in rows], [row[f"{part}_{metric}"] for row in rows]
+        style: Any = {"marker": marker, "markersize": 5, "markerfacecolor": face}
+        axes.plot(x, y, color=color, linestyle=line, alpha=alpha, **style)
 
 
-def _curve_legends(left: Axes, right: Axes, methods: Sequence[str]) -> None:
-    parts = [
-        Line2D([], [], color=BLACK, marker="o", markersize=5, label="validation"),
-        Line2D([], [], color=BLACK, marker="o", markersize=5, markerfacecolor="w", linestyle="--", label="training"),
-    ]
-    left.legend(handles=parts)
-    styles = [RUN_STYLES[index % len(RUN_STYLES)] for index in range(len(methods))]
-    runs = [
-        Line2D([], [], color=color, marker=marker, markersize=5, label=method)
-        for method, (marker, color) in zip(methods, styles, strict=True)
-    ]
-    right.legend(handles=runs)
+def _handle(marker: str, color: str, label: str, **more: Any) -> Line2D:
+    return Line2D([], [], color=color, marker=marker, markersize=5, label=label, **more)

@@ -3,6 +3,8 @@
 import itertools
 from collections.abc import Sequence
 
+from quantstudy.report.results import Result
+
 SAME_COST = 0.01
 """Relative difference of two sizes or latencies below which neither is the smaller."""
 
@@ -20,6 +22,24 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
             front.pop()
         front.append((cost, accuracy))
     return front
+
+
+def on_front(results: Sequence[Result], cost: str, real_only: bool) -> list[Result]:
+    """Return the variants that no other beats in both top-1 and the metric `cost`, from the cheapest up.
+
+    Args:
+        results: those of a study; one whose `cost` is null is on no front.
+        cost: a metric that is better the smaller it is.
+        real_only: whether `cost` says nothing where a kernel is simulated, so that those are left out.
+    """
+    points = {
+        result.variant: (value, result.value("top1"))
+        for result in results
+        if (value := result[cost]) is not None and not (real_only and result.simulated)
+    }
+    front = pareto_front(list(points.values()))
+    found = [result for result in results if points.get(result.variant) in front]
+    return sorted(found, key=lambda result: points[result.variant])
 
 
 def split_level(values: Sequence[float]) -> float | None:

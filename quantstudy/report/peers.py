@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from quantstudy.report.style import BLUE, GREY, ORANGE, plot_style, save
-from quantstudy.report.tables import NOTHING
+from quantstudy.report.tables import number, plain_table
 
 RECORD_KEYS = (
     *("tool", "method", "runtime", "top1", "images", "size_mb", "quantize_s"),
@@ -23,12 +23,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
     The fastest at batch 16 come first, then what was not timed (None, as a simulation is), the most accurate first.
     """
-    lines = ["| " + " | ".join(_HEADER) + " |", "|" + "---|" * 3 + "---:|" * (len(_HEADER) - 3)]
+    cells = []
     for row in _sorted(rows):
-        numbers = (f"{row['top1']:.1f}", _number(row["size_mb"], 2), f"{row['quantize_s']:.1f}")
-        latency = (_number(row["latency_ms_b1"], 2), _number(row["latency_ms_b16"], 1))
-        lines.append("| " + " | ".join((row["tool"], row["method"], row["runtime"], *numbers, *latency)) + " |")
-    return "\n".join(lines) + "\n"
+        numbers = (f"{row['top1']:.1f}", number(row["size_mb"], 2), f"{row['quantize_s']:.1f}")
+        latency = (number(row["latency_ms_b1"], 2), number(row["latency_ms_b16"], 1))
+        cells.append((row["tool"], row["method"], row["runtime"], *numbers, *latency))
+    return plain_table(_HEADER, cells, words=3)
 
 
 def plot_peers(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -43,15 +43,9 @@ def plot_peers(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
             colours = [GREY if row["method"] == "fp32" else BLUE if row["tool"] == OWN else ORANGE for row in rows]
             axes.barh(names, times, color=colours)
             for place, (row, value) in enumerate(zip(rows, times, strict=True)):
-                axes.annotate(
-                    f"{_milliseconds(value)}, {row['top1']:.1f} %",
-                    (value, place),
-                    (4, 0),
-                    textcoords="offset points",
-                    va="center",
-                )
-            axes.set_xlim(0, 1.6 * max(times))
-            axes.set_ylim(-0.7, len(rows) - 0.3)
+                text = f"{_milliseconds(value)}, {row['top1']:.1f} %"
+                axes.annotate(text, (value, place), (4, 0), textcoords="offset points", va="center")
+            axes.set(xlim=(0, 1.6 * max(times)), ylim=(-0.7, len(rows) - 0.3))
             axes.set_xlabel(f"latency of a batch of {batch}, ms, and top-1")
             axes.grid(axis="y", visible=False)
         figure.suptitle(f"{title}: this project blue, other tools orange, fp32 grey", x=0.01, ha="left", weight="bold")
@@ -60,10 +54,6 @@ def plot_peers(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
 
 def _sorted(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["latency_ms_b16"] or math.inf, -row["top1"]))
-
-
-def _number(value: float | None, places: int) -> str:
-    return NOTHING if value is None else f"{value:.{places}f}"
 
 
 def _milliseconds(value: float) -> str:

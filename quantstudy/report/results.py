@@ -4,42 +4,27 @@ The variants come from the lists in `params.yaml` and never from the files that 
 variant does not haunt a report.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from quantstudy import layout
 from quantstudy.errors import UserError
 from quantstudy.files import read_json
-from quantstudy.params import BUDGET, Params
+from quantstudy.params import MethodRow, Params
 
 METRIC_KEYS = (
-    "top1",
-    "top5",
-    "top1_ci95",
-    "top1_drop",
-    "top1_drop_p",
-    "images",
-    "agreement",
-    "sqnr_db",
-    "size_mb",
-    "compression",
-    "weight_bits",
-    "layers_quantized",
-    "layers_quantizable",
-    "gmacs",
-    "tbops",
-    "latency_ms_b1",
-    "latency_ms_b16",
-    "speedup_b1",
-    "speedup_b16",
-    "kernel_real",
-    "peak_memory_mb",
-    "seed",
+    *("top1", "top5", "top1_ci95", "top1_drop", "top1_drop_p", "images", "agreement", "sqnr_db"),
+    *("size_mb", "compression", "weight_bits", "layers_quantized", "layers_quantizable", "gmacs", "tbops"),
+    *("latency_ms_b1", "latency_ms_b16", "speedup_b1", "speedup_b16", "kernel_real", "peak_memory_mb", "seed"),
 )
 """The keys of a metrics file, in the order of the tables."""
 
 NEVER_NULL = ("top1", "top1_ci95", "images", "size_mb")
 """What no table or plot can do without."""
+
+MOST_NAMES = 12
+"""Layers that a remark names before it counts the rest; `details/<variant>.json` names all."""
 
 Group = Literal["baseline", "ptq", "outlier", "qat"]
 Family = Literal["fp32", "16-bit float", "INT8", "INT8 clipped", "uniform INT4", "INT4 clipped", "mixed", "other"]
@@ -53,7 +38,7 @@ class Result:
     group: Group
     """`outlier` is a static method that says `clip_percentile`, if only null: a row of the outlier study."""
     family: Family
-    """How the variant is drawn; a QAT method belongs to the family of its scheme."""
+    """How the variant is drawn; a method that trains belongs to the family of its scheme."""
     kind: str
     widths: str
     """Bits of weights and activations, e.g. `4/8`; `8/-` leaves the activations in float32."""
@@ -77,6 +62,13 @@ class Result:
         """Whether its arithmetic runs in another type than the stated one, so that its latency says nothing."""
         return self.metrics["kernel_real"] == 0
 
+    @property
+    def interval(self) -> dict[str, float]:
+        """Top-1, half the width of its 95 % interval, and that interval's ends within 0 to 100."""
+        top1, half = self.value("top1"), self.value("top1_ci95")
+        ends = {"top1_low": max(0.0, top1 - half), "top1_high": min(100.0, top1 + half)}
+        return {"top1": top1, "top1_ci95": half} | ends
+
 
 def load_results(params: Params, study: str) -> list[Result]:
     """Read the metrics and details of every variant of `params`, in order.
@@ -88,55 +80,50 @@ def load_results(params: Params, study: str) -> list[Result]:
 
 
 def _load(params: Params, study: str, variant: str) -> Result:
-    path = layout.metrics(study, variant)
+    path, details = layout.metrics(study, variant), layout.details(study, variant)
     metrics = read_json(path)
     for key in METRIC_KEYS:
         if not isinstance(metrics, dict) or key not in metrics:
             raise UserError(f"{path}: has no key {key!r}; run evaluate for {variant} again")
         if key in NEVER_NULL and metrics[key] is None:
             raise UserError(f"{path}: {key} is null; run evaluate for {variant} again")
-    details_path = layout.details(study, variant)
-    details = read_json(details_path) if details_path.is_file() else {}
+    measured = (metrics, read_json(details) if details.is_file() else {})
     if variant == "fp32":
-        return Result(variant, "baseline", "fp32", "fp32", "32/32", 32, metrics, details)
-    settings = params.method(variant)
-    bits = round(metrics["weight_bits"] or 0) if settings.kind == BUDGET else weight_bits(settings)
-    return Result(
-        variant, _group(settings), _family(settings), settings.kind, _widths(settings), bits, metrics, details
-    )
+        return Result(variant, "baseline", "fp32", "fp32", "32/32", 32, *measured)
+    row = params.method(variant)
+    bits = round(metrics["weight_bits"] or 0) if row.bits is None else row.bits
+    group: Group = "qat" if row.trains else "outlier" if row.clips else "ptq"
+    return Result(variant, group, _family(row, group), row.kind, row.widths, bits, *measured)
 
 
-def weight_bits(settings: Any) -> int:
-    """Return the bits of a method's weights: 16 for a cast, else its `weight_bits`."""
-    return 16 if settings.kind in ("cast", "qat_cast") else int(settings.weight_bits)
-
-
-def _group(settings: Any) -> Group:
-    if settings.kind.startswith("qat"):
-        return "qat"
-    return "outlier" if "clip_percentile" in settings.model_fields_set else "ptq"
-
-
-def _family(settings: Any) -> Family:
-    if settings.kind in ("cast", "qat_cast"):
-        return "16-bit float"
-    if settings.kind.startswith("mixed"):
+def _family(row: MethodRow, group: Group) -> Family:
+    if row.is_mixed:
         return "mixed"
-    clipped = _group(settings) == "outlier"
-    if settings.weight_bits in (7, 8):
-        return "INT8 clipped" if clipped else "INT8"
-    if settings.weight_bits == 4:
-        return "INT4 clipped" if clipped else "uniform INT4"
-    return "other"
+    if row.bits in (7, 8):
+        return "INT8 clipped" if group == "outlier" else "INT8"
+    if row.bits == 4:
+        return "INT4 clipped" if group == "outlier" else "uniform INT4"
+    return "16-bit float" if row.bits == 16 else "other"
 
 
-def _widths(settings: Any) -> str:
-    if settings.kind in ("cast", "qat_cast"):
-        return "16/16"
-    if settings.kind == BUDGET:
-        return "2-16/16"
-    if settings.kind.startswith("mixed"):
-        return f"{settings.weight_bits},16/16"
-    if settings.kind == "weight_only":
-        return f"{settings.weight_bits}/-"
-    return f"{settings.weight_bits}/{settings.activation_bits}"
+def remarks(results: Sequence[Result]) -> list[str]:
+    """Return what a reader has to know beside the numbers: each remark once, then one a technique that was left out.
+
+    `details["skipped"]` has the layers that a technique was not applied to, with the reason: technique -> layer -> why.
+    """
+    texts = dict.fromkeys(remark for result in results for remark in result.details.get("remarks", []))
+    skipped: dict[str, dict[str, list[str]]] = {}
+    for result in results:
+        for technique, layers in result.details.get("skipped", {}).items():
+            for reason in dict.fromkeys(layers.values()):
+                what = f"{_listed([name for name in layers if layers[name] == reason])}: {reason}"
+                skipped.setdefault(technique, {}).setdefault(what, []).append(result.variant)
+    for technique, left in skipped.items():
+        parts = (f"{what} ({', '.join(variants)})" for what, variants in left.items())
+        texts[f"{technique} was not applied everywhere. " + "; ".join(parts) + "."] = None
+    return list(texts)
+
+
+def _listed(layers: Sequence[str]) -> str:
+    more = f" and {len(layers) - MOST_NAMES} more layers" if len(layers) > MOST_NAMES else ""
+    return ", ".join(name or "the whole network" for name in layers[:MOST_NAMES]) + more

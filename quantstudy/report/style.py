@@ -4,7 +4,7 @@ The colours are Okabe and Ito's (*Color Universal Design*, 2008), which the comm
 apart; every series also has its own marker, so that nothing is said by colour alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from quantstudy.files import atomic
 
@@ -30,6 +32,9 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "other": ("h", GREY),
 }
 """Marker and colour of each family of variants."""
+
+OUTLINED = [withStroke(linewidth=2.5, foreground="white")]
+"""What makes a text readable over lines."""
 
 _RC: Any = {
     "figure.dpi": 120,
@@ -70,6 +75,9 @@ def save(figure: Figure, path: Path, dpi: int = 120) -> None:
         figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
 
 
-def message(axes: Axes, text: str) -> None:
-    """Say in the middle of `axes` why nothing is drawn there."""
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
+def log_axis(axes: Axes, subs: Sequence[float]) -> None:
+    """Make the x-axis logarithmic, with ticks at `subs` times the powers of ten, written in full."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())

@@ -9,7 +9,7 @@ from typing import Any
 from quantstudy import layout
 from quantstudy.files import write_json, write_text
 from quantstudy.params import Params, Study
-from quantstudy.report.results import METRIC_KEYS, Result
+from quantstudy.report.results import METRIC_KEYS, Result, remarks
 
 NOTHING = "–"  # noqa: RUF001 - an en dash, the typographic sign of an empty cell
 
@@ -17,18 +17,8 @@ FACTS = ("variant", "group", "family", "kind", "widths", "bits")
 CSV_COLUMNS = (*FACTS, *METRIC_KEYS)
 
 HEADER = (
-    "variant",
-    "W/A bits",
-    "top-1 %",
-    "drop (p)",
-    "agreement %",
-    "size MB",
-    "× smaller",  # noqa: RUF001 - the multiplication sign
-    "ms, batch 1",
-    "ms, batch 16",
-    "speed-up",
-    "layers",
-    "kernel",
+    *("variant", "W/A bits", "top-1 %", "drop (p)", "agreement %", "size MB", "× smaller"),  # noqa: RUF001
+    *("ms, batch 1", "ms, batch 16", "speed-up", "layers", "kernel"),
 )
 
 
@@ -76,20 +66,13 @@ SCALING_COLUMNS = ("training", "bits", "variant", "top1", "top1_ci95", "top1_low
 
 
 def scaling_law(params: Params, results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Return the points of the scaling law: PTQ, then QAT, each from most to fewest bits.
-
-    `top1_low` and `top1_high` are top-1 minus and plus the half-width of its 95 % interval, within 0 to 100.
-    """
+    """Return the points of the scaling law: PTQ, then QAT, each from most to fewest bits."""
     by_name = {result.variant: result for result in results}
-    rows = []
-    for training, names in (("PTQ", params.scaling_law.ptq), ("QAT", params.scaling_law.qat)):
-        points = sorted((by_name[name] for name in names), key=lambda result: -result.bits)
-        for point in points:
-            top1, half = point.value("top1"), point.value("top1_ci95")
-            row = {"training": training, "bits": point.bits, "variant": point.variant, "top1": top1}
-            row |= {"top1_ci95": half, "top1_low": max(0.0, top1 - half), "top1_high": min(100.0, top1 + half)}
-            rows.append(row)
-    return rows
+    return [
+        {"training": training, "bits": point.bits, "variant": point.variant} | point.interval
+        for training, names in (("PTQ", params.scaling_law.ptq), ("QAT", params.scaling_law.qat))
+        for point in sorted((by_name[name] for name in names), key=lambda result: -result.bits)
+    ]
 
 
 def markdown(results: Sequence[Result]) -> str:
@@ -110,20 +93,27 @@ def markdown_table(rows: Sequence[Sequence[str]], words: int) -> str:
     return "".join(f"| {line} |\n" for line in (lines[0], rule, *lines[1:]))
 
 
+def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int) -> str:
+    """Return a Markdown table that is not padded; the columns after the first `words` are aligned right."""
+    rule = "|" + "---|" * words + "---:|" * (len(header) - words)
+    first, *others = ("| " + " | ".join(row) + " |" for row in (header, *rows))
+    return "\n".join([first, rule, *others]) + "\n"
+
+
 def _cells(result: Result) -> tuple[str, ...]:
-    layers = [_number(result[key], 0) for key in ("layers_quantized", "layers_quantizable")]
+    speedups = [number(result[f"speedup_b{batch}"], 2) for batch in (1, 16)]
     return (
         result.variant,
         result.widths.replace("-", NOTHING),
         f"{result.value('top1'):.2f} ± {result.value('top1_ci95'):.2f}",
         _drop(result),
-        _number(result["agreement"], 1),
-        _number(result["size_mb"], 2),
-        _number(result["compression"], 2),
-        _number(result["latency_ms_b1"], 2),
-        _number(result["latency_ms_b16"], 2),
-        _speedups(result),
-        "/".join(layers),
+        number(result["agreement"], 1),
+        number(result["size_mb"], 2),
+        number(result["compression"], 2),
+        number(result["latency_ms_b1"], 2),
+        number(result["latency_ms_b16"], 2),
+        NOTHING if set(speedups) == {NOTHING} else " / ".join(speedups),
+        f"{number(result['layers_quantized'], 0)}/{number(result['layers_quantizable'], 0)}",
         _kernel(result),
     )
 
@@ -142,33 +132,41 @@ def _drop(result: Result) -> str:
     drop, p = result["top1_drop"], result["top1_drop_p"]
     if result.group == "baseline" or drop is None:
         return NOTHING
-    shown = f"{round(drop, 2) + 0.0:+.2f}"  # no negative zero
-    if p is None:
-        return shown
-    return f"{shown} ({p_value(p)})"
+    return signed(drop) + ("" if p is None else f" ({p_value(p)})")
 
 
-def _speedups(result: Result) -> str:
-    ratios = [result["speedup_b1"], result["speedup_b16"]]
-    if all(ratio is None for ratio in ratios):
-        return NOTHING
-    return " / ".join(_number(ratio, 2) for ratio in ratios)
+def signed(points: float) -> str:
+    """Return percentage points with their sign, without a negative zero."""
+    return f"{round(points, 2) + 0.0:+.2f}"
 
 
-def _number(value: float | None, decimals: int) -> str:
+def number(value: float | None, decimals: int) -> str:
+    """Return a number, or a dash for one that there is not."""
     return NOTHING if value is None else f"{value:.{decimals}f}"
+
+
+def facts(row: Study, results: Sequence[Result]) -> dict[str, str]:
+    """Return what was run, on what, as names and values to read."""
+    origin = row.data.dataset or row.data.path or row.data.source
+    machines = dict.fromkeys(result.details.get("machine", "a machine not recorded") for result in results)
+    return {
+        "Network": row.model.architecture,
+        "Pretrained weights": row.model.weights or "none (random start)",
+        "Images": f"{origin} at {row.data.image_size} px",
+        "Test images": f"{results[0].value('images'):.0f}",
+        "Calibration images": str(row.calibration.batches * row.calibration.batch_size),
+        "Seed": str(row.seed),
+        "Machine and versions": "; also ".join(machines),
+    }
 
 
 def note(study: str, row: Study, results: Sequence[Result]) -> str:
     """Return the paragraphs under the table: what was measured, on what, and how to read the columns."""
-    images = int(results[0].value("images"))
-    origin = row.data.dataset or row.data.path or row.data.source
-    weights = row.model.weights or "none (random start)"
-    machines = dict.fromkeys(result.details.get("machine", "a machine not recorded") for result in results)
-    remarks = dict.fromkeys(remark for result in results for remark in result.details.get("remarks", []))
+    known = facts(row, results)
     measured = (
-        f"`{study}`: {row.model.architecture} on {images} test images of {origin} at {row.data.image_size} px, "
-        f"pretrained weights: {weights}, seed {row.seed}. Measured on {'; also on '.join(machines)}."
+        f"`{study}`: {known['Network']} on {known['Test images']} test images of {known['Images']}, "
+        f"pretrained weights: {known['Pretrained weights']}, seed {known['Seed']}. "
+        f"Measured on {known['Machine and versions']}."
     )
     reading = (
         "± is half the 95 % Wilson interval. Drop is fp32's top-1 minus the variant's, in percentage points, with the "
@@ -176,4 +174,4 @@ def note(study: str, row: Study, results: Sequence[Result]) -> str:
         "Speed-up is at batch 1 / batch 16 over fp32 timed alternately in the same process; none is stated for a "
         "simulated kernel, whose latency is the simulation's. Layers: those stored in fewer than 32 bits."
     )
-    return "\n\n".join([measured, reading, *remarks])
+    return "\n\n".join([measured, reading, *remarks(results)])

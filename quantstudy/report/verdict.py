@@ -13,29 +13,21 @@ def sentence(result: Result, drop_ci95: float, batch_size: int) -> str:
     """
     if result.group == "baseline":
         return "what the others are compared with"
-    return ", ".join([_smaller(result), _faster(result, batch_size), _lost(result, drop_ci95)])
-
-
-def _smaller(result: Result) -> str:
-    compression = result["compression"]
-    if compression is None:
-        return "size not compared"
-    return f"{compression:.2f}× smaller" if compression >= 1 else f"{1 / compression:.2f}× larger"  # noqa: RUF001
-
-
-def _faster(result: Result, batch_size: int) -> str:
+    compression, speedup, drop = result["compression"], result[f"speedup_b{batch_size}"], result["top1_drop"]
+    smaller = "size not compared" if compression is None else _times(compression, "smaller", "larger", 2)
     if result.simulated:
-        return "no speed-up stated (its kernel is simulated here)"
-    speedup = result[f"speedup_b{batch_size}"]
-    if speedup is None:
-        return "not timed here"
-    ratio, word = (speedup, "faster") if speedup >= 1 else (1 / speedup, "slower")
-    return f"{ratio:.1f}× {word} at batch {batch_size}" if ratio >= 1.05 else f"as fast at batch {batch_size}"  # noqa: RUF001
+        faster = "no speed-up stated (its kernel is simulated here)"
+    elif speedup is None:
+        faster = "not timed here"
+    else:
+        faster = "as fast" if 1 / 1.05 < speedup < 1.05 else _times(speedup, "faster", "slower", 1)
+        faster += f" at batch {batch_size}"
+    lost = "accuracy not compared"
+    if drop is not None:
+        lost = f"{abs(drop):.2f} ± {drop_ci95:.2f} points {'lost' if round(drop, 2) >= 0 else 'gained'}"
+    return ", ".join([smaller, faster, lost])
 
 
-def _lost(result: Result, drop_ci95: float) -> str:
-    drop = result["top1_drop"]
-    if drop is None:
-        return "accuracy not compared"
-    word = "lost" if round(drop, 2) >= 0 else "gained"
-    return f"{abs(drop):.2f} ± {drop_ci95:.2f} points {word}"
+def _times(ratio: float, above: str, below: str, decimals: int) -> str:
+    ratio, word = (ratio, above) if ratio >= 1 else (1 / ratio, below)
+    return f"{ratio:.{decimals}f}× {word}"  # noqa: RUF001

@@ -1,1 +1,1 @@
-"""What a variant runs on: simulation, int8 kernels of oneDNN and its own, inductor."""
+"""What a variant runs on: simulation, int8 kernels of oneDNN, inductor, its ONNX file on other runtimes."""

@@ -17,41 +17,24 @@ mode, which simulates them, nor on inductor and OpenVINO, which saturate; ONNX R
 import contextlib
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from quantstudy.machine.hardware import arithmetic_is_native
 from quantstudy.quantization.layers import put_layers, quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.variant import Variant
 from quantstudy.runtimes.kernels import int8_kernels_available
-from quantstudy.runtimes.lowering import lower_int8, make_kernel, runs_in_int8
-from quantstudy.runtimes.weight_only import INPUT_BITS, has_kernel, use_weight_only_kernels
+from quantstudy.runtimes.lowering import lower_int8, make_kernel, runs_in_int8, saturates
+from quantstudy.runtimes.weight_only import has_kernel, use_weight_only_kernels
 
 if TYPE_CHECKING:
     import onnx
-
-
-_INT8_WEIGHTS = (7, 8)
-"""Bits of weights whose kernel is int8: all of its range, or a reduced one."""
-
-
-@dataclass(frozen=True)
-class LayerBits:
-    """Bits of a layer's weights and input in its arithmetic, and whether its kernel really computes in them."""
-
-    weight: int
-    activation: int
-    real: bool
-
-    @property
-    def is_float32(self) -> bool:
-        """Whether the layer is not quantized at all."""
-        return self.weight == self.activation == 32
 
 
 @dataclass(frozen=True)
@@ -60,50 +43,44 @@ class Executable:
 
     runtime: str
     run: Callable[[Tensor], Tensor]
-    layers: dict[str, LayerBits]
+    layers: dict[str, bool]
+    """Whether each Conv2d and Linear runs in the types that its scheme names, by its name in the fp32 network."""
     memory_format: torch.memory_format = torch.channels_last
     """How `run` wants the images to lie in memory."""
-
-    @property
-    def real_layers(self) -> int:
-        """How many layers run in the types their scheme names."""
-        return sum(layer.real for layer in self.layers.values())
+    exported: str | None = None
+    """Which form of the exported model it runs (`onnx_tuning.form_of`), if it runs one."""
 
     @property
     def real(self) -> bool:
-        """Whether all layers do."""
-        return self.real_layers == len(self.layers)
+        """Whether all layers run in their stated types."""
+        return all(self.layers.values())
 
 
 def build_executable(model: nn.Module, runtime: str, device: torch.device) -> Executable:
     """Turn `model`, an fp32 network or a `Variant`, into an executable; the model is used up."""
     model = model.to(device).eval()
-    layers = layer_bits(model, runtime, device)
+    layers = real_layers(model, runtime, device)
     if isinstance(model, Variant) and _reads_codes(runtime, device):
         use_weight_only_kernels(model.network, device)
     if runtime == "inductor":
         return Executable(runtime, _compiled(model, device), layers)
     if int8_kernels_available(device):
         model = use_int8_kernels(model)
-    dtype = model.dtype if isinstance(model, Variant) else torch.float32
-    native = arithmetic_is_native(str(dtype).removeprefix("torch."), device.type)
-    return Executable(runtime, model if native else _widened(model, dtype), layers)
+    return Executable(runtime, model if _is_native(network_of(model)[1], device) else _widened(model), layers)
 
 
 def open_executable(model: nn.Module, exported: "onnx.ModelProto", runtime: str) -> Executable:
     """Load `exported`, the ONNX model of `model`, into ONNX Runtime or OpenVINO, with as many threads as PyTorch."""
+    from quantstudy.runtimes.onnx_tuning import form_of
     from quantstudy.runtimes.sessions import open_session
 
     session = open_session(exported, runtime, torch.get_num_threads())
-    layers = layer_bits(model, runtime, torch.device("cpu"))
-    quantized = quantized_layers(model.network if isinstance(model, Variant) else model)
-    for name, bits in layers.items():
-        if not bits.is_float32:  # what is stored in 16 bits is computed in 32
-            both_int8 = bits.weight in _INT8_WEIGHTS and bits.activation == 8
-            exact = runtime == "onnxruntime" or runs_in_int8(quantized.get(name))
-            real = both_int8 and name in session.integer_layers and exact
-            layers[name] = replace(bits, weight=8 if real else bits.weight, real=real)
-    return Executable(runtime, session.run, layers, torch.contiguous_format)
+    network, dtype = network_of(model)
+    layers = dict.fromkeys(quantizable_layers(network), dtype == torch.float32)  # what is stored in 16 bits runs in 32
+    for name, layer in quantized_layers(network).items():
+        exact = runtime == "onnxruntime" or not saturates(layer)
+        layers[name] = _is_int8(layer) and exact and name in session.integer_layers
+    return Executable(runtime, session.run, layers, torch.contiguous_format, form_of(exported))
 
 
 class _WideConvolutions(TorchFunctionMode):
@@ -112,27 +89,18 @@ class _WideConvolutions(TorchFunctionMode):
     A batch of 16 took with AVX512, in float16, MobileNetV2 at 32 px 12 ms instead of 94 and VGG-11 118 instead of 210.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function is not nn.functional.conv2d or not any(map(self._is_narrow, (*args, *kwargs.values()))):
+        if function is not nn.functional.conv2d:
             return function(*args, **kwargs)
-        wide = {key: self._wide(value) for key, value in kwargs.items()}
-        return function(*map(self._wide, args), **wide).to(self.dtype)
-
-    def _is_narrow(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and value.dtype == self.dtype
-
-    def _wide(self, value: Any) -> Any:
-        return value.float() if self._is_narrow(value) else value
+        dtype = (args[0] if args else kwargs["input"]).dtype
+        args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+        return function(*args, **kwargs).to(dtype)
 
 
-def _widened(model: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _widened(model: nn.Module) -> Callable[[Tensor], Tensor]:
     def run(images: Tensor) -> Tensor:
-        with _WideConvolutions(dtype):
+        with _WideConvolutions():
             logits: Tensor = model(images)
         return logits
 
@@ -147,7 +115,7 @@ def worth_compiling(model: nn.Module, device: torch.device) -> bool:
     launching its kernels takes longer than running them.
     """
     reads = _reads_codes("inductor", device) and any(has_kernel(x, device) for x in quantized_layers(model).values())
-    return reads or all(layer.real for layer in layer_bits(model, "inductor", device).values())
+    return reads or all(real_layers(model, "inductor", device).values())
 
 
 def _reads_codes(runtime: str, device: torch.device) -> bool:
@@ -155,30 +123,30 @@ def _reads_codes(runtime: str, device: torch.device) -> bool:
     return runtime == "eager" or device.type == "cuda"
 
 
-def layer_bits(model: nn.Module, runtime: str, device: torch.device) -> dict[str, LayerBits]:
-    """Return the bits of every Conv2d and Linear, quantized or not, by its name in the fp32 network."""
-    network, dtype = (model.network, model.dtype) if isinstance(model, Variant) else (model, torch.float32)
-    native = dtype == torch.float32 or arithmetic_is_native(str(dtype).removeprefix("torch."), device.type)
-    width = 8 * dtype.itemsize
-    quantized = quantized_layers(network)
-    bits: dict[str, LayerBits] = {}
-    for name, module in network.named_modules():
-        if name in quantized:
-            bits[name] = _quantized_bits(module, runtime, device, width)
-        elif name in quantizable_layers(network):
-            bits[name] = LayerBits(width, width, native)
-    return bits
-
-
-def _quantized_bits(layer: Any, runtime: str, device: torch.device, width: int) -> LayerBits:
-    scheme = layer.scheme
-    if _reads_codes(runtime, device) and has_kernel(layer, device):
-        return LayerBits(scheme.weight.bits, INPUT_BITS, True)
-    activation = width if scheme.activation.mode == "none" else scheme.activation.bits
-    both_int8 = scheme.weight.bits in _INT8_WEIGHTS and activation == 8
+def real_layers(model: nn.Module, runtime: str, device: torch.device) -> dict[str, bool]:
+    """Return whether each Conv2d and Linear runs in its stated types in eager mode or on inductor, by name."""
+    network, dtype = network_of(model)
+    layers = dict.fromkeys(quantizable_layers(network), _is_native(dtype, device))
     modes = ("static",) if runtime == "inductor" else ("static", "dynamic")
-    real = both_int8 and scheme.activation.mode in modes and int8_kernels_available(device) and runs_in_int8(layer)
-    return LayerBits(8 if real else scheme.weight.bits, activation, real)
+    for name, layer in quantized_layers(network).items():
+        in_int8 = _is_int8(layer) and layer.scheme.activation.mode in modes and runs_in_int8(layer)
+        reads = _reads_codes(runtime, device) and has_kernel(layer, device)
+        layers[name] = reads or (in_int8 and int8_kernels_available(device))
+    return layers
+
+
+def network_of(model: nn.Module) -> tuple[nn.Module, torch.dtype]:
+    """Return the network inside a variant, or the model itself, and the float type of its arithmetic."""
+    return (model.network, model.dtype) if isinstance(model, Variant) else (model, torch.float32)
+
+
+def _is_native(dtype: torch.dtype, device: torch.device) -> bool:
+    return arithmetic_is_native(str(dtype).removeprefix("torch."), device.type)
+
+
+def _is_int8(layer: Any) -> bool:
+    """Whether the stated types are int8 with all of its range or, in weights, a reduced one, and 8-bit inputs."""
+    return layer.scheme.weight.bits in (7, 8) and layer.scheme.activation.bits == 8
 
 
 def use_int8_kernels(model: nn.Module) -> nn.Module:
@@ -205,11 +173,7 @@ def _compiled(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tens
     if device.type == "cpu":
         config.freezing = True
         if layers:
-            _register_int8_patterns()
+            with warnings.catch_warnings():  # importing it registers the int8 patterns
+                warnings.simplefilter("ignore")
+                import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
     return torch.compile(model, dynamic=False, mode=None if device.type == "cpu" else "reduce-overhead")
-
-
-def _register_int8_patterns() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401

@@ -10,7 +10,6 @@ A layer whose output only feeds layers with one known input grid can write that 
 those layers then read uint8: no float32 image is written or read in between. `lowering.py` decides where.
 
 What makes it fast:
-- Weights are packed once, when a layer is built.
 - `uint8.py` quantizes the input in one pass.
 - oneDNN is always told a zero point of 0: the part of the sums that it contributes goes into the bias, and an
   image that needs padding is padded with it. oneDNN's own correction term is computed anew in each call, which for
@@ -24,22 +23,20 @@ with the largest codes it takes that comes out exact.
 """
 
 import functools
-import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from quantstudy.machine.hardware import int8_sums_saturate, is_x86
 from quantstudy.quantization.saturation import LARGEST_PAIR, may_saturate
-from quantstudy.runtimes.onednn_geometry import as_pair, split_padding, stride_to_thin
-from quantstudy.runtimes.uint8 import CodeMaxPool2d, choose_dynamic_qparams, pad_codes, quantize_to_uint8
+from quantstudy.runtimes.onednn_geometry import as_pair, is_right, padding_of
+from quantstudy.runtimes.uint8 import choose_dynamic_qparams, pad_codes, quantize_to_uint8
 
 PostOp = Literal["none", "relu", "relu6"]
-T = TypeVar("T")
 
 _ATTRIBUTES: dict[PostOp, tuple[str, list[float]]] = {
     "none": ("none", []),
@@ -47,9 +44,6 @@ _ATTRIBUTES: dict[PostOp, tuple[str, list[float]]] = {
     "relu6": ("hardtanh", [0.0, 6.0]),
 }
 """What oneDNN calls a post-op, and its numbers."""
-_CACHED_BYTES = 2**24
-"""What the last level of a cache holds. VGG-11 at 224 px was as fast with 4 and 8 MB, within the noise."""
-_OPERATORS = ("qconv_prepack", "qconv2d_pointwise", "qlinear_prepack", "qlinear_pointwise")
 
 
 @dataclass(frozen=True)
@@ -71,63 +65,40 @@ class DynamicActivation:
 Activation = StaticActivation | DynamicActivation
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What a kernel does with its sums before it writes them."""
-
-    post_op: PostOp
-    output: StaticActivation | None
-
-    def arguments(self) -> tuple[Any, ...]:
-        """Return the operators' last arguments: output scale, zero point and dtype, and the post-op."""
-        if self.output is not None and self.output.highest != 255:
-            raise ValueError(f"output.highest is {self.output.highest}; a kernel writes 8-bit codes only, up to 255")
-        name, scalars = _ATTRIBUTES[self.post_op]
-        if self.output is None:
-            return 1.0, 0, torch.float32, name, scalars, ""
-        return self.output.scale, self.output.zero_point, torch.uint8, name, scalars, ""
-
-
-class _PackedWeight(Generic[T]):
-    """What a kernel needs of a weight, made when first needed. It never changes, so copies of a layer share it."""
-
-    def __init__(self, pack: Callable[[], T]) -> None:
-        self._pack = pack
-
-    @functools.cached_property
-    def value(self) -> T:
-        return self._pack()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_PackedWeight[T]":
-        return self
-
-    def __reduce__(self) -> Any:
-        raise TypeError("an int8 kernel layer cannot be pickled: save the quantized layer it was built from")
-
-
 class _Int8Layer(nn.Module):
     """What the two kernel layers share: the scales, the bias and the quantization of the input.
 
     They hold plain tensors, no parameters: nothing to train, to save or to move off the CPU.
     """
 
-    _packed: _PackedWeight[Tensor]
+    _packed: Tensor
 
     def __init__(
-        self, weight_codes: Tensor, scale: Tensor, bias: Tensor | None, activation: Activation, options: "_Options"
+        self,
+        weight_codes: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        activation: Activation,
+        *,
+        groups: int = 1,
+        post_op: PostOp = "none",
+        output: StaticActivation | None = None,
     ) -> None:
         super().__init__()
-        self.activation = activation
-        self.post_op, self.output = options.post_op, options.output
-        self._last_arguments = options.arguments()
-        self._scale = scale.detach().float().flatten().contiguous()
+        if int8_sums_saturate() and may_saturate(weight_codes, groups, activation.highest):
+            raise RuntimeError("without VNNI the sums of these weights may saturate: quantize with saturation_free")
+        if output is not None and output.highest != 255:
+            raise ValueError(f"output.highest is {output.highest}; a kernel writes 8-bit codes only, up to 255")
+        self.activation, self.post_op, self.output = activation, post_op, output
+        grid = (1.0, 0, torch.float32) if output is None else (output.scale, output.zero_point, torch.uint8)
+        self._last_arguments = (*grid, *_ATTRIBUTES[post_op], "")
+        self._scale = weight_scale.detach().float().flatten().contiguous()
         self._zero_point = torch.zeros(len(self._scale), dtype=torch.int32)
         self._bias = None if bias is None else bias.detach().float().contiguous()
-        self._code_sum = _PackedWeight(lambda: weight_codes.flatten(1).sum(dim=1).double().mul(self._scale).float())
+        self._code_sum = weight_codes.flatten(1).sum(dim=1).double().mul(self._scale).float()
 
-    def extra_repr(self) -> str:
-        """Show the input grid and the fused operator in `print(model)`."""
-        return f"{self.activation}, post_op={self.post_op}, output={self.output}"
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Int8Layer":
+        return self  # nothing in it ever changes, and a packed weight cannot be copied
 
     def _quantize(self, x: Tensor) -> tuple[Tensor, float, int]:
         if isinstance(self.activation, StaticActivation):
@@ -145,7 +116,7 @@ class _Int8Layer(nn.Module):
         """Return the bias with the zero point's part of the sums, zero_point * sum(q_w), in it."""
         if not zero_point:
             return self._bias
-        shift = self._code_sum.value * (-zero_point * scale)
+        shift = self._code_sum * (-zero_point * scale)
         return shift if self._bias is None else shift.add_(self._bias)
 
     def _multiply(self, codes: Tensor, scale: float, zero_point: int) -> Tensor:
@@ -154,7 +125,7 @@ class _Int8Layer(nn.Module):
             dtype = torch.float32 if self.output is None else torch.uint8
             return torch.empty(*codes.shape[:-1], len(self._scale), dtype=dtype)
         return torch.ops.onednn.qlinear_pointwise(
-            *(codes, scale, zero_point, self._packed.value, self._scale, self._zero_point, self._bias),
+            *(codes, scale, zero_point, self._packed, self._scale, self._zero_point, self._bias),
             *self._last_arguments,
         )
 
@@ -166,10 +137,13 @@ class Int8Conv2d(_Int8Layer):
     the grid `output`.
 
     `weight_codes` is int8 [O, I / groups, kH, kW], `weight_scale` float32 [O] (symmetric), `bias` float32 [O] or
-    None; `stride`, `padding` ("same" and "valid" too), `dilation` and `groups` are those of `nn.Conv2d`. `post_op`
-    is applied to the output inside the kernel. Padding stands for the value zero, whatever the zero point.
-    Inputs must be finite. Raises RuntimeError where `int8_kernels_available` is False or the sums may saturate,
-    ValueError for an `output` of fewer than 8 bits.
+    None; `stride`, `padding` ("same" and "valid" too), `dilation` and `groups` are those of `nn.Conv2d`. `fused` is
+    `post_op`, which is applied to the output inside the kernel, and `output`, the grid of the codes it writes. Padding
+    stands for the value zero, whatever the zero point. Inputs must be finite.
+
+    Raises:
+        RuntimeError: the sums may saturate, or `int8_kernels_available` is False.
+        ValueError: an `output` of fewer than 8 bits, or a geometry that oneDNN gets wrong (`onednn_geometry`).
     """
 
     def __init__(
@@ -183,96 +157,53 @@ class Int8Conv2d(_Int8Layer):
         padding: int | Sequence[int] | Literal["same", "valid"] = 0,
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
-        post_op: PostOp = "none",
-        output: StaticActivation | None = None,
+        **fused: Any,
     ) -> None:
-        _require_kernels(weight_codes, groups, activation)
-        super().__init__(weight_codes, weight_scale, bias, activation, _Options(post_op, output))
+        super().__init__(weight_codes, weight_scale, bias, activation, groups=groups, **fused)
+        if not is_right(weight_codes.shape, stride, padding, dilation, groups):
+            raise ValueError(
+                f"a kernel of {list(weight_codes.shape)}, stride {stride}, padding {padding} comes out wrong"
+            )
         self.stride, self.dilation, self.groups = as_pair(stride), as_pair(dilation), groups
-        self._thinning = stride_to_thin(weight_codes, self.stride, groups)
-        if self._thinning is not None:
-            self.stride = [1, 1]
-        self.padding, self._before = split_padding(padding, weight_codes.shape[2:], self.dilation)
-        steps = groups == 1 and self.stride == [1, 1] and self._thinning is None
-        self._pointwise = steps and not any(self.padding) and weight_codes.shape[2:].numel() == 1
-        geometry = (self.stride, self.padding, self.dilation, groups)
+        size = weight_codes.shape[2:]
+        self.padding = padding_of(padding, [step * (side - 1) for step, side in zip(self.dilation, size, strict=True)])
+        self._pointwise = groups == 1 and self.stride == [1, 1] and size.numel() == 1
         if self._pointwise:
-            self._packed = _PackedWeight(lambda: torch.ops.onednn.qlinear_prepack(weight_codes.flatten(1), None))
+            self._packed = torch.ops.onednn.qlinear_prepack(weight_codes.flatten(1), None)
         else:
-            arguments = (weight_codes, self._scale, 1.0, 0, *geometry, None)
-            self._packed = _PackedWeight(lambda: torch.ops.onednn.qconv_prepack(*arguments))
+            geometry = (self.stride, self.padding, self.dilation, groups)
+            self._packed = torch.ops.onednn.qconv_prepack(weight_codes, self._scale, 1.0, 0, *geometry, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve; an empty batch gives an empty output."""
         if x.ndim == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         codes, scale, zero_point = self._quantize(x.contiguous(memory_format=torch.channels_last))
-        if any(self._before):
-            codes = pad_codes(codes, self._before, zero_point)
         if self._pointwise:
             return self._multiply(codes.permute(0, 2, 3, 1), scale, zero_point).permute(0, 3, 1, 2)
-        y = self._convolve(codes, scale, zero_point)
-        if self._thinning is None:
-            return y
-        return y[:, :, :: self._thinning[0], :: self._thinning[1]].contiguous(memory_format=torch.channels_last)
-
-    def written_bytes(self, size: Sequence[int]) -> int:
-        """Return about how many bytes of codes an input image of a height and a width becomes."""
-        return len(self._scale) * math.prod(max(1, side // step) for side, step in zip(size, self.stride, strict=True))
-
-    def _convolve(self, codes: Tensor, scale: float, zero_point: int) -> Tensor:
         padding = self.padding
         if zero_point and any(padding):
             codes = pad_codes(codes, [padding[1], padding[1], padding[0], padding[0]], zero_point)
             padding = [0, 0]
         bias = self._shifted_bias(scale, zero_point)
         return torch.ops.onednn.qconv2d_pointwise(
-            *(codes, scale, 0, self._packed.value, self._scale, self._zero_point, bias),
+            *(codes, scale, 0, self._packed, self._scale, self._zero_point, bias),
             *(self.stride, padding, self.dilation, self.groups, *self._last_arguments),
         )
-
-
-class PooledConv2d(nn.Module):
-    """A convolution that writes codes, and the max pooling that reads them, some images at a time: [N, C, H, W].
-
-    What the convolution writes then stays in the cache until it is read: VGG-11's first layer at 224 px writes 51 MB
-    for 16 images, and the batch took 2 to 4 % less time so.
-    """
-
-    def __init__(self, convolution: Int8Conv2d, pool: CodeMaxPool2d) -> None:
-        super().__init__()
-        self.convolution, self.pool = convolution, pool
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve and pool."""
-        images = max(1, _CACHED_BYTES // self.convolution.written_bytes(x.shape[-2:]))
-        if len(x) <= images:
-            return self.pool(self.convolution(x))
-        parts = x.chunk(-(-len(x) // images))
-        return torch.cat([self.pool(self.convolution(part)) for part in parts])
 
 
 class Int8Linear(_Int8Layer):
     """A Linear in int8: [..., I] in, [..., O] out; float32 or uint8 codes, as for `Int8Conv2d`.
 
-    `weight_codes` is int8 [O, I], `weight_scale` float32 [O] (symmetric), `bias` float32 [O] or None. `post_op` is
-    applied to the output inside the kernel. Inputs must be finite. Raises RuntimeError where
-    `int8_kernels_available` is False or the sums may saturate.
+    `weight_codes` is int8 [O, I], `weight_scale` float32 [O] (symmetric), `bias` float32 [O] or None; `fused` and
+    what is raised are those of `Int8Conv2d`. Inputs must be finite.
     """
 
     def __init__(
-        self,
-        weight_codes: Tensor,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        activation: Activation,
-        *,
-        post_op: PostOp = "none",
-        output: StaticActivation | None = None,
+        self, weight_codes: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: Activation, **fused: Any
     ) -> None:
-        _require_kernels(weight_codes, 1, activation)
-        super().__init__(weight_codes, weight_scale, bias, activation, _Options(post_op, output))
-        self._packed = _PackedWeight(lambda: torch.ops.onednn.qlinear_prepack(weight_codes, None))
+        super().__init__(weight_codes, weight_scale, bias, activation, **fused)
+        self._packed = torch.ops.onednn.qlinear_prepack(weight_codes, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply; an empty batch gives an empty output."""
@@ -291,27 +222,15 @@ def int8_kernels_available(device: torch.device | str = "cpu") -> bool:
 
 @functools.cache
 def _probe() -> bool:
-    if not (is_x86() and all(hasattr(torch.ops.onednn, name) for name in _OPERATORS)):
+    if not is_x86():
         return False
     code = LARGEST_PAIR // 2 if int8_sums_saturate() else 127
-    weight = torch.full((16, 16, 3, 3), code, dtype=torch.int8)
-    scale, zeros = torch.ones(16), torch.zeros(16, dtype=torch.int32)
-    geometry: Any = ([1, 1], [0, 0], [1, 1], 1)
     try:
         with warnings.catch_warnings():  # torch.quint8 is deprecated, and nothing else quantizes in one pass
             warnings.simplefilter("ignore")
-            codes = quantize_to_uint8(torch.full((1, 16, 3, 3), 300.0), 1.0, 0)
-        packed = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 0, *geometry, None)
-        y = torch.ops.onednn.qconv2d_pointwise(
-            *(codes, 1.0, 0, packed, scale, zeros, None, *geometry, 1.0, 0, torch.float32, "none", [], "")
-        )
+            weight = torch.full((16, 16, 3, 3), code, dtype=torch.int8)
+            layer = Int8Conv2d(weight, torch.ones(16), None, StaticActivation(1.0, 0))
+            y = layer(torch.full((1, 16, 3, 3), 300.0))
     except (RuntimeError, TypeError, AttributeError):  # an operator of another torch, or of a build without oneDNN
         return False
     return bool((y == 255 * code * 16 * 9).all())
-
-
-def _require_kernels(codes: Tensor, groups: int, activation: Activation) -> None:
-    if not int8_kernels_available():
-        raise RuntimeError("int8 kernels need an x86 CPU and torch with oneDNN")
-    if int8_sums_saturate() and may_saturate(codes, groups, activation.highest):
-        raise RuntimeError("without VNNI the sums of these weights may saturate: quantize with saturation_free")

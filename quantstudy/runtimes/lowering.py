@@ -6,17 +6,11 @@
 3. what is left between two layers and does not change the values, or keeps their order, is followed: Identity,
    Dropout, max pooling, flattening. Where every reader at the end is a layer with one and the same static 8-bit
    grid, the first layer writes the codes of that grid and the readers take them. No float32 image exists there;
-   the pooling and flattening run on uint8;
-4. a convolution and the max pooling that alone reads its codes are computed some images at a time, so that the codes
-   of a large image stay in the cache between the two (`PooledConv2d`).
+   the pooling and flattening run on uint8.
 
 Sums of residual blocks, average pooling and concatenation stay in float32. A layer with run-time ranges needs a
 float32 input, so that a dynamic network gains 1 and 2 only. Against the simulation a fused code can differ by one
 where float32 rounding falls on the other side of a half: about one code in 100,000.
-
-A static network lowered so runs as fast as the one that inductor compiles from the same layers (see
-`benchmarks/int8_runtimes.py`), after a second of preparation instead of ten to thirty of compilation a network
-and batch size, which inductor cannot cache on disk when weights are frozen.
 """
 
 from collections import Counter
@@ -33,10 +27,10 @@ from quantstudy.runtimes.kernels import (
     DynamicActivation,
     Int8Conv2d,
     Int8Linear,
-    PooledConv2d,
     PostOp,
     StaticActivation,
 )
+from quantstudy.runtimes.onednn_geometry import is_right
 from quantstudy.runtimes.uint8 import CodeMaxPool2d
 
 Kernel = Int8Conv2d | Int8Linear
@@ -62,7 +56,7 @@ def lower_int8(model: nn.Module) -> fx.GraphModule:
     """Return an int8 network for CPU inference that computes what `model` simulates; `model` stays as it is.
 
     `model` is in eval mode, on the CPU, float32, its quantized layers frozen, and `torch.fx` can trace it. Layers
-    that the kernels cannot run (`runs_in_int8`) stay simulated: `count_kernels` tells. The result shares tensors with
+    that the kernels cannot run (`runs_in_int8`) stay simulated. The result shares tensors with
     `model` and cannot be pickled.
 
     Raises:
@@ -83,15 +77,9 @@ def lower_int8(model: nn.Module) -> fx.GraphModule:
         if runs_in_int8(layer):
             post_op, output = _fuse(lowered, node) if calls[node.target] == 1 else ("none", None)
             lowered.set_submodule(str(node.target), make_kernel(layer, post_op, output))
-    _join_pooling(lowered)
     graph.lint()
     lowered.recompile()
     return lowered
-
-
-def count_kernels(model: nn.Module) -> int:
-    """Return how many layers of `model` run on an int8 kernel."""
-    return sum(isinstance(module, Kernel) for module in model.modules())
 
 
 def make_kernel(layer: Any, post_op: PostOp = "none", output: StaticActivation | None = None) -> Kernel:
@@ -104,10 +92,17 @@ def make_kernel(layer: Any, post_op: PostOp = "none", output: StaticActivation |
 
 
 def runs_in_int8(layer: Any) -> bool:
-    """Whether the kernels here take a layer: frozen, one scale per channel, a quantized input, exact sums."""
-    if not (isinstance(layer, QuantConv2d | QuantLinear) and layer.frozen and layer.emits_int8):
+    """Whether the kernels here take a layer: frozen, one scale per channel, a quantized input, sums that are right."""
+    if not (isinstance(layer, QuantConv2d | QuantLinear) and layer.frozen and layer.emits_int8) or saturates(layer):
         return False
-    return not (int8_sums_saturate() and layer.may_saturate)
+    if isinstance(layer, QuantLinear):
+        return True
+    return is_right(layer.shape, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+def saturates(layer: Any) -> bool:
+    """Whether int8 sums of a frozen layer may saturate on this CPU."""
+    return int8_sums_saturate() and layer.may_saturate
 
 
 def _grid(layer: Any) -> Activation:
@@ -143,27 +138,10 @@ def _fuse(model: fx.GraphModule, node: fx.Node) -> tuple[PostOp, StaticActivatio
         post_op = found
         reader.replace_all_uses_with(node)
         model.graph.erase_node(reader)
-    grids = _readers(model, node)
-    shared = next(iter(grids)) if len(grids) == 1 else None
-    if isinstance(shared, StaticActivation) and shared.highest == 255:
-        return post_op, shared
+    match list(_readers(model, node)):
+        case [StaticActivation(highest=255) as shared]:
+            return post_op, shared
     return post_op, None
-
-
-def _join_pooling(model: fx.GraphModule) -> None:
-    """Put convolutions that write codes and the max pooling that alone reads them into one module.
-
-    Not those with ranges found at run time, which are the batch's. A convolution that writes codes is called once.
-    """
-    for node in list(model.graph.nodes):
-        convolution, readers = _module(model, node), list(node.users)
-        pool = _module(model, readers[0]) if len(readers) == 1 else None
-        if not isinstance(convolution, Int8Conv2d) or not isinstance(pool, CodeMaxPool2d):
-            continue
-        if convolution.output is not None and isinstance(convolution.activation, StaticActivation):
-            model.set_submodule(str(node.target), PooledConv2d(convolution, pool))
-            readers[0].replace_all_uses_with(node)
-            model.graph.erase_node(readers[0])
 
 
 def _post_op(model: fx.GraphModule, node: fx.Node) -> PostOp | None:

@@ -1,13 +1,12 @@
 """Convolution geometry for oneDNN's int8 operator, and the cases it gets wrong (oneDNN 3.12, torch 2.14).
 
-They were found by comparing random geometries with float64 sums, and are handled outside the operator:
-a window that lies in the padding altogether (`split_padding`), and a stride that differs by direction where one
-channel feeds several (`stride_to_thin`).
+They were found by comparing random geometries with float64 sums. A convolution of such a geometry is simulated.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-from torch import Tensor
+import torch
 
 
 def as_pair(value: int | Sequence[int]) -> list[int]:
@@ -15,31 +14,27 @@ def as_pair(value: int | Sequence[int]) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
 
 
-def stride_to_thin(weight_codes: Tensor, stride: list[int], groups: int) -> list[int] | None:
-    """Return the stride to take after a convolution of stride 1, where oneDNN 3.12 gets the stride wrong.
+def padding_of(padding: int | Sequence[int] | str, reach: Sequence[int]) -> list[int]:
+    """Return the padding (height, width) of a convolution, `same` and `valid` too.
 
-    Seen where one input channel feeds several output channels and the output is one column: with a stride of
-    (1, 2) it returns wrong sums, with (2, 2) right ones.
+    `reach` is the dilation times the kernel's size less one; the operator pads both sides alike.
     """
-    several = weight_codes.shape[1] == 1 and weight_codes.shape[0] > groups
-    return stride if several and stride[0] != stride[1] else None
+    if isinstance(padding, str):
+        return [side // 2 if padding == "same" else 0 for side in reach]
+    return as_pair(padding)
 
 
-def split_padding(
-    padding: int | Sequence[int] | str, kernel: Sequence[int], dilation: Sequence[int]
-) -> tuple[list[int], list[int]]:
-    """Return the padding (height, width) that the kernel adds, and (left, right, top, bottom) to add before it.
+def is_right(shape: torch.Size, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
+    """Whether the operator computes a convolution, of a weight [O, I / groups, kH, kW], right.
 
-    oneDNN pads both sides alike, which "same" does not for an even kernel; and where a window lies in the padding
-    altogether it returns wrong sums or crashes (oneDNN 3.12).
+    It does not where padding differs by side, as `same` does for an even kernel, where a window lies in the padding
+    altogether (wrong sums, or a crash), and where one input channel feeds several output channels at a stride that
+    differs by direction: with (1, 2) sums are wrong if the output is one column.
     """
-    if padding == "valid":
-        return [0, 0], [0, 0, 0, 0]
-    reach = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
-    if padding == "same":
-        return [total // 2 for total in reach], [0, reach[1] % 2, 0, reach[0] % 2]
-    assert not isinstance(padding, str), padding
-    high, wide = as_pair(padding)
-    if high > reach[0] or wide > reach[1]:
-        return [0, 0], [wide, wide, high, high]
-    return [high, wide], [0, 0, 0, 0]
+    reach = [step * (size - 1) for step, size in zip(as_pair(dilation), shape[2:], strict=True)]
+    if padding == "same" and any(side % 2 for side in reach):
+        return False
+    if any(pad > side for pad, side in zip(padding_of(padding, reach), reach, strict=True)):
+        return False
+    high, wide = as_pair(stride)
+    return high == wide or shape[1] > 1 or shape[0] == groups

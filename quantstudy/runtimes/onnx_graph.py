@@ -20,7 +20,7 @@ from torch import nn
 
 from quantstudy.errors import UserError
 from quantstudy.files import atomic
-from quantstudy.network.models import skeleton
+from quantstudy.network.fp32 import skeleton
 
 OPSET = 21
 """The first opset with 4-bit integers and block-wise DequantizeLinear."""

@@ -2,9 +2,7 @@
 
 - A weight in integers is an initializer of int8 or, up to 4 bits, int4 codes, and a DequantizeLinear: per channel, or
   block-wise for scales per group. Group scales stay bfloat16 in the file, behind a Cast.
-- A calibrated input is a QuantizeLinear and a DequantizeLinear to and from uint8; fewer than 8 bits add a Clip. They
-  stand before max pooling and reshaping rather than after it: the values are the same, since rounding keeps the order,
-  and the layer before can write codes and the pooling read them.
+- A calibrated input is a QuantizeLinear and a DequantizeLinear to and from uint8; fewer than 8 bits add a Clip.
 - An input with the batch's own range is a DynamicQuantizeLinear, and the layer a ConvInteger or MatMulInteger.
 - A 16-bit weight is stored as such, behind a Cast: the arithmetic around it is float32.
 
@@ -32,7 +30,6 @@ PRODUCER = "quantstudy"
 CALL = "@"
 """Between a layer's name and the number of a call of it that is not the first, in a node's name."""
 _MULTIPLIES = ("Conv", "Gemm", "MatMul")
-_ORDER_KEEPING = ("MaxPool", "Reshape", "Flatten")
 _SIXTEEN_BITS = {torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16}
 
 
@@ -85,15 +82,10 @@ class _Builder:
         self.layer_of = {f"{name}.weight": first[id(module)] for name, module in modules if id(module) in first}
         self.quantized_inputs: dict[tuple[Any, ...], str] = {}
         self.calls: Counter[str] = Counter()
-        self.early: dict[str, str] = {}
-        """By the output of the first order-keeping node before a layer: the layer, whose input is quantized there."""
-        self.quantized_early: set[str] = set()
-        """The outputs of those layers' nodes."""
 
     def build(self) -> onnx.ModelProto:
         for initializer in self.source.graph.initializer:
             self._fill(initializer)
-        self._find_early()
         for node in self.source.graph.node:
             self._append(node)
         result = onnx.ModelProto()
@@ -140,12 +132,11 @@ class _Builder:
                 inputs.append(self._constant(f"{name}.zero_point", np.zeros(layer.shape[0], np.int8)))
             self._add("DequantizeLinear", inputs, name, axis=0)
             return
-        columns = layer.shape[1:].numel()
-        block = min(scheme.group_size, columns)
-        whole = columns // block
-        parts = [self._dequantize_blocks(f"{name}.blocks", layer, slice(0, whole), block)]
-        if columns % block:
-            parts.append(self._dequantize_blocks(f"{name}.rest", layer, slice(whole, whole + 1), columns % block))
+        layout = scheme.layout(layer.shape)
+        whole = layout.columns // layout.length
+        parts = [self._dequantize_blocks(f"{name}.blocks", layer, slice(0, whole), layout.length)]
+        if layout.rest:
+            parts.append(self._dequantize_blocks(f"{name}.rest", layer, slice(whole, whole + 1), layout.rest))
         flat = parts[0] if len(parts) == 1 else self._add("Concat", parts, f"{name}.flat", axis=1)
         shape = self._constant(f"{name}.shape", np.array(layer.shape, dtype=np.int64))
         self._add("Reshape", [flat, shape], name)
@@ -169,51 +160,29 @@ class _Builder:
         self.initializers[name] = tensor
         return name
 
-    def _find_early(self) -> None:
-        """Find the layers whose input comes through order-keeping nodes that nothing else reads."""
-        nodes = self.source.graph.node
-        producer = {output: node for node in nodes for output in node.output}
-        readers = Counter(value for node in nodes for value in node.input)
-        for node in nodes:
-            if node.op_type == "Transpose" and node.input[0] in self.layer_of:
-                self.layer_of[node.output[0]] = self.layer_of[node.input[0]]
-            name = self._layer(node)
-            if name is None or self.layers[name].scheme.activation.mode != "static":
-                continue
-            value, first = node.input[0], None
-            while value in producer and keeps_order(producer[value]) and readers[value] == 1:
-                first, value = value, producer[value].input[0]
-            if first is not None:
-                self.early[first] = name
-                self.quantized_early.add(node.output[0])
-
-    def _layer(self, node: onnx.NodeProto) -> str | None:
-        return self.layer_of.get(node.input[1]) if node.op_type in _MULTIPLIES else None
-
     def _append(self, node: onnx.NodeProto) -> None:
         """Copy a node; quantize the input of one that multiplies with a quantized weight."""
-        name = self._layer(node)
-        if node.output[0] in self.early:
-            copied = _copy(node, None)
-            copied.input[0] = self._quantize_input(node.input[0], self.layers[self.early[node.output[0]]])
-            self.nodes.append(copied)
+        if node.op_type == "Transpose" and node.input[0] in self.layer_of:
+            self.layer_of[node.output[0]] = name = self.layer_of[node.input[0]]
+            if self.layers[name].scheme.activation.mode != "dynamic":
+                self.nodes.append(self._copied(node, None))
             return
-        if name is None or self.layers[name].scheme.activation.mode == "none":
-            dynamic = node.op_type == "Transpose" and self._is_dynamic(self.layer_of.get(node.input[0]))
-            if not dynamic:
-                self.nodes.append(self._copied(node, name))
-        elif self._is_dynamic(name):
-            self._append_dynamic(node, name)
-        elif node.output[0] in self.quantized_early:
-            self.nodes.append(self._copied(node, name))
-        else:
-            copied = self._copied(node, name)
-            copied.input[0] = self._quantize_input(node.input[0], self.layers[name])
-            self.nodes.append(copied)
+        layer = self.layer_of.get(node.input[1]) if node.op_type in _MULTIPLIES else None
+        mode = "none" if layer is None else self.layers[layer].scheme.activation.mode
+        if layer is not None and mode == "dynamic":
+            self._append_dynamic(node, layer)
+            return
+        copied = self._copied(node, layer)
+        if layer is not None and mode == "static":
+            copied.input[0] = self._quantize_input(node.input[0], self.layers[layer])
+        self.nodes.append(copied)
 
     def _copied(self, node: onnx.NodeProto, name: str | None) -> onnx.NodeProto:
         """Copy a node, give it its layer's name, and a bias that only the quantized layer has."""
-        copied = _copy(node, None if name is None else self._call(name))
+        copied = onnx.NodeProto()
+        copied.CopyFrom(node)
+        if name is not None:
+            copied.name = self._call(name)
         if name is not None and node.op_type == "Conv" and len(node.input) < 3 and self.layers[name].bias is not None:
             copied.input.append(self._constant(f"{name}.bias", self.layers[name].bias.detach().float().numpy()))
         return copied
@@ -222,9 +191,6 @@ class _Builder:
         """Return a name for the node of a layer: the layer's, and for another call of it `<layer>@2` and so on."""
         self.calls[name] += 1
         return name if self.calls[name] == 1 else f"{name}{CALL}{self.calls[name]}"
-
-    def _is_dynamic(self, name: str | None) -> bool:
-        return name is not None and self.layers[name].scheme.activation.mode == "dynamic"
 
     def _quantize_input(self, value: str, layer: Any) -> str:
         grid = (layer.activation.scale, layer.activation.zero_point, layer.scheme.activation.highest)
@@ -266,21 +232,6 @@ class _Builder:
             self.initializers.pop(unused, None)
         bias = self._constant(f"{name}.spread_bias", layer.bias.detach().float().numpy().reshape(spread))
         self._add("Add", [product, bias], node.output[0])
-
-
-def keeps_order(node: onnx.NodeProto) -> bool:
-    """Whether a node moves values or picks the largest, so that it may work on codes; a 1 x 1 average does nothing."""
-    if node.op_type == "AveragePool":
-        return all(list(a.ints) == [1, 1] for a in node.attribute if a.name == "kernel_shape")
-    return node.op_type in _ORDER_KEEPING
-
-
-def _copy(node: onnx.NodeProto, name: str | None) -> onnx.NodeProto:
-    copied = onnx.NodeProto()
-    copied.CopyFrom(node)
-    if name is not None:
-        copied.name = name
-    return copied
 
 
 def _tensor(name: str, tensor: Tensor) -> TensorProto:

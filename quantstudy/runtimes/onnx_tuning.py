@@ -1,66 +1,72 @@
-"""An exported model in the operators that one runtime is quickest with, and exact: same weights, same grids.
+"""An exported model in the operators that ONNX Runtime is quickest with, and exact: same weights, same grids.
 
-- ONNX Runtime computes a convolution or a Gemm in int8 only where its output is quantized too. A matrix product it
+- It computes a convolution or a Gemm in int8 only where its output is quantized too. A matrix product it
   computes in int8 with float32 output (`MatMulIntegerToFloat`), and a convolution with a 1x1 kernel is one over the
   channels. So the layers before a residual sum and the last one become products, between transposes that ONNX Runtime
   moves to where they cancel. MobileNetV2 at 224 px took 31 ms instead of 60 for 16 images.
-- OpenVINO computes 64 outputs of an int8 product at a time. Where there are many inputs, the weights of 64 do not stay
-  in a core's cache, and are read anew for every six images. Long sums are therefore cut in parts for large batches:
-  VGG-11's first linear layer took 6.5 ms instead of 14 for 16 images. For a single image the parts are 0.4 ms slower.
 - An x86 CPU without VNNI adds two products of uint8 and int8 in 16 bits, where they saturate. ONNX Runtime multiplies
   uint8 by uint8 exactly, so weights that may saturate (`quantization.saturation`) become uint8 with a zero point of
-  128. OpenVINO has no such kernels; it takes weights that are `saturation_free`, or of 7 bits.
+  128.
 
-Each is slower for another runtime or CPU, which is why exported files have none of it.
+Each is slower for OpenVINO or on another CPU, which is why the exported file has none of it, and what is timed on ONNX
+Runtime (`exported_model`) has.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx
 import torch
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from quantstudy.errors import UserError
 from quantstudy.machine.hardware import int8_sums_saturate
 from quantstudy.quantization import saturation
-from quantstudy.runtimes.onnx_model import CALL, PRODUCER, checked, keeps_order, save_onnx
+from quantstudy.runtimes.onnx_model import PRODUCER, checked, save_onnx, to_onnx
 
-LONGEST_SUM = 4096
-"""Inputs of an int8 product in OpenVINO, above which it is cut in parts."""
-MANY = 8
-"""Images in a batch, from which on that pays."""
+AS_EXPORTED, TUNED = "as exported", "tuned for onnxruntime"
+"""The forms of an exported model."""
 _UNSIGNED = ".unsigned"
-_ACTIVATIONS = ("Relu", "Clip")
+_FOLLOWED = ("Relu", "Clip", "MaxPool", "Reshape", "Flatten")
+"""Operators through which ONNX Runtime looks for the codes that a layer can write."""
 MULTIPLIES = ("Conv", "Gemm", "MatMul", "ConvInteger", "MatMulInteger")
 """The operators that a layer's multiplications are in."""
 
 
-def tuned(
-    model: onnx.ModelProto, runtime: Literal["onnxruntime", "openvino"], images: int = 1, *, saturates: bool = False
-) -> onnx.ModelProto:
-    """Return `model`, which `to_onnx` made, as `runtime` likes it; itself if there is nothing to change.
+def exported_model(model: nn.Module, graph: onnx.ModelProto, runtime: str) -> onnx.ModelProto:
+    """Return the ONNX model of `model` that is timed on `runtime`: for ONNX Runtime tuned for this CPU, else plain.
 
-    The nodes that do a layer's multiplications keep the layer's name; of a sum in parts, the last has it.
+    `model` and `graph` are those of `to_onnx`.
+    """
+    exported = to_onnx(model, graph)
+    return tuned(exported, saturates=int8_sums_saturate()) if runtime == "onnxruntime" else exported
+
+
+def form_of(exported: onnx.ModelProto) -> str:
+    """Return `AS_EXPORTED` or `TUNED`."""
+    return exported.producer_version or AS_EXPORTED
+
+
+def tuned(model: onnx.ModelProto, *, saturates: bool) -> onnx.ModelProto:
+    """Return `model`, which `to_onnx` made, as ONNX Runtime likes it; itself if there is nothing to change.
+
+    The nodes that do a layer's multiplications keep the layer's name.
 
     Args:
         model: stays as it is.
-        runtime: that is to run it.
-        images: in a batch.
         saturates: `int8_sums_saturate` on the CPU that is to run it.
     """
     nodes, tensors = list(model.graph.node), list(model.graph.initializer)
-    if multiplies_integers(model) and (runtime == "onnxruntime" or images >= MANY):
+    if multiplies_integers(model):
         graph = _Graph.of(model)
-        change = _product if runtime == "onnxruntime" else _short_sums
-        nodes = [part for node in nodes for part in change(graph, node) or [node]]
+        nodes = [part for node in nodes for part in _product(graph, node) or [node]]
         tensors += graph.added
-    if runtime == "onnxruntime" and saturates and quantizes_inputs(model):
+    if saturates and quantizes_inputs(model):
         nodes, tensors = _unsigned(nodes, tensors)
     if len(tensors) == len(model.graph.initializer):
         return model
@@ -70,33 +76,25 @@ def tuned(
     nodes, tensors = _needed(nodes, tensors)
     result.graph.node.extend(nodes)
     result.graph.initializer.extend(tensors)
-    result.producer_version = f"tuned for {runtime}"
+    result.producer_version = TUNED
     return checked(result)
 
 
-def tune(source: Path, runtime: Literal["onnxruntime", "openvino"], images: int, out: Path, *, saturates: bool) -> None:
-    """Write to `out` what `tuned` makes of the exported model at `source`, and print how much that changed.
+def tune(source: Path, out: Path, *, saturates: bool) -> None:
+    """Write to `out` what `tuned` makes of the exported model at `source`, and print in which form it is.
 
     Raises:
         UserError: `source` is not a model that this project exported, or it was tuned before, or `out` is no other
-            .onnx file, or OpenVINO has no kernels that do not saturate.
+            .onnx file.
     """
     if out.suffix != ".onnx" or out.resolve() == source.resolve():
         raise UserError(f"--out: {str(out)!r}: name another file that ends in .onnx")
     if not source.is_file():
         raise UserError(f"{source}: no file; the stage export and `python -m quantstudy quantize` write such files")
     model = _load(source)
-    if saturates and runtime == "openvino" and may_saturate(model):
-        raise UserError("--without-vnni: there openvino saturates with these weights; quantize with saturation_free")
-    result = tuned(model, runtime, images, saturates=saturates)
+    result = tuned(model, saturates=saturates)
     save_onnx(out, result)
-    kinds = [Counter(node.op_type for node in m.graph.node) for m in (model, result)]
-    new = [f"{count} {kind}" for kind, count in sorted((kinds[1] - kinds[0]).items())]
-    if unsigned := sum(tensor.name.endswith(_UNSIGNED) for tensor in result.graph.initializer):
-        new.append(f"{unsigned} weights in uint8")
-    within = f" for batches of less than {MANY}" if runtime == "openvino" and images < MANY else ""
-    found = f"new: {', '.join(new)}" if new else f"nothing to change{within}"
-    print(f"{out}: {out.stat().st_size / 1e6:.3f} MB, for {runtime}; {found}")
+    print(f"{out}: {out.stat().st_size / 1e6:.3f} MB, {form_of(result)}")
     if may_saturate(result) and int8_sums_saturate():
         print("without VNNI, as here, these weights may saturate: quantize with saturation_free, or see --without-vnni")
 
@@ -144,12 +142,9 @@ def _saturating(nodes: Sequence[onnx.NodeProto], tensors: Iterable[TensorProto])
                 rows = torch.from_numpy(np.array(codes[name].T if turned else codes[name]))
                 groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
                 safe[name] = safe.get(name, True) and not saturation.may_saturate(rows, groups)
-    return {name: found for name, found in codes.items() if not (safe[name] if name in safe else _is_small(found))}
-
-
-def _is_small(codes: np.ndarray) -> bool:
-    """Whether int8 codes never saturate, however they are laid out."""
-    return bool(2 * np.abs(codes.astype(np.int16)).max() <= saturation.LARGEST_PAIR)
+    for name in codes.keys() - safe.keys():  # however they are laid out
+        safe[name] = 2 * int(np.abs(codes[name].astype(np.int16)).max()) <= saturation.LARGEST_PAIR
+    return {name: found for name, found in codes.items() if not safe[name]}
 
 
 def _weight_of(node: onnx.NodeProto, writer: dict[str, onnx.NodeProto]) -> tuple[str, bool]:
@@ -168,6 +163,7 @@ class _Graph:
     stored: dict[str, TensorProto]
     writer: dict[str, onnx.NodeProto]
     readers: dict[str, list[onnx.NodeProto]]
+    dequantized: set[str]
     added: list[TensorProto] = field(default_factory=list)
 
     @classmethod
@@ -178,7 +174,8 @@ class _Graph:
             for value in node.input:
                 readers[value].append(node)
         writer = {node.output[0]: node for node in nodes}
-        return cls({tensor.name: tensor for tensor in model.graph.initializer}, writer, readers)
+        dequantized = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
+        return cls({tensor.name: tensor for tensor in model.graph.initializer}, writer, readers, dequantized)
 
     def weight(self, node: onnx.NodeProto) -> tuple[np.ndarray, str] | None:
         """Return a layer's int8 codes, [O, ...], and the name of their scales, [O]; None where it has no such."""
@@ -190,38 +187,31 @@ class _Graph:
         is_per_output = scale in self.stored and len(self.stored[scale].dims) == 1
         return (numpy_helper.to_array(codes), scale) if is_per_output else None
 
-    def was_quantized(self, value: str) -> bool:
-        """Whether a value comes from codes, by way of a reshaping or without."""
-        node = self.writer.get(value)
-        while node and keeps_order(node):
-            node = self.writer.get(node.input[0])
-        return node is not None and node.op_type == "DequantizeLinear"
-
     def becomes_quantized(self, value: str) -> bool:
-        """Whether a value is read as codes alone, by way of a ReLU or without."""
+        """Whether a value is read as codes alone, by way of `_FOLLOWED` or without."""
         readers = self.readers[value]
-        if len(readers) == 1 and readers[0].op_type in _ACTIVATIONS:
+        while len(readers) == 1 and readers[0].op_type in _FOLLOWED:
             readers = self.readers[readers[0].output[0]]
         return bool(readers) and all(reader.op_type == "QuantizeLinear" for reader in readers)
 
-    def dequantize(self, name: str, codes: np.ndarray, scale: str, axis: int) -> onnx.NodeProto:
-        """Return a node that dequantizes new codes, with a zero point, to the value `name`."""
-        zeros = np.zeros(codes.shape[axis], np.int8)
+    def dequantize(self, name: str, codes: np.ndarray, scale: str) -> onnx.NodeProto:
+        """Return a node that dequantizes new codes [I, O], with a zero point, to the value `name`."""
+        zeros = np.zeros(codes.shape[1], np.int8)
         parts = {f"{name}.codes": np.ascontiguousarray(codes), f"{name}.zero_point": zeros}
         self.added += [numpy_helper.from_array(array, part) for part, array in parts.items()]
-        return helper.make_node("DequantizeLinear", [f"{name}.codes", scale, f"{name}.zero_point"], [name], axis=axis)
+        return helper.make_node("DequantizeLinear", [f"{name}.codes", scale, f"{name}.zero_point"], [name], axis=1)
 
 
 def _product(graph: _Graph, node: onnx.NodeProto) -> list[onnx.NodeProto]:
     """Return a matrix product in the place of a Gemm, or of a convolution that is one, if its output stays float32."""
     found = graph.weight(node) if node.op_type in ("Conv", "Gemm") else None
-    if found is None or not graph.was_quantized(node.input[0]) or graph.becomes_quantized(node.output[0]):
+    if found is None or node.input[0] not in graph.dequantized or graph.becomes_quantized(node.output[0]):
         return []
     (codes, scale), is_conv = found, node.op_type == "Conv"
     if (is_conv and not _is_pointwise(node, codes)) or not graph.stored.keys() >= set(node.input[2:]):
         return []
     own = f"{node.name}.product"
-    weight = graph.dequantize(f"{own}.weight", codes.reshape(codes.shape[:2]).T, scale, axis=1)
+    weight = graph.dequantize(f"{own}.weight", codes.reshape(codes.shape[:2]).T, scale)
     value, output = (f"{own}.input", f"{own}.output") if is_conv else (node.input[0], node.output[0])
     product = f"{own}.sums" if len(node.input) > 2 else output
     nodes = [weight, helper.make_node("MatMul", [value, weight.output[0]], [product], name=node.name)]
@@ -239,28 +229,6 @@ def _is_pointwise(node: onnx.NodeProto, codes: np.ndarray) -> bool:
     wanted = {"group": 1, "strides": [1, 1], "pads": [0, 0, 0, 0]}
     given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     return codes.shape[2:] == (1, 1) and all(given.get(name, value) == value for name, value in wanted.items())
-
-
-def _short_sums(graph: _Graph, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """Return the sum of several Gemm in the place of one with many inputs."""
-    found = graph.weight(node) if node.op_type == "Gemm" else None
-    if found is None or found[0].shape[1] <= LONGEST_SUM:
-        return []
-    codes, scale = found
-    parts = -(-codes.shape[1] // LONGEST_SUM)
-    while (width := -(-codes.shape[1] // parts)) % 2:  # neighbours stay together (`quantization.saturation`)
-        parts += 1
-    names = [f"{node.name}{CALL}part{part}" for part in range(parts)]
-    inputs = [f"{name}.input" for name in names]
-    nodes = [helper.make_node("Split", [node.input[0]], inputs, name=f"{node.name}.split", axis=1, num_outputs=parts)]
-    for part, name in enumerate(names):
-        weight = graph.dequantize(f"{name}.weight", codes[:, part * width : (part + 1) * width], scale, axis=0)
-        bias = list(node.input[2:]) if part == 0 else []
-        layer = node.name if part == parts - 1 else name
-        gemm = helper.make_node("Gemm", [inputs[part], weight.output[0], *bias], [f"{name}.sums"], layer, transB=1)
-        nodes += [weight, gemm]
-    nodes.append(helper.make_node("Sum", [f"{name}.sums" for name in names], node.output, name=f"{node.name}.sum"))
-    return nodes
 
 
 def _unsigned(

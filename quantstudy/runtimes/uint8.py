@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from quantstudy.quantization.schemes import SMALLEST_SCALE
 from quantstudy.runtimes.onednn_geometry import as_pair
 
-_SMALLEST_SCALE = np.float32(torch.finfo(torch.float32).eps)
+_SMALLEST_SCALE = np.float32(SMALLEST_SCALE)
 
 
 def quantize_to_uint8(x: Tensor, scale: float, zero_point: int) -> Tensor:

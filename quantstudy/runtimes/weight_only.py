@@ -2,10 +2,10 @@
 
 On a CPU with AVX512 PyTorch's `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu` widen the codes in registers, on
 CUDA tinygemm (`_weight_int4pack_mm`) does so with 4 bits. The input is rounded to bfloat16, sums are float32, the
-output is rounded to bfloat16 again. At batch 1 VGG-11's first linear layer took a third of bfloat16's time on a CPU with 8-bit
-weights, and less than two thirds with 4-bit ones; with a float32 input both kernels are several times slower than a
-float32 product, so that the input is rounded. Scales of channels stay float32, outside the kernels; scales of groups
-are bfloat16 in the file already. Elsewhere such layers are simulated.
+output is rounded to bfloat16 again: with a float32 input the kernels are several times slower than a float32 product.
+At batch 1 VGG-11's first linear layer took a third of bfloat16's time on a CPU with 8-bit weights, and less than two
+thirds with 4-bit ones. Scales of channels stay float32, outside the kernels; scales of groups are bfloat16 in the file
+already. Elsewhere, on a CPU without AVX512 for one, such layers are simulated.
 """
 
 import functools
@@ -29,26 +29,19 @@ def has_kernel(layer: Any, device: torch.device) -> bool:
     if not isinstance(layer, QuantLinear) or layer.scheme.activation.mode != "none":
         return False
     scheme, (outputs, inputs) = layer.scheme.weight, layer.shape
-    if not _has_kernels(device.type, scheme.bits):
+    if scheme.bits not in (4, 8) or not _has_kernels(device.type, scheme.bits):
         return False
     if scheme.bits == 8:
         return scheme.group_size is None
-    if scheme.bits != 4 or scheme.group_size not in INT4_GROUPS or outputs % _INT4_OUTPUTS[device.type]:
-        return False
-    return inputs % scheme.group_size == 0
+    fits = outputs % _INT4_OUTPUTS[device.type] == 0 and scheme.group_size in INT4_GROUPS
+    return fits and inputs % scheme.group_size == 0
 
 
 @functools.cache
 def _has_kernels(device: str, bits: int) -> bool:
     if device == "cpu":
         return "avx512f" in cpu_flags()
-    if device != "cuda" or bits != 4:
-        return False
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-
-
-INPUT_BITS = 16
-"""Of the float type that the kernels multiply in."""
+    return device == "cuda" and bits == 4 and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 class WeightOnlyLinear(nn.Module):
@@ -63,8 +56,11 @@ class WeightOnlyLinear(nn.Module):
             self._weight, self._scale = codes, layer.weight_scale.flatten().float()
             self._ones = torch.ones(len(codes), dtype=torch.bfloat16, device=codes.device)
             return
-        if codes.is_cuda:
-            self._weight = _packed_for_tinygemm(codes)
+        if codes.is_cuda:  # two unsigned codes a byte, the first in the upper half, then in the kernel's tiles
+            unsigned = (codes + 8).to(torch.uint8)
+            pairs = (unsigned[:, ::2] << 4 | unsigned[:, 1::2]).contiguous()
+            tiles = next(tiles for tiles in _CUDA_TILES if codes.shape[1] % (16 * tiles) == 0)
+            self._weight = torch.ops.aten._convert_weight_to_int4pack(pairs, tiles)
         else:
             self._weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32) + 8, 1)
         scale = layer.weight_scale.t().to(torch.bfloat16)  # [groups, out_features]
@@ -83,18 +79,6 @@ class WeightOnlyLinear(nn.Module):
             multiply = ops._weight_int4pack_mm if rows.is_cuda else ops._weight_int4pack_mm_for_cpu
             return multiply(rows, self._weight, self.group_size, self._scale).float()  # type: ignore[no-any-return]
         return torch.ops.aten._weight_int8pack_mm(rows, self._weight, self._ones).float().mul_(self._scale)
-
-    def extra_repr(self) -> str:
-        """Show the width in `print(model)`."""
-        return f"bits={self.bits}, group_size={self.group_size}"
-
-
-def _packed_for_tinygemm(codes: Tensor) -> Tensor:
-    """Pack int8 codes [O, I] of 4 bits: two unsigned ones a byte, the first in the upper half, then in its tiles."""
-    unsigned = (codes + 8).to(torch.uint8)
-    pairs = unsigned[:, ::2] << 4 | unsigned[:, 1::2]
-    tiles = next(tiles for tiles in _CUDA_TILES if codes.shape[1] % (16 * tiles) == 0)
-    return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)
 
 
 def use_weight_only_kernels(network: nn.Module, device: torch.device) -> None:

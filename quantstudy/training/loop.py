@@ -6,14 +6,9 @@ while it would take more than a tenth of the time trained since the last save, s
 data set is not slowed by it.
 """
 
-import csv
-import io
 import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,56 +21,15 @@ from quantstudy.data.batches import Batches
 from quantstudy.data.container import Split
 from quantstudy.data.sampling import validation_indices
 from quantstudy.errors import UserError
-from quantstudy.files import save_tensors, write_text
 from quantstudy.machine.device import autocast
 from quantstudy.training import parallel
+from quantstudy.training.optimization import make_optimizer, make_schedule, training_loss
+from quantstudy.training.progress import Run, State, keep, restore, save, write_curve
 
-COLUMNS = (
-    "epoch",
-    "train_loss",
-    "train_top1",
-    "validation_loss",
-    "validation_top1",
-    "learning_rate",
-    "images_per_second",
-    "waiting_percent",
-)
+__all__ = ["MEMORY_FORMAT", "Run", "State", "evaluate", "fingerprint", "summary", "train", "training_and_validation"]
+
 SAVE_SHARE = 0.1
 MEMORY_FORMAT = torch.channels_last
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one training run is called, where its files lie, and the arithmetic it uses."""
-
-    name: str
-    settings: P.Training
-    curve: Path
-    resume: Path
-    fingerprint: str
-    """Identifies data, model and settings: a saved state of another fingerprint is not resumed from."""
-    dtype: torch.dtype | None = None
-    """Autocast type, None for float32; float16 brings a gradient scaler."""
-    score_start: bool = False
-    """Whether the untrained model competes as epoch 0, so that training can never lose on validation."""
-    before_validation: Callable[[nn.Module], None] | None = None
-    """Called with the model at the start and after each epoch, before it is scored and kept."""
-    groups: list[dict[str, Any]] | None = None
-    """What Adam trains, each group at its rate, in eval mode; None: all parameters, as the settings say."""
-    teacher: nn.Module | None = None
-    distillation: float = 0.0
-    """The share of the teacher's probabilities in the targets (Hinton et al. 2015, at temperature 1)."""
-
-
-@dataclass
-class State:
-    """What grows during a run."""
-
-    epoch: int = 0
-    rows: list[dict[str, float]] = field(default_factory=list)
-    best: dict[str, torch.Tensor] = field(default_factory=dict)
-    best_epoch: int = 0
-    best_score: tuple[float, float] = (-1.0, -math.inf)
 
 
 def train(model: nn.Module, training: Batches, validation: Batches, run: Run) -> State:
@@ -84,14 +38,18 @@ def train(model: nn.Module, training: Batches, validation: Batches, run: Run) ->
     With 0 epochs it is only scored.
     """
     if not run.settings.epochs:
-        return _scored(model, validation, run)
+        state = State()
+        _score_start(state, model, validation, run)
+        if not parallel.rank():
+            write_curve(run.curve, state.rows)
+        return state
     device = next(model.parameters()).device
     averaging = parallel.averaging(model)
-    optimizer = _optimizer(model, run, fused=run.dtype != torch.float16)
-    schedule = _schedule(optimizer, run.settings, len(training))
+    optimizer = make_optimizer(model, run.settings, run.groups, fused=run.dtype != torch.float16)
+    schedule = make_schedule(optimizer, run.settings, len(training))
     scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    state = _restore(run, parts)
+    state = restore(run, parts)
     saved_at = time.perf_counter()
     save_seconds = 0.0
     if run.score_start and not state.rows:
@@ -104,14 +62,14 @@ def train(model: nn.Module, training: Batches, validation: Batches, run: Run) ->
         parallel.share_buffers(model)
         row["validation_loss"], row["validation_top1"] = evaluate(model, validation, run.dtype)
         state.epoch = epoch
-        _keep(state, model, row)
+        keep(state, model, row)
         elapsed = time.perf_counter() - saved_at
         if parallel.rank():
             continue
-        _write_curve(run.curve, state.rows)
+        write_curve(run.curve, state.rows)
         tqdm.write(_line(run, row))
         if epoch < run.settings.epochs and save_seconds <= SAVE_SHARE * elapsed:
-            save_seconds = _save(run, parts, state)
+            save_seconds = save(run, parts, state)
             saved_at = time.perf_counter()
     model.load_state_dict(state.best)
     if not parallel.rank():
@@ -119,19 +77,11 @@ def train(model: nn.Module, training: Batches, validation: Batches, run: Run) ->
     return state
 
 
-def _scored(model: nn.Module, validation: Batches, run: Run) -> State:
-    state = State()
-    _score_start(state, model, validation, run)
-    if not parallel.rank():
-        _write_curve(run.curve, state.rows)
-    return state
-
-
 def _score_start(state: State, model: nn.Module, validation: Batches, run: Run) -> None:
     if run.before_validation:
         run.before_validation(model)
     loss, top1 = evaluate(model, validation, run.dtype)
-    _keep(state, model, {"epoch": 0, "validation_loss": loss, "validation_top1": top1})
+    keep(state, model, {"epoch": 0, "validation_loss": loss, "validation_top1": top1})
 
 
 @torch.no_grad()
@@ -168,7 +118,9 @@ def _one_epoch(
         for images, labels in batches:
             with autocast(device, run.dtype):
                 logits = model(images).float()
-                loss = _loss(logits, images, labels, run)
+                loss = training_loss(
+                    logits, labels, run.settings.label_smoothing, _taught(run, images), run.distillation
+                )
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -197,51 +149,9 @@ def _one_epoch(
     }
 
 
-def _loss(logits: Tensor, images: Tensor, labels: Tensor, run: Run) -> Tensor:
-    loss = F.cross_entropy(logits, labels, label_smoothing=run.settings.label_smoothing)
-    if run.teacher is None:
-        return loss
-    with torch.no_grad():
-        taught = run.teacher(images).float().softmax(1)
-    return (1 - run.distillation) * loss + run.distillation * F.cross_entropy(logits, taught)
-
-
-def _optimizer(model: nn.Module, run: Run, fused: bool) -> torch.optim.Optimizer:
-    """Weight decay applies to matrices and kernels, not to biases and BatchNorm.
-
-    Beside a gradient scaler it is not fused: the fused step on a CPU does not skip gradients that overflowed.
-    """
-    if run.groups is not None:
-        return torch.optim.Adam(run.groups, fused=fused)
-    settings = run.settings
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=fused)
-    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum, fused=fused)
-
-
-def _schedule(optimizer: torch.optim.Optimizer, settings: P.Training, steps_per_epoch: int) -> Any:
-    """Learning rate by step: constant, cosine to zero, or one cycle (Smith 2018) with a 30 % warm-up."""
-    steps = settings.epochs * steps_per_epoch
-    if settings.schedule == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    if settings.schedule == "one_cycle":
-        return torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps + 1, cycle_momentum=False
-        )
-    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-
-
-def _keep(state: State, model: nn.Module, row: dict[str, float]) -> None:
-    state.rows.append(row)
-    score = (row["validation_top1"], -row["validation_loss"])
-    if score > state.best_score:
-        state.best_score, state.best_epoch = score, int(row["epoch"])
-        state.best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+@torch.no_grad()
+def _taught(run: Run, images: Tensor) -> Tensor | None:
+    return None if run.teacher is None else run.teacher(images).float().softmax(1)
 
 
 def _line(run: Run, row: dict[str, float]) -> str:
@@ -250,42 +160,6 @@ def _line(run: Run, row: dict[str, float]) -> str:
         f"top-1 {row['train_top1']:.2f} %, validation top-1 {row['validation_top1']:.2f} %, "
         f"{row['images_per_second']:.0f} images/s, waiting for data {row['waiting_percent']:.1f} %"
     )
-
-
-def _write_curve(path: Path, rows: list[dict[str, float]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: f"{row[name]:.6g}" if name in row else "" for name in COLUMNS})
-    write_text(path, text.getvalue())
-
-
-def _save(run: Run, parts: dict[str, Any], state: State) -> float:
-    started = time.perf_counter()
-    content = {name: part.state_dict() for name, part in parts.items()}
-    content |= {"fingerprint": run.fingerprint, "state": vars(state), "random": torch.get_rng_state()}
-    save_tensors(run.resume, content)
-    return time.perf_counter() - started
-
-
-def _restore(run: Run, parts: dict[str, Any]) -> State:
-    """Load the state of an interrupted run of the same fingerprint; a broken or foreign file is ignored."""
-    if not run.resume.is_file():
-        return State()
-    try:
-        content = torch.load(run.resume, map_location="cpu", weights_only=True)
-        if content["fingerprint"] != run.fingerprint:
-            return State()
-    except Exception as error:
-        tqdm.write(f"{run.name}: {run.resume} cannot be read ({error}); training starts anew")
-        return State()
-    for name, part in parts.items():
-        part.load_state_dict(content[name])
-    torch.set_rng_state(content["random"])
-    state = State(**content["state"])
-    tqdm.write(f"{run.name}: resumes after epoch {state.epoch} of {run.settings.epochs}")
-    return state
 
 
 def training_and_validation(

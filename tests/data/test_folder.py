@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tests.sources.conftest import folder_data
 
 from quantstudy.data.archive import open_files
 from quantstudy.data.container import Split
@@ -19,6 +18,7 @@ from quantstudy.data.folder import tree_sha256
 from quantstudy.data.prepare import prepare
 from quantstudy.errors import UserError
 from quantstudy.files import sha256
+from tests.data.conftest import folder_data
 
 MakeTree = Callable[..., Path]
 Pack = Callable[[Path, str], Path]

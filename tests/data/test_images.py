@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.sources.conftest import folder_data
 
+from quantstudy.data import images
 from quantstudy.data.container import load_split, save_split
 from quantstudy.data.decoding import square
 from quantstudy.data.prepare import prepare
-from quantstudy.sources import images
+from tests.data.conftest import folder_data
 
 MakeTree = Callable[..., Path]
 

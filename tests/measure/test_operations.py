@@ -38,6 +38,6 @@ def test_known_models_at_224(architecture: str, giga: float) -> None:
 
 def test_bit_operations() -> None:
     macs = {"a": 10**12, "b": 2 * 10**12}
-    assert tera_bit_operations(macs, {"a": 4, "b": 8}, {"a": 8, "b": 32}) == 32 + 512
+    assert tera_bit_operations(macs, {"a": (4, 8), "b": (8, 32)}) == 32 + 512
     with pytest.raises(KeyError):
-        tera_bit_operations(macs, {"a": 4}, {"a": 8})
+        tera_bit_operations(macs, {"a": (4, 8)})

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from quantstudy.measure.per_layer import layer_sqnr_db, weight_storage
-from quantstudy.measure.statistics import SQNR_LIMIT_DB, sqnr_db
-from quantstudy.network import models
+from quantstudy.network.fp32 import skeleton
 from quantstudy.quantization.layers import LayerScheme, quantize_layers
 from quantstudy.quantization.schemes import WeightScheme
+from quantstudy.quantization.sqnr import SQNR_LIMIT_DB, sqnr_db
 from quantstudy.quantization.variant import Variant
 
 
@@ -44,5 +44,5 @@ def test_bytes_are_those_of_codes_and_scales(network: nn.Module) -> None:
 
 
 def test_every_layer_of_a_folded_network_has_its_bytes() -> None:
-    found = weight_storage(models.skeleton("mobilenet_v2", 10))
+    found = weight_storage(skeleton("mobilenet_v2", 10))
     assert len(found) == 53 and all(size == 4 * weights for size, weights in found.values())

@@ -14,8 +14,8 @@ from PIL import Image
 from quantstudy import params as P
 from quantstudy.__main__ import main
 from quantstudy.errors import run_stage
-from quantstudy.network import models
 from quantstudy.network.architectures import build
+from quantstudy.network.fp32 import save_fp32
 from quantstudy.quantization.layers import ChannelReLU, quantized_layers
 from quantstudy.quantization.variant import load_variant
 from tests.conftest import ROOT
@@ -62,7 +62,7 @@ def test_a_state_dict_becomes_a_variant(folder: Path, capsys: pytest.CaptureFixt
 def test_this_projects_file_becomes_onnx(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seen = P.Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     model = build("mobilenet_v2", 5)
-    models.save_fp32(Path("fp32.pth"), model, "mobilenet_v2", 5, seen)
+    save_fp32(Path("fp32.pth"), model, "mobilenet_v2", 5, seen)
     quantize("fp32.pth", "out.onnx", architecture=None, method="int4_weight_only")
     printed = capsys.readouterr().out
     assert "53 of 53 layers" in printed and "of 24 images" in printed and "calibrated on the same" in printed
@@ -73,7 +73,7 @@ def test_this_projects_file_becomes_onnx(folder: Path, capsys: pytest.CaptureFix
 
 def test_a_method_that_equalizes_does_so(folder: Path) -> None:
     seen = P.Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    models.save_fp32(Path("fp32.pth"), build("mobilenet_v2", 5), "mobilenet_v2", 5, seen)
+    save_fp32(Path("fp32.pth"), build("mobilenet_v2", 5), "mobilenet_v2", 5, seen)
     quantize("fp32.pth", architecture=None, method="int8_equalized")
     assert any(isinstance(module, ChannelReLU) for module in load_variant(Path("out.pth")).modules())
 

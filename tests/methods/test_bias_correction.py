@@ -8,17 +8,18 @@ from torch import Tensor, nn
 
 from quantstudy.errors import UserError
 from quantstudy.methods.bias_correction import FEW, clipped_normal_mean, input_means, is_on
+from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.equalization import equalize
-from quantstudy.methods.registry import quantize
-from quantstudy.network import models
-from quantstudy.params import QatLsq, Static, WeightOnly
+from quantstudy.methods.recipes import quantize
+from quantstudy.network.folding import fold_batchnorm
+from quantstudy.params import WeightOnly
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
 
 ANALYTIC = WeightOnly(kind="weight_only", weight_bits=3, bias_correction="analytic")
 FROM_IMAGES = ANALYTIC.model_copy(update={"bias_correction": True})
 
-SIZE = {"image_size": 16}
+IMAGES = [torch.zeros(1, 3, 16, 16)]
 
 
 class Branches(nn.Module):
@@ -55,7 +56,7 @@ def network(images: Tensor) -> nn.Module:
             nn.init.normal_(module.weight)
     with torch.no_grad():
         model.train()(images)
-    return models.fold_batchnorm(model)
+    return fold_batchnorm(model)
 
 
 @torch.no_grad()
@@ -96,8 +97,8 @@ def test_the_mean_of_a_clipped_normal_distribution(mean: float, std: float, high
 @torch.no_grad()
 def test_the_mean_error_that_weights_make_is_zero_where_the_input_is_known(network: nn.Module) -> None:
     """One layer is looked at a time, on an image of its input's mean: the error of its weights is what is claimed."""
-    variant = quantize(network, SIZE, ANALYTIC)
-    plain = quantize(network, SIZE, ANALYTIC.model_copy(update={"bias_correction": False}))
+    variant = quantize(network, Calibration(network, IMAGES), ANALYTIC)
+    plain = quantize(network, Calibration(network, IMAGES), ANALYTIC.model_copy(update={"bias_correction": False}))
     for name, mean in input_means(network).items():
         x = mean if name == "head" else mean.view(1, -1, 1, 1).expand(1, -1, 16, 16)
         outputs = [model.get_submodule(name)(x) for model in (network, variant.network, plain.network)]
@@ -106,21 +107,18 @@ def test_the_mean_error_that_weights_make_is_zero_where_the_input_is_known(netwo
     assert torch.equal(*(quantized_layers(model)["first"].bias for model in (variant.network, plain.network)))
 
 
-def test_layers_that_nothing_is_known_of_are_counted(network: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
-    quantize(network, SIZE, ANALYTIC)
-    assert "1 of 4 left" in capsys.readouterr().out
+def test_layers_that_nothing_is_known_of_are_named(network: nn.Module) -> None:
+    variant = quantize(network, Calibration(network, IMAGES), ANALYTIC)
+    assert list(variant.skipped["bias_correction"]) == ["first"]
 
 
 def test_a_network_without_batchnorm_is_one_line() -> None:
     with pytest.raises(UserError, match="analytic needs BatchNorm"):
-        quantize(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1)), SIZE, ANALYTIC)
-
-
-def test_it_needs_no_images_and_is_not_for_training() -> None:
-    assert not ANALYTIC.needs_images
-    assert not Static(kind="static", weight_bits=8, bias_correction="analytic").needs_images
-    with pytest.raises(ValueError, match="bias_correction"):
-        QatLsq(kind="qat_lsq", weight_bits=4, bias_correction="analytic")
+        quantize(
+            nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1)),
+            Calibration(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1)), IMAGES),
+            ANALYTIC,
+        )
 
 
 class Residual(nn.Module):
@@ -157,7 +155,7 @@ def test_the_mean_error_is_zero_where_an_activation_lets_values_through(settings
     torch.manual_seed(0)
     model = Residual().eval()
     fp32 = outputs(model, images)
-    found = outputs(quantize(model, {"images": [images]}, settings).network, images)
+    found = outputs(quantize(model, Calibration(model, [images]), settings).network, images)
     everywhere = torch.ones_like(fp32["alone"])
     # Half the slope of a hardswish is at zero.
     active = {"seen": fp32["seen"] > 0, "alone": everywhere, "added": fp32["sum"] > 0, "function": everywhere[:, :8]}
@@ -174,9 +172,10 @@ def test_a_channel_that_is_nearly_always_off_is_not_moved_by_what_happens_there(
         model[0].bias.fill_(0.0)
     images = torch.zeros(64, 2, 8, 8)
     images[:, 0, 0], images[:, 1, 1:] = 1.0, 1.0
-    rounded = quantize(model, {"images": [images]}, FROM_IMAGES.model_copy(update={"weight_bits": 2}))
+    two_bits = FROM_IMAGES.model_copy(update={"weight_bits": 2})
+    rounded = quantize(model, Calibration(model, [images]), two_bits)
     assert rounded.network[0].dequantized().flatten()[1] != model[0].weight.flatten()[1]
-    plain = quantize(model, {}, FROM_IMAGES.model_copy(update={"weight_bits": 2, "bias_correction": False}))
+    plain = quantize(model, Calibration(model, [images]), two_bits.model_copy(update={"bias_correction": False}))
     error = (plain.network[0].dequantized() - model[0].weight).flatten()[0]
     torch.testing.assert_close(rounded.network[0].bias, -error.reshape(1))
 
@@ -185,7 +184,7 @@ def test_few_positions_move_a_bias_little() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
     images = torch.randn(40, 3, 2, 2)
-    variant = quantize(model, {"images": [images]}, FROM_IMAGES)
+    variant = quantize(model, Calibration(model, [images]), FROM_IMAGES)
     with torch.no_grad():
         y = model[1](images.flatten(1))
         error = (variant.network[1].dequantized() - model[1].weight) @ images.flatten(1).T
@@ -200,7 +199,7 @@ def test_the_channels_of_a_linear_layer_come_last(shape: tuple[int, ...], output
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, outputs), nn.GELU()).eval()
     x = torch.randn(shape) + 0.5
-    variant = quantize(model, {"images": [x]}, FROM_IMAGES)
+    variant = quantize(model, Calibration(model, [x]), FROM_IMAGES)
     wanted, found = (net[0](x).flatten(0, -2) for net in (model, variant.network))
     seen = is_on(model[1], wanted)
     error = ((found - wanted) * seen).sum(0) / seen.sum(0)

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from quantstudy.errors import UserError
 from quantstudy.methods.equalization import Pair, absorb_high_biases, equalize, find_pairs
-from quantstudy.network import models
+from quantstudy.network.architectures import build
+from quantstudy.network.folding import fold_batchnorm
 from quantstudy.quantization.layers import ChannelReLU
 from quantstudy.runtimes.onnx_model import to_onnx
 
@@ -50,11 +51,11 @@ def test_the_function_stays(network: nn.Module, images: Tensor) -> None:
 def test_mobilenet_keeps_its_function() -> None:
     torch.manual_seed(0)
     images = torch.randn(4, 3, 64, 64)
-    model = models.build("mobilenet_v2", 10).train()
+    model = build("mobilenet_v2", 10).train()
     with torch.no_grad():
         for _ in range(10):
             model(images)
-    folded = models.fold_batchnorm(model)
+    folded = fold_batchnorm(model)
     found = equalize(folded)
     assert_same_function(found, folded, images)
     bounded = sum(isinstance(module, ChannelReLU) for module in found.modules())

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from quantstudy.methods import joint
-from quantstudy.methods.joint import MovingCodes, finetune_jointly, parameter_groups, settle, thaw
+from quantstudy.methods.joint import MovingCodes, finetune_jointly, freeze_trained, make_trainable, parameter_groups
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
 
@@ -68,29 +68,29 @@ def test_a_thawed_network_computes_what_it_did_and_settles_to_it(network: nn.Mod
     found = quantized(network, ActivationScheme("static", 8))
     with torch.no_grad():
         before = found(images[0])
-        thaw(found)
+        make_trainable(found)
         torch.testing.assert_close(found(images[0]), before)
-        settle(found)
+        freeze_trained(found)
         assert torch.equal(found(images[0]), before)
     assert all(layer.frozen for layer in quantized_layers(found).values())
 
 
 def test_rates_are_in_proportion_to_that_of_codes(network: nn.Module) -> None:
     found = quantized(network, ActivationScheme("static", 8))
-    thaw(found)
+    make_trainable(found)
     slow, fast = ([group["lr"] for group in parameter_groups(found, rate)] for rate in (0.01, 0.03))
     assert len(slow) == 3 + 3 and [3 * rate for rate in slow] == pytest.approx(fast) and max(fast) == 0.03
 
 
 def test_layers_too_large_keep_their_codes_and_are_named(
-    network: nn.Module, images: list[Tensor], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    network: nn.Module, images: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(joint, "CODE_RATE", 0.5)
     monkeypatch.setattr(joint, "LARGE", 300)
     monkeypatch.setattr(joint, "STEPS", 20)
     found = quantized(network, ActivationScheme())
     before = {name: layer.weight_codes().clone() for name, layer in quantized_layers(found).items()}
-    finetune_jointly(network, found, images, 60)
+    named = finetune_jointly(network, found, images, 60)
     kept = {name: torch.equal(layer.weight_codes(), before[name]) for name, layer in quantized_layers(found).items()}
     assert kept == {"0": False, "2": False, "5": True}
-    assert "leaves codes and scales of weights that are more than 300: 5\n" in capsys.readouterr().out
+    assert list(named) == ["5"]

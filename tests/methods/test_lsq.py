@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from quantstudy.methods.lsq import estimate_batchnorm, freeze_learned, learnable
-from quantstudy.network import models
-from quantstudy.params import Pace, Qat, QatLsq
+from quantstudy.network.architectures import build
+from quantstudy.network.folding import conv_norm_pairs, fold_batchnorm
+from quantstudy.params import Qat, QatLsq, QatOverrides
 from quantstudy.quantization import schemes
 from quantstudy.quantization.layers import LayerScheme, quantized_layers
 from quantstudy.quantization.learned import LearnedActivation, LearnedWeight
@@ -87,7 +88,7 @@ def images() -> Tensor:
 @pytest.fixture(scope="module")
 def network(images: Tensor) -> nn.Module:
     torch.manual_seed(0)
-    model = models.build("mobilenet_v2", 10).train()
+    model = build("mobilenet_v2", 10).train()
     with torch.no_grad():
         for _ in range(10):
             model(images)
@@ -98,12 +99,12 @@ def network(images: Tensor) -> nn.Module:
 
 
 def test_folding_after_training_leaves_the_function(network: nn.Module, images: Tensor) -> None:
-    statistics = collect(models.fold_batchnorm(network), [(images, torch.zeros(16))], 256)["layers"]
+    statistics = collect(fold_batchnorm(network), [(images, torch.zeros(16))], 256)["layers"]
     scheme = LayerScheme(WeightScheme(4, weight_range="mse"), ActivationScheme("static", 8))
     found = learnable(network, statistics, dict.fromkeys(quantizable_layers(network), scheme), "mse").eval()
     with torch.no_grad():
         trained = found(images)
-        freeze_learned(found, models.conv_norm_pairs(network))
+        freeze_learned(found, conv_norm_pairs(network))
         frozen = found(images)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in found.modules())
     assert len(quantized_layers(found)) == 53
@@ -133,7 +134,9 @@ def test_the_pace_is_the_studys_for_the_method_then_the_methods_then_the_studys(
     row = Qat(epochs=1, learning_rate=1e-5, methods={"qat_a": {"learning_rate": 3e-3}})  # type: ignore[dict-item]
     method = QatLsq(kind="qat_lsq", weight_bits=4, activation_bits=8, epochs=7, learning_rate=2e-2)
     plain = QatLsq(kind="qat_lsq", weight_bits=4, activation_bits=8)
-    found = [method.of_study(row, "qat_a"), method.of_study(row, "qat_b"), plain.of_study(row, "qat_b")]
+    found = [method.training(row, "qat_a"), method.training(row, "qat_b"), plain.training(row, "qat_b")]
     assert [(pace.epochs, pace.learning_rate) for pace in found] == [(7, 3e-3), (7, 2e-2), (1, 1e-5)]
-    cropped = row.model_copy(update={"augmentation": "crop_flip", "methods": {"qat_a": Pace(augmentation="flip")}})
-    assert [method.of_study(cropped, name).augmentation for name in ("qat_a", "qat_b")] == ["flip", "crop_flip"]
+    cropped = row.model_copy(
+        update={"augmentation": "crop_flip", "methods": {"qat_a": QatOverrides(augmentation="flip")}}
+    )
+    assert [method.training(cropped, name).augmentation for name in ("qat_a", "qat_b")] == ["flip", "crop_flip"]

@@ -5,12 +5,12 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 
-from quantstudy.methods.reconstruction import Effort, SoftRounding, find_units, reconstruct
+from quantstudy.methods.reconstruction import Limits, SoftRounding, find_units, reconstruct
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
 
-EFFORT = Effort(steps=150, batch_size=16, seconds=30)
+LIMITS = Limits(steps=150, batch_size=16, seconds=30)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def nearest(network: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("block", [False, True], ids=["layers", "blocks"])
 def test_the_output_is_closer_than_with_rounding_to_nearest(network: nn.Module, images: Tensor, block: bool) -> None:
     found = quantized(network)
-    assert reconstruct(network, found, images, EFFORT, block) == []
+    assert reconstruct(network, found, images, LIMITS, block) == []
     with torch.no_grad():
         y = network(images)
         errors = [float((model(images) - y).norm()) for model in (found, nearest(network))]
@@ -57,7 +57,7 @@ def test_no_layer_is_reconstructed_worse_than_by_rounding_to_nearest(images: Ten
     network = nn.Sequential(nn.Conv2d(3, 6, 3))
     for steps in (1, 20, 200):
         found = quantized(network)
-        reconstruct(network, found, images, Effort(steps=steps, batch_size=16, seconds=30), block=False)
+        reconstruct(network, found, images, Limits(steps=steps, batch_size=16, seconds=30), block=False)
         with torch.no_grad():
             y = network(images)
             errors = [float((model(images) - y).square().mean()) for model in (found, nearest(network))]
@@ -66,7 +66,7 @@ def test_no_layer_is_reconstructed_worse_than_by_rounding_to_nearest(images: Ten
 
 def test_each_code_is_the_one_below_or_above(network: nn.Module, images: Tensor) -> None:
     found = quantized(network)
-    reconstruct(network, found, images, EFFORT, block=True)
+    reconstruct(network, found, images, LIMITS, block=True)
     for name, layer in quantized_layers(found).items():
         weight = network.get_submodule(name).weight
         scaled = weight.flatten(1) / layer.weight_scale
@@ -91,7 +91,7 @@ def test_a_time_limit_ends_the_search(network: nn.Module, images: Tensor) -> Non
     import time
 
     started = time.monotonic()
-    reconstruct(network, quantized(network), images, Effort(steps=100_000, seconds=2.0), block=True)
+    reconstruct(network, quantized(network), images, Limits(steps=100_000, seconds=2.0), block=True)
     assert time.monotonic() - started < 10
 
 
@@ -100,7 +100,7 @@ def test_what_is_too_large_is_named_and_left(
 ) -> None:
     monkeypatch.setattr("quantstudy.methods.reconstruction.LARGE", 100)
     found = quantized(network)
-    skipped = reconstruct(network, found, images, EFFORT, block=False)
+    skipped = reconstruct(network, found, images, LIMITS, block=False)
     sizes = {name: layer.shape.numel() for name, layer in quantized_layers(found).items()}
     assert skipped == [name for name, size in sizes.items() if size > 100]
     assert all(layer.frozen == (name not in skipped) for name, layer in quantized_layers(found).items())

@@ -10,18 +10,12 @@ from torch import Tensor, nn
 
 from quantstudy.errors import UserError
 from quantstudy.methods.allocation import stored_bits
+from quantstudy.methods.budget import LOSSES, allocations_within, divergence_from, mean_bits, mixed
+from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.post_training import freeze
-from quantstudy.methods.sensitivity import (
-    LOSSES,
-    allocations_within,
-    divergence_from,
-    mean_bits,
-    measurable,
-    measure_layers,
-    mixed,
-    quantized_table,
-)
-from quantstudy.network import models
+from quantstudy.methods.sensitivity import measurable, measure_layers, quantized_table
+from quantstudy.network.architectures import build
+from quantstudy.network.folding import fold_batchnorm
 from quantstudy.params import MixedBudget, Sensitivity
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
@@ -52,6 +46,10 @@ class Residual(nn.Module):
         return self.head(self.relu(y).mean((2, 3)))
 
 
+def calibrated(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Calibration:
+    return Calibration(model, [images for images, _ in batches])
+
+
 def settings_of(**keys: Any) -> Sensitivity:
     return Sensitivity(bits=WIDTHS, **keys)
 
@@ -76,8 +74,8 @@ def test_each_row_is_that_of_the_network_with_one_layer_replaced(
 ) -> None:
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     settings = settings_of(group_size=8)
-    rows = measure_layers(residual, {}, batches, settings, MACS)
-    table = quantized_table(residual, {}, settings, WIDTHS[:-1])
+    rows = measure_layers(residual, calibrated(residual, batches), batches, settings, MACS)
+    table = quantized_table(residual, calibrated(residual, batches), settings, WIDTHS[:-1])
     reference = residual(images)
     assert [(row["layer"], row["bits"]) for row in rows] == [
         (name, bits) for name in ("first", "second", "shortcut", "head") for bits in WIDTHS
@@ -101,7 +99,7 @@ def test_each_row_is_that_of_the_network_with_one_layer_replaced(
 def test_the_model_stays_untouched(residual: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
     before = copy.deepcopy(residual.state_dict())
     settings = settings_of(rounding="gptq", bias_correction=True)
-    measure_layers(residual, {"images": [images for images, _ in batches]}, batches, settings, MACS)
+    measure_layers(residual, calibrated(residual, batches), batches, settings, MACS)
     after = residual.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
@@ -114,7 +112,11 @@ def test_a_layer_whose_weights_are_on_the_grid_costs_nothing(
     codes = torch.randint(-2, 2, layer.weight.shape).float()
     codes[:, 0, 0, 0] = -2  # the range is used, so that the scale is found again
     layer.weight = nn.Parameter(codes / 8, requires_grad=False)
-    rows = [row for row in measure_layers(residual, {}, batches, settings_of(), MACS) if row["layer"] == "second"]
+    rows = [
+        row
+        for row in measure_layers(residual, calibrated(residual, batches), batches, settings_of(), MACS)
+        if row["layer"] == "second"
+    ]
     exact = [row for row in rows if row["bits"] in (2, 16)]
     for row in exact:
         assert row["sqnr_db"] == 200 and row["loss_increase"] == row["kl_divergence"] == row["top1_drop"] == 0
@@ -138,21 +140,21 @@ class Partly(nn.Module):
 def test_layers_that_cannot_be_quantized_are_left_out(batches: list[tuple[Tensor, Tensor]]) -> None:
     torch.manual_seed(0)
     model = Partly().eval().requires_grad_(False)
-    calibration = {"images": [images for images, _ in batches], "image_size": 8}
+    calibration = calibrated(model, batches)
     keys: dict[str, Any] = {"rounding": "gptq", "gain_correction": True, "bias_correction": True}
     macs = {"first": 1, "second": 1, "head": 1}
     rows = measure_layers(model, calibration, batches, settings_of(**keys), macs)
     assert {row["layer"] for row in rows} == {"second", "head"}
     settings = MixedBudget(kind="mixed_budget", mean_bits=8.0, dtype="bfloat16", **keys)
     layers = measurable(model, calibration)
-    chosen = allocations_within(layers, rows, settings, "methods.m")[0]
+    chosen = allocations_within(layers, rows, settings)[0]
     assert chosen.keys() == layers.keys() and mean_bits(layers, chosen, None) <= 8
     table = quantized_table(model, calibration, settings, WIDTHS[:-1])
     variant = mixed(model, table, chosen, calibration, settings)
     assert set(quantized_layers(variant.network)) == {name for name, width in chosen.items() if width < 16}
     wide = dict.fromkeys(layers, 16)
-    logits, found = (torch.cat([m(x) for x in calibration["images"]]).double() for m in (model, variant_of(model)))
-    divergence = divergence_from(model, table, calibration["images"], torch.bfloat16)(wide)
+    logits, found = (torch.cat([m(x) for x in calibration.images]).double() for m in (model, variant_of(model)))
+    divergence = divergence_from(model, table, calibration.images, torch.bfloat16)(wide)
     p, q = logits.log_softmax(1), found.log_softmax(1)
     assert divergence == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-3)
 
@@ -166,11 +168,11 @@ def variant_of(model: nn.Module) -> nn.Module:
 def network() -> nn.Module:
     """A MobileNetV2 whose BatchNorm has seen images; folded."""
     torch.manual_seed(0)
-    model = models.build("mobilenet_v2", 10).train()
+    model = build("mobilenet_v2", 10).train()
     with torch.no_grad():
         for _ in range(10):
             model(torch.randn(8, 3, 32, 32))
-    return models.fold_batchnorm(model).to(memory_format=torch.channels_last)
+    return fold_batchnorm(model).to(memory_format=torch.channels_last)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +185,7 @@ def images() -> Tensor:
 def rows(network: nn.Module, images: Tensor) -> list[dict[str, Any]]:
     macs = dict.fromkeys(quantizable_layers(network), 100)
     batch = (images, torch.zeros(8, dtype=torch.int64))
-    return measure_layers(network, {}, [batch], settings_of(group_size=32), macs)
+    return measure_layers(network, Calibration(network, [images]), [batch], settings_of(group_size=32), macs)
 
 
 @pytest.mark.parametrize("size", [3.0, 4.0, 6.5])
@@ -192,8 +194,8 @@ def test_the_file_keeps_the_budget_and_loads_to_identical_logits(
     size: float, network: nn.Module, images: Tensor, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     settings = MixedBudget(kind="mixed_budget", mean_bits=size, group_size=32, bias_correction=True)
-    bits = allocations_within(quantizable_layers(network), rows, settings, "methods.m")[0]
-    calibration = {"images": [images]}
+    bits = allocations_within(quantizable_layers(network), rows, settings)[0]
+    calibration = Calibration(network, [images])
     table = quantized_table(network, calibration, settings, WIDTHS[:-1])
     variant = mixed(network, table, bits, calibration, settings).eval()
     path = tmp_path / "variant.pth"
@@ -216,19 +218,19 @@ def test_the_file_keeps_the_budget_and_loads_to_identical_logits(
 
 def test_both_budgets_are_kept_by_every_allocation(network: nn.Module, rows: list[dict[str, Any]]) -> None:
     settings = MixedBudget(kind="mixed_budget", mean_bits=5.0, bit_operations=0.04, group_size=32)
-    found = allocations_within(quantizable_layers(network), rows, settings, "methods.m")
+    found = allocations_within(quantizable_layers(network), rows, settings)
     for bits in found:
         assert sum(bits.values()) * 16 <= 0.04 * len(bits) * 32 * 32  # every layer has the same MACs here
         assert mean_bits(quantizable_layers(network), bits, 32) <= 5.0
     only_size = allocations_within(
-        quantizable_layers(network), rows, settings.model_copy(update={"bit_operations": None}), "methods.m"
+        quantizable_layers(network), rows, settings.model_copy(update={"bit_operations": None})
     )
     assert max(sum(bits.values()) for bits in found) < sum(only_size[0].values())
 
 
 def test_uniform_widths_within_the_budget_are_tried_too(network: nn.Module, rows: list[dict[str, Any]]) -> None:
     settings = MixedBudget(kind="mixed_budget", mean_bits=4.5, group_size=32)
-    found = allocations_within(quantizable_layers(network), rows, settings, "methods.m")
+    found = allocations_within(quantizable_layers(network), rows, settings)
     uniform = [next(iter(bits.values())) for bits in found if len(set(bits.values())) == 1]
     assert uniform == [2]  # scales of depthwise layers take half a bit and more: 4 bits are above the budget
     assert len(found) > 1 and all(bits not in found[:number] for number, bits in enumerate(found))
@@ -238,12 +240,12 @@ def test_uniform_widths_within_the_budget_are_tried_too(network: nn.Module, rows
 def test_the_network_as_a_whole_decides(network: nn.Module, images: Tensor) -> None:
     """The divergence is that of the assembled network's predictions, and the least of all allocations'."""
     settings = MixedBudget(kind="mixed_budget", mean_bits=4.0)
-    table = quantized_table(network, {}, settings, [2, 8])
+    table = quantized_table(network, Calibration(network, [images]), settings, [2, 8])
     layers = list(quantizable_layers(network))
     spoilt, good = dict.fromkeys(layers, 2), dict.fromkeys(layers, 8)
     divergence = divergence_from(network, table, [images[:5], images[5:]])
     assert min([spoilt, good, spoilt], key=divergence) == good
-    variant = mixed(network, table, good, {}, settings)
+    variant = mixed(network, table, good, Calibration(network, [images]), settings)
     logits = network(images), cast(variant.network, torch.float32)(images)
     p, q = (x.double().softmax(1) for x in logits)
     assert divergence(good) == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=1e-2)
@@ -253,7 +255,7 @@ def test_the_network_as_a_whole_decides(network: nn.Module, images: Tensor) -> N
 def test_rows_of_another_network_are_one_line(network: nn.Module, rows: list[dict[str, Any]]) -> None:
     settings = MixedBudget(kind="mixed_budget", mean_bits=5.0)
     with pytest.raises(UserError, match=r"sensitivity.json has 1 layers, not the model's 53"):
-        allocations_within(quantizable_layers(network), rows[:4], settings, "methods.m")
+        allocations_within(quantizable_layers(network), rows[:4], settings)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +273,7 @@ def test_a_variant_from_the_table_is_the_one_made_whole(
     """Each layer's codes are found alone, the biases with all layers: as if the network had been rounded at once."""
     settings = MixedBudget(kind="mixed_budget", mean_bits=4.0, group_size=32, **keys)
     bits = {name: WIDTHS[index % 4] for index, name in enumerate(quantizable_layers(network))}
-    calibration = {"images": [images], "image_size": 32}
+    calibration = Calibration(network, [images])
     table = quantized_table(network, calibration, settings, WIDTHS[:-1])
     whole = copy.deepcopy(network)
     integer = {name: width for name, width in bits.items() if width < 16}
@@ -290,7 +292,7 @@ def test_a_layer_of_the_table_keeps_its_mean_output(network: nn.Module, images: 
     settings = MixedBudget(
         kind="mixed_budget", mean_bits=4.0, rounding="gptq", gain_correction=True, bias_correction=True
     )
-    table = quantized_table(network, {"images": [images]}, settings, [3])
+    table = quantized_table(network, Calibration(network, [images]), settings, [3])
     for name in ("features.0.0", "features.3.conv.1.0", "features.18.0", "classifier.1"):
         means: list[Tensor] = []
 

@@ -14,10 +14,15 @@ from quantstudy import params as P
 from quantstudy.errors import UserError
 from quantstudy.files import read_json, sha256
 from quantstudy.measure.coverage import not_quantized, remark, stored
-from quantstudy.methods.registry import POST_TRAINING
-from quantstudy.network import architectures, attention, models
+from quantstudy.methods.calibration import Calibration
+from quantstudy.methods.recipes import quantize
+from quantstudy.network import architectures, attention
+from quantstudy.network.checkpoint import load_checkpoint
+from quantstudy.network.folding import fold_batchnorm
+from quantstudy.network.fp32 import load_fp32, save_fp32
+from quantstudy.network.weights import load_pretrained
 from quantstudy.quantization.layers import quantized_layers
-from quantstudy.quantization.observers import collect, quantizable_layers
+from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.variant import load_variant, save_variant
 from quantstudy.runtimes.executables import build_executable
 from quantstudy.runtimes.kernels import int8_kernels_available
@@ -27,7 +32,7 @@ from quantstudy.runtimes.sessions import open_session, why_missing
 from stages import calibrate, download, evaluate, finetune, ptq, trace
 from tests.conftest import Project
 
-SEEN = P.Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+PREPROCESSING = P.Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 INT8 = P.Static(kind="static", weight_bits=8, activation_bits=8)
 INT8_DYNAMIC = P.Dynamic(kind="dynamic", weight_bits=8, activation_bits=8)
 INT4 = P.WeightOnly(kind="weight_only", weight_bits=4, group_size=32)
@@ -97,10 +102,8 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any) -> str:
     return f"{package}.net"
 
 
-def calibrated(model: torch.nn.Module) -> dict[str, Any]:
-    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return collect(model, [(images, torch.zeros(8))], bins=64) | {"images": [images]}
+def calibrated(model: torch.nn.Module) -> Calibration:
+    return Calibration(model, [torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))], bins=64)
 
 
 @torch.no_grad()
@@ -120,7 +123,7 @@ def test_a_vision_transformer_takes_weights_of_another_image_size(tmp_path: Path
     torch.save(vit_b_16(image_size=64, num_classes=7).state_dict(), path)
     model = architectures.build("vit_b_16", 10, 32)
     row = P.Model(architecture="vit_b_16", weights=str(path), weights_sha256=sha256(path))
-    report = models.load_pretrained(model, row, "s")
+    report = load_pretrained(model, row, "s")
     assert report.random == ["heads.head.weight", "heads.head.bias"]
     assert model.get_parameter("encoder.pos_embedding").shape == (1, 5, 768)
 
@@ -144,10 +147,10 @@ def test_an_image_size_that_does_not_divide_into_patches_is_one_line() -> None:
 @torch.no_grad()
 def test_every_layer_of_each_family_is_quantized(architecture: str, layers: int) -> None:
     torch.manual_seed(0)
-    model = models.fold_batchnorm(architectures.build(architecture, 10, 32))
+    model = fold_batchnorm(architectures.build(architecture, 10, 32))
     calibration, images = calibrated(model), torch.randn(4, 3, 32, 32)
     for settings in (INT8, INT4):
-        variant = POST_TRAINING[settings.kind](model, calibration, settings)
+        variant = quantize(model, calibration, settings)
         counts = stored(variant)
         assert counts["layers_quantized"] == counts["layers_quantizable"] == layers
         assert not not_quantized(variant)["layers"]
@@ -163,13 +166,13 @@ def tiny_vit(num_classes: int, image_size: int) -> VisionTransformer:
 @pytest.mark.parametrize("settings", [INT8, INT8_DYNAMIC, INT4], ids=["static", "dynamic", "weight-only"])
 @torch.no_grad()
 def test_opened_attention_exports(settings: Any) -> None:
-    name = "tests.test_architectures:tiny_vit"
+    name = "tests.network.test_architectures:tiny_vit"
     torch.manual_seed(0)
     model = architectures.build(name, 10, 48).eval()
     torch.nn.init.normal_(model.heads.head.weight)
     images = torch.randn(8, 3, 48, 48)
-    calibration = collect(model, [(images, torch.zeros(8))], bins=64)
-    variant = POST_TRAINING[settings.kind](model, calibration, settings)
+    calibration = Calibration(model, [images], bins=64)
+    variant = quantize(model, calibration, settings)
     exported = to_onnx(variant, network_graph(name, 10, 48))
     found, wanted = open_session(exported, "onnxruntime", 1).run(images), variant(images)
     assert (found - wanted).norm() < 0.03 * wanted.norm()
@@ -192,15 +195,15 @@ def test_a_network_of_ones_own_is_quantized_and_what_is_not_is_reported(own: str
     model = architectures.build(f"{own}:network", 10).eval()
     architectures.check_logits(model, 10, 32, "key")
     path = tmp_path / "fp32.pth"
-    models.save_fp32(path, model, f"{own}:network", 10, SEEN)
+    save_fp32(path, model, f"{own}:network", 10, PREPROCESSING)
     images = torch.randn(4, 3, 32, 32)
-    fp32 = models.load_fp32(path)
+    fp32 = load_fp32(path)
     assert torch.equal(fp32(images), model.to(memory_format=torch.channels_last)(images))
     assert list(quantizable_layers(fp32)) == [
         *("stem", "block.conv", "encoder.self_attn.out_proj", "encoder.linear1", "encoder.linear2", "head")
     ]
     for settings in (INT8.model_copy(update={"saturation_free": True}), INT4):
-        variant = POST_TRAINING[settings.kind](fp32, calibrated(fp32), settings)
+        variant = quantize(fp32, calibrated(fp32), settings)
         assert list(quantized_layers(variant.network)) == [
             *("block.conv", "encoder.linear1", "encoder.linear2", "head")
         ]
@@ -209,7 +212,7 @@ def test_a_network_of_ones_own_is_quantized_and_what_is_not_is_reported(own: str
         assert left["parameters"] == {"BatchNorm2d": 32, "MultiheadAttention": 816, "LayerNorm": 64}
         assert "2 of 6 layers (stem, encoder.self_attn.out_proj)" in remark(left, 6)[0]
         saved = tmp_path / "variant.pth"
-        save_variant(saved, variant, models.load_checkpoint(path), "variant")
+        save_variant(saved, variant, load_checkpoint(path), "variant")
         again = load_variant(saved)
         assert torch.equal(again(images), variant(images))
         kernels = build_executable(again, "eager", torch.device("cpu"))
@@ -224,13 +227,13 @@ def test_changed_code_is_noticed(own: str, tmp_path: Path) -> None:
     assert code is not None
     architectures.check_code(name, code, "key")
     path = tmp_path / "fp32.pth"
-    models.save_fp32(path, architectures.build(name, 10), name, 10, SEEN)
+    save_fp32(path, architectures.build(name, 10), name, 10, PREPROCESSING)
     parts = tmp_path / own.partition(".")[0] / "parts.py"
     parts.write_text(parts.read_text() + "\n# changed\n")
     with pytest.raises(UserError, match=f"key: '{code}' is not the SHA-256 of the code of {name}; the one found is"):
         architectures.check_code(name, code, "key")
     with pytest.raises(UserError, match=r"fp32\.pth: code_sha256: "):
-        models.load_fp32(path)
+        load_fp32(path)
 
 
 def test_mistakes_in_an_import_path_are_one_line(own: str) -> None:

@@ -1,4 +1,4 @@
-"""The local modules a script imports: all of them, found in its text and met when it runs."""
+"""The local modules a script imports, found in its text and met when it runs; the digest of what they do."""
 
 import shutil
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from quantstudy.network.source_code import transitive_imports
+from quantstudy.network.source_code import scripts_sha256, transitive_imports
 from tests.conftest import ROOT
 
 SCRIPTS = sorted(path.relative_to(ROOT) for path in ROOT.glob("stages/[!_]*.py"))
@@ -32,7 +32,7 @@ def test_every_module_that_python_loads_is_found(script: Path) -> None:
 def code(tmp_path: Path) -> Path:
     """A copy of the code."""
     for folder in ("stages", "quantstudy"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
+        shutil.copytree(ROOT / folder, tmp_path / folder, symlinks=True)
     return tmp_path
 
 
@@ -43,11 +43,6 @@ def test_a_planted_late_import_is_found(code: Path) -> None:
     helper.write_text(helper.read_text() + "\n\ndef late() -> None:\n    from quantstudy import planted\n")
     after = transitive_imports(Path("stages/ptq.py"), code)
     assert set(after) - set(before) == {Path("quantstudy/planted.py")}
-
-
-def test_kernels_are_code_of_their_module() -> None:
-    found = transitive_imports(Path("stages/evaluate.py"), ROOT)
-    assert {Path("quantstudy/runtimes/avx2.py"), Path("quantstudy/runtimes/avx2.cpp")} <= set(found)
 
 
 def test_relative_imports_are_followed(tmp_path: Path) -> None:
@@ -66,3 +61,69 @@ def test_relative_imports_are_followed(tmp_path: Path) -> None:
     found = transitive_imports(Path("top/inner/network.py"), tmp_path)
     assert {path.as_posix() for path in found} == set(files) - {"top/unused.py"}
     assert transitive_imports(Path("top/__init__.py"), tmp_path) == [Path("top/__init__.py"), Path("top/helper.py")]
+
+
+FILES = {
+    "run.py": "import top.model\nfrom top import other",
+    "top/__init__.py": "",
+    "top/model.py": 'NAME = "weights.txt"\n\ndef double(x):\n    """Double."""\n    return 2 * x\n',
+    "top/weights.txt": "1 2 3",
+    "top/unread.txt": "4 5 6",
+    "top/other.py": "X = 1\n",
+}
+SAME = {
+    "comment": ("top/model.py", FILES["top/model.py"].replace("2 * x", "2 * x  # twice")),
+    "docstring": ("top/model.py", FILES["top/model.py"].replace('"""Double."""', '"""Return x twice."""')),
+    "no docstring": ("top/model.py", FILES["top/model.py"].replace('    """Double."""\n', "")),
+    "layout": ("top/model.py", FILES["top/model.py"].replace("2 * x", "(2\n        * x)")),
+    "docstring of a constant": ("top/other.py", 'X = 1\n"""One."""\n'),
+    "file that none reads": ("top/unread.txt", "7"),
+    "module that none imports": ("top/new.py", "Y = 2"),
+}
+OTHER = {
+    "line": ("top/model.py", FILES["top/model.py"].replace("2 * x", "3 * x")),
+    "string": ("top/other.py", 'X = "1"\n'),
+    "order": ("top/other.py", "Z = 0\nX = 1\n"),
+    "file that one reads": ("top/weights.txt", "1 2 4"),
+    "package": ("top/__init__.py", "import os"),
+    "late import": ("top/other.py", "X = 1\n\ndef late():\n    import top.new\n"),
+}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def digest(tree: Path) -> str:
+    script = Path("run.py")
+    found = scripts_sha256([script], tree)[script]
+    shutil.rmtree(tree / ".cache", ignore_errors=True)
+    assert scripts_sha256([script], tree)[script] == found  # what was kept of the texts is what they give
+    return found
+
+
+@pytest.mark.parametrize(("name", "text"), SAME.values(), ids=SAME)
+def test_a_change_without_effect_keeps_the_digest(tree: Path, name: str, text: str) -> None:
+    before = digest(tree)
+    (tree / name).write_text(text)
+    assert digest(tree) == before
+
+
+@pytest.mark.parametrize(("name", "text"), OTHER.values(), ids=OTHER)
+def test_a_change_of_what_runs_changes_the_digest(tree: Path, name: str, text: str) -> None:
+    before = digest(tree)
+    (tree / name).write_text(text)
+    assert digest(tree) != before
+
+
+def test_a_link_to_params_is_no_code(tree: Path) -> None:
+    before = digest(tree)
+    (tree / "top" / "weights.txt").unlink()
+    without = digest(tree)
+    (tree / "params.yaml").write_text("1")
+    (tree / "top" / "weights.txt").symlink_to("../params.yaml")
+    assert digest(tree) == without != before

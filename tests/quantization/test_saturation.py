@@ -17,7 +17,7 @@ from quantstudy.methods.gptq import gptq_codes
 from quantstudy.methods.moments import input_moments
 from quantstudy.quantization.saturation import bounds_beside, limit_of, may_saturate, round_pairs
 from quantstudy.quantization.schemes import WeightScheme
-from quantstudy.runtimes import avx2, kernels
+from quantstudy.runtimes import kernels
 from quantstudy.runtimes.kernels import Int8Conv2d, Int8Linear, StaticActivation, int8_kernels_available
 from quantstudy.runtimes.onnx_tuning import may_saturate as file_may_saturate
 from quantstudy.runtimes.sessions import why_missing
@@ -200,11 +200,8 @@ def test_runtimes_are_exact_as_exported(name: str, runtime: str) -> None:
 
 
 @pytest.mark.skipif(not int8_kernels_available(), reason="no int8 kernels here")
-@pytest.mark.parametrize("own", [False, True], ids=["oneDNN", "own"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_kernels_are_exact(name: str, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not own:
-        monkeypatch.setattr(avx2, "available", lambda: False)
+def test_kernels_are_exact(name: str) -> None:
     layer, codes = limited(name)
     x, scales, grid = large_inputs(layer), torch.ones(len(codes)), StaticActivation(1.0, 0)
     if isinstance(layer, nn.Conv2d):
@@ -236,7 +233,6 @@ def test_sums_are_wrong_without_the_limit_or_with_another_pairing(
     codes = codes.roll(1, dims=1) if pairing != "free" else torch.full_like(codes, 127)
     assert may_saturate(codes)
     monkeypatch.setattr(kernels, "int8_sums_saturate", lambda: False)
-    monkeypatch.setattr(avx2, "available", lambda: False)  # oneDNN's are meant
     x = large_inputs(layer)
     kernel = Int8Linear(codes, torch.ones(len(codes)), None, StaticActivation(1.0, 0))
     assert not torch.equal(kernel(x).double(), exact(layer, codes, x))

@@ -1,9 +1,9 @@
+"""The points that no other beats, and where an axis breaks."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib.figure import Figure
 
-from quantstudy.report.labels import label_points
 from quantstudy.report.pareto import SAME_COST, pareto_front, split_level
 
 POINTS = st.lists(st.tuples(st.floats(0.1, 1000), st.floats(0, 100)), min_size=1, max_size=25)
@@ -37,16 +37,3 @@ def test_pareto_front_by_hand() -> None:
 )
 def test_the_axis_breaks_at_a_wide_gap_below_the_majority(values: list[float], level: float | None) -> None:
     assert split_level(values) == level
-
-
-def test_labels_of_points_on_top_of_each_other_do_not_overlap() -> None:
-    figure = Figure(figsize=(8, 5), dpi=120)
-    axes = figure.add_axes((0.1, 0.1, 0.85, 0.85))
-    axes.set(xlim=(0, 10), ylim=(0, 10))
-    points = [(5.0, 5.0)] * 7 + [(8.0, 5.1), (8.0, 5.0), (2.0, 9.9)]
-    label_points(axes, points, [f"a_long_name_{index}" for index in range(len(points))])
-    boxes = [text.get_window_extent() for text in axes.texts]
-    assert len(boxes) == len(points)
-    for index, box in enumerate(boxes):
-        assert not any(box.shrunk(0.9, 0.8).overlaps(other.shrunk(0.9, 0.8)) for other in boxes[index + 1 :])
-        assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1

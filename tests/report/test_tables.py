@@ -1,3 +1,5 @@
+"""The tables of a study: what each variant is, what was measured, and what was not."""
+
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -5,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from quantstudy import layout
+from quantstudy.errors import UserError
 from quantstudy.params import load_params
-from quantstudy.report.results import METRIC_KEYS, Result, load_results
-from quantstudy.report.tables import markdown, ptq_results_path, record, scaling_law
+from quantstudy.report.results import METRIC_KEYS, Result, load_results, remarks
+from quantstudy.report.tables import NOTHING, markdown, note, record, scaling_law
 from tests.report.fabricate import fabricate
 
 
@@ -28,47 +31,56 @@ def test_one_result_a_variant_in_the_order_of_the_params(results: list[Result]) 
     assert [result.variant for result in results] == params.variants
     facts = {result.variant: (result.group, result.family, result.widths, result.bits) for result in results}
     assert facts["fp32"] == ("baseline", "fp32", "32/32", 32)
-    assert facts["bf16"] == ("ptq", "16-bit float", "16/16", 16)
     assert facts["int8_weight_only"] == ("ptq", "INT8", "8/-", 8)
-    assert facts["int4_static"] == ("ptq", "uniform INT4", "4/8", 4)
     assert facts["mixed_variance"] == ("ptq", "mixed", "4,16/16", 4)
-    assert facts["clip_int8"] == ("outlier", "INT8 clipped", "8/8", 8)
     assert facts["clip_int4_p99"] == ("outlier", "INT4 clipped", "4/4", 4)
     assert facts["qat_int4"] == ("qat", "uniform INT4", "4/8", 4)
     assert facts["qat_fp16"] == ("qat", "16-bit float", "16/16", 16)
 
 
 def test_a_record_is_flat_and_complete(results: list[Result]) -> None:
-    for result in results:
-        row = record(result)
+    for row in map(record, results):
         assert set(METRIC_KEYS) < set(row)
         assert all(isinstance(value, str | int | float | None) for value in row.values())
 
 
+def cells(results: list[Result]) -> dict[str, list[str]]:
+    """Return the rows of the Markdown table by variant."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown(results).splitlines()]
+    return {row[0]: row for row in rows}
+
+
 def test_the_table_says_what_it_does_not_know(results: list[Result]) -> None:
-    nothing = dict.fromkeys(
-        ("latency_ms_b1", "latency_ms_b16", "speedup_b1", "speedup_b16", "kernel_real", "agreement", "top1_drop_p")
-    )
-    lines = markdown(change("bf16", **nothing, top1_drop=-0.001)).splitlines()
-    (line,) = (line for line in lines if line.startswith("| bf16 "))
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    dash = "\u2013"
-    assert cells[3:5] == ["+0.00", dash] and cells[7:10] == [dash] * 3 and cells[11] == dash
-    assert len({len(line) for line in lines}) == 1
+    keys = ("latency_ms_b1", "latency_ms_b16", "speedup_b1", "speedup_b16", "kernel_real", "agreement", "top1_drop_p")
+    row = cells(change("bf16", **dict.fromkeys(keys), top1_drop=-0.001))["bf16"]
+    assert row[3:5] == ["+0.00", NOTHING] and row[7:10] == [NOTHING] * 3 and row[11] == NOTHING
 
 
-def test_simulated_kernels_are_marked(results: list[Result]) -> None:
-    lines = {line.split("|")[1].strip(): line for line in markdown(results).splitlines()}
-    assert lines["int4_static"].rstrip(" |").endswith("simulated") and lines["int8_static"].rstrip(" |").endswith(
-        "real"
-    )
-
-
-def test_a_partly_real_kernel_says_so(results: list[Result]) -> None:
+def test_simulated_and_partly_real_kernels_say_so(results: list[Result]) -> None:
     layout.details("tiny", "mixed_simple").write_text(json.dumps({"kernel": {"real": 3, "total": 11}}))
-    assert "| simulated (3/11 real) |" in markdown(load_results(load_params(), "tiny"))
-    layout.details("tiny", "mixed_simple").unlink()
-    assert "real)" not in markdown(load_results(load_params(), "tiny"))
+    layout.details("tiny", "mixed_variance").unlink()
+    rows = cells(load_results(load_params(), "tiny"))
+    kernels = [rows[name][-1] for name in ("int8_static", "int4_static", "mixed_simple", "mixed_variance")]
+    assert kernels == ["real", "simulated", "simulated (3/11 real)", "simulated"]
+
+
+def test_what_a_technique_was_not_applied_to_is_one_remark(results: list[Result]) -> None:
+    heavy = "more than 4,000,000 weights: rounded to nearest"
+    layers = {f"features.{index}": "no normalization" for index in range(60)}
+    for variant, skipped in {
+        "int4_static": {"adaround": {"classifier.0": heavy}},
+        "int8_static": {"adaround": {"classifier.0": heavy, "classifier.3": heavy}, "equalize": {"": "no pair"}},
+        "bf16": {"bias_correction": layers},
+    }.items():
+        path = layout.details("tiny", variant)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"skipped": skipped}))
+    results = load_results(load_params(), "tiny")
+    assert len(remarks(results)) == 4
+    found = {text.split()[0]: text for text in remarks(results)}
+    assert all(word in found["adaround"] for word in ("classifier.0", "classifier.3", heavy, "int4_static"))
+    assert "no pair" in found["equalize"] and "int8_static" in found["equalize"]
+    assert "features.0" in found["bias_correction"] and "more layers" in found["bias_correction"]
+    assert all(remark in note("tiny", load_params().study("tiny"), results) for remark in remarks(results))
 
 
 def test_scaling_law_goes_from_many_bits_to_few(results: list[Result]) -> None:
@@ -91,15 +103,8 @@ def test_scaling_law_goes_from_many_bits_to_few(results: list[Result]) -> None:
     ids=["missing", "truncated", "old keys", "no mapping", "null"],
 )
 def test_a_bad_metrics_file_is_named(results: list[Result], damage: Callable[[Path], object], message: str) -> None:
-    from quantstudy.errors import UserError
-
     path = layout.metrics("tiny", "fp16")
     damage(path)
     with pytest.raises(UserError) as error:
         load_results(load_params(), "tiny")
     assert message in str(error.value) and str(path) in str(error.value)
-
-
-def test_names_of_the_original_study() -> None:
-    assert ptq_results_path("a", "vgg11").name == "ptq_results_torchao_final.json"
-    assert ptq_results_path("a", "mobilenet_v2").name == "ptq_results_mobilenet_torchao_final.json"

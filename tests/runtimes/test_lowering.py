@@ -2,19 +2,18 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from quantstudy.machine.hardware import int8_sums_saturate
-from quantstudy.quantization.layers import ActivationQuantizer, LayerScheme, quantize_layers, quantized_layers
+from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.schemes import ActivationScheme, Mode, WeightScheme
-from quantstudy.runtimes import kernels
-from quantstudy.runtimes.kernels import Int8Conv2d, PooledConv2d, StaticActivation, int8_kernels_available
-from quantstudy.runtimes.lowering import count_kernels, lower_int8
+from quantstudy.runtimes.kernels import Int8Conv2d, StaticActivation, int8_kernels_available
+from quantstudy.runtimes.lowering import Kernel, lower_int8
 from quantstudy.runtimes.uint8 import CodeMaxPool2d
+from tests.runtimes.variants import quantized
 
 pytestmark = pytest.mark.skipif(not int8_kernels_available("cpu"), reason="no int8 kernels here")
 INT8 = WeightScheme(8, limit="codes" if int8_sums_saturate() else "none")
@@ -52,38 +51,17 @@ def mobile_network() -> nn.Module:
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"plain": plain_network, "mobile": mobile_network}
 
 
-def joined_of(network: nn.Module) -> list[PooledConv2d]:
-    return [module for module in network.modules() if isinstance(module, PooledConv2d)]
+def count_kernels(network: nn.Module) -> int:
+    return sum(isinstance(module, Kernel) for module in network.modules())
 
 
 def images(count: int = 4) -> Tensor:
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(5))
 
 
-def quantized(network: nn.Module, mode: Mode, bits: int = 8, weight: WeightScheme | None = None) -> nn.Module:
-    """Quantize every layer of a network, with the ranges that `images()` gives."""
-    ranges: dict[str, tuple[float, float]] = {}
-    hooks = []
-    for name, layer in network.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-
-            def record(_: nn.Module, inputs: tuple[Tensor], name: str = name) -> None:
-                ranges[name] = (inputs[0].min().item(), inputs[0].max().item())
-
-            hooks.append(layer.register_forward_pre_hook(record))
-    network.eval()(images())
-    for hook in hooks:
-        hook.remove()
-    scheme = LayerScheme(weight or INT8, ActivationScheme(mode, bits))
-    for name, layer in quantize_layers(network, dict.fromkeys(ranges, scheme)).items():
-        layer.activation.scale, layer.activation.zero_point = scheme.activation.choose_qparams(*ranges[name])
-        layer.freeze()
-    return network.eval()
-
-
-def network_of(kind: str, mode: Mode, bits: int = 8, weight: WeightScheme | None = None) -> nn.Module:
+def network_of(kind: str, mode: Mode, bits: int = 8, weight: WeightScheme = INT8) -> nn.Module:
     torch.manual_seed(0)
-    return quantized(NETWORKS[kind](), mode, bits, weight)
+    return quantized(NETWORKS[kind](), images(), weight, ActivationScheme(mode, bits)).network
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -105,40 +83,13 @@ def test_lowered_equals_simulated(kind: str, mode: Mode, bits: int, count: int) 
 @torch.no_grad()
 def test_static_network_passes_codes_from_layer_to_layer() -> None:
     lowered = lower_int8(network_of("plain", "static"))
-    assert [node.target for node in lowered.graph.nodes if node.op == "call_module"] == [
-        "0",
-        "4",
-        "7",
-        "8",
-        "11",
-    ]
+    called = [node.target for node in lowered.graph.nodes if node.op == "call_module"]
+    assert called == ["0", "3", "4", "6", "7", "8", "11"]
     found = [module for module in lowered.modules() if hasattr(module, "post_op")]
     assert sorted(kernel.post_op for kernel in found) == ["none", "relu", "relu", "relu"]
     grids = {kernel.activation for kernel in found}
-    assert {kernel.output for kernel in found} - {None} == grids - {joined_of(lowered)[0].convolution.activation}
+    assert {kernel.output for kernel in found} - {None} == grids - {lowered.get_submodule("0").activation}
     assert sum(isinstance(module, CodeMaxPool2d) for module in lowered.modules()) == 2
-
-
-@torch.no_grad()
-def test_a_convolution_and_its_pooling_go_over_some_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    lowered = lower_int8(network_of("plain", "static"))
-    joined = joined_of(lowered)
-    assert [module.convolution.written_bytes((16, 16)) for module in joined] == [40 * 256, 16 * 256]
-    whole = lowered(images(5))
-    monkeypatch.setattr(kernels, "_CACHED_BYTES", 2 * 40 * 256)
-    seen: list[int] = []
-    joined[0].pool.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    assert torch.equal(lowered(images(5)), whole) and seen == [2, 2, 1]
-    assert lowered(images(0)).shape == (0, 10)
-
-
-@torch.no_grad()
-def test_ranges_found_at_run_time_are_the_whole_batchs() -> None:
-    network = network_of("plain", "static")
-    first = quantized_layers(network)["0"]
-    first.activation = ActivationQuantizer(ActivationScheme("dynamic", 8))
-    first.scheme = replace(first.scheme, activation=ActivationScheme("dynamic", 8))
-    assert len(joined_of(lower_int8(network))) == 1
 
 
 @torch.no_grad()
@@ -186,7 +137,7 @@ def test_a_layer_called_twice_keeps_both_calls() -> None:
             return self.conv(self.relu(self.conv(x)))
 
     torch.manual_seed(0)
-    model = quantized(Twice(), "static")
+    model = quantized(Twice(), images(), INT8, ActivationScheme("static", 8)).network
     torch.testing.assert_close(lower_int8(model)(images()), model(images()), atol=0.02, rtol=0)
 
 
@@ -202,7 +153,8 @@ def test_refusals_and_copies() -> None:
 @pytest.mark.parametrize("architecture", ["mobilenet_v3_small", "squeezenet1_1"])
 @torch.no_grad()
 def test_torchvision_classifiers_are_lowered_whole(architecture: str) -> None:
-    from quantstudy.network.models import build, fold_batchnorm
+    from quantstudy.network.architectures import build
+    from quantstudy.network.folding import fold_batchnorm
 
     torch.manual_seed(0)
     model = fold_batchnorm(build(architecture, 10).eval())

@@ -1,7 +1,6 @@
 import copy
 import functools
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +12,20 @@ from torch import Tensor, nn
 
 from quantstudy import params as P
 from quantstudy.data.container import Split
-from quantstudy.export import check, tuning
-from quantstudy.methods.registry import POST_TRAINING
-from quantstudy.network import models
+from quantstudy.measure import agreement
+from quantstudy.network.architectures import build
+from quantstudy.network.folding import fold_batchnorm
 from quantstudy.quantization.layers import quantized_layers
-from quantstudy.quantization.observers import collect
 from quantstudy.quantization.variant import Variant, save_variant
-from quantstudy.runtimes import executables, lowering, sessions
+from quantstudy.runtimes import executables, lowering, onnx_tuning
 from quantstudy.runtimes.onnx_graph import INPUT, load_graph, network_graph, save_graph
 from quantstudy.runtimes.onnx_model import save_onnx, to_onnx
-from quantstudy.runtimes.sessions import open_session, why_missing
+from quantstudy.runtimes.onnx_tuning import exported_model
+from quantstudy.runtimes.sessions import Session, open_session, why_missing
+from tests.runtimes.variants import METHODS
 
 SIZE, CLASSES = 32, 10
 PERCEPTRON = f"{__name__}:perceptron"
-METHODS = {
-    "int8-static": P.Static(kind="static", weight_bits=8, activation_bits=8),
-    "saturation-free": P.Static(kind="static", weight_bits=8, activation_bits=8, saturation_free=True),
-    "7-bit-static": P.Static(kind="static", weight_bits=7, activation_bits=8),
-    "int4-static": P.Static(kind="static", weight_bits=4, activation_bits=8),
-    "4-bit-activations": P.Static(kind="static", weight_bits=4, activation_bits=4),
-    "int8-dynamic": P.Dynamic(kind="dynamic", weight_bits=8, activation_bits=8),
-    "7-bit-dynamic": P.Dynamic(kind="dynamic", weight_bits=7, activation_bits=8),
-    "int8-weight-only": P.WeightOnly(kind="weight_only", weight_bits=8),
-    "int4-weight-only": P.WeightOnly(kind="weight_only", weight_bits=4, group_size=32),
-    "3-bit-weights": P.WeightOnly(kind="weight_only", weight_bits=3, group_size=32),
-    "mixed": P.MixedLinear(kind="mixed_linear", weight_bits=4, group_size=32, dtype="float16"),
-    "bf16": P.Cast(kind="cast", dtype="bfloat16"),
-}
 RUNTIMES = [
     pytest.param(runtime, marks=pytest.mark.skipif(why_missing(runtime) is not None, reason=f"no {runtime}"))
     for runtime in ("onnxruntime", "openvino")
@@ -59,9 +45,9 @@ def graph(architecture: str) -> onnx.ModelProto:
 @functools.cache
 def network(architecture: str) -> nn.Module:
     torch.manual_seed(0)
-    model = models.build(architecture, CLASSES)
+    model = build(architecture, CLASSES)
     model(torch.randn(16, 3, SIZE, SIZE))  # gives the BatchNorms statistics
-    return models.fold_batchnorm(model)
+    return fold_batchnorm(model)
 
 
 def images(count: int = 8) -> Tensor:
@@ -70,9 +56,12 @@ def images(count: int = 8) -> Tensor:
 
 @functools.cache
 def variant(architecture: str, method: str) -> Variant:
-    settings = METHODS[method]
-    statistics = collect(network(architecture), [(images(), torch.zeros(8))], bins=64)
-    return POST_TRAINING[settings.kind](network(architecture), statistics, settings)
+    return METHODS[method](network(architecture), images())
+
+
+def session(architecture: str, model: nn.Module, runtime: str, *, plain: bool = False) -> Session:
+    exported = to_onnx(model, graph(architecture)) if plain else exported_model(model, graph(architecture), runtime)
+    return open_session(exported, runtime, 1)
 
 
 def snr_db(wanted: Tensor, found: Tensor) -> float:
@@ -84,7 +73,7 @@ def snr_db(wanted: Tensor, found: Tensor) -> float:
 @torch.no_grad()
 def test_a_runtime_computes_what_the_variant_does(method: str, runtime: str) -> None:
     model = variant("mobilenet_v2", method)
-    found = open_session(to_onnx(model, graph("mobilenet_v2")), runtime, 1).run(images())
+    found = session("mobilenet_v2", model, runtime).run(images())
     weight_only = not any(layer.scheme.activation.mode != "none" for layer in quantized_layers(model).values())
     assert snr_db(model(images()), found) > (35 if weight_only else 15)  # codes at a half fall either way
 
@@ -93,18 +82,16 @@ def test_a_runtime_computes_what_the_variant_does(method: str, runtime: str) -> 
 @pytest.mark.parametrize("architecture", ["mobilenet_v2", "squeezenet1_1", "convnext_tiny"])
 @torch.no_grad()
 def test_a_runtime_computes_what_the_fp32_model_does_at_any_batch_size(architecture: str, runtime: str) -> None:
-    session = open_session(to_onnx(network(architecture), graph(architecture)), runtime, 1)
+    run = session(architecture, network(architecture), runtime).run
     for count in (1, 3):
-        torch.testing.assert_close(
-            session.run(images(count)), network(architecture)(images(count)), rtol=1e-3, atol=1e-4
-        )
+        torch.testing.assert_close(run(images(count)), network(architecture)(images(count)), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @torch.no_grad()
 def test_linear_layers_that_are_stored_transposed_are_quantized_too(runtime: str) -> None:
     model = variant("convnext_tiny", "int4-weight-only")
-    found = open_session(to_onnx(model, graph("convnext_tiny")), runtime, 1).run(images(2))
+    found = session("convnext_tiny", model, runtime).run(images(2))
     assert snr_db(model(images(2)), found) > 35
 
 
@@ -138,11 +125,11 @@ def test_layers_are_reused_and_weights_computed_as_in_pytorch(method: str, runti
     exported = to_onnx(model, graph(architecture))
     names = [node.name for node in exported.graph.node if node.name]
     assert len(names) == len(set(names))
-    for tune in (False, True):
-        session = open_session(exported, runtime, 1, tune=tune)
-        torch.testing.assert_close(session.run(images()), model(images()), rtol=1e-3, atol=1e-3)
+    for plain in (True, False):
+        opened = session(architecture, model, runtime, plain=plain)
+        torch.testing.assert_close(opened.run(images()), model(images()), rtol=1e-3, atol=1e-3)
     if (method, runtime) == ("7-bit-static", "onnxruntime"):  # here with float32 between the layers
-        assert session.integer_layers == {"twice", "tied", "head"}
+        assert opened.integer_layers == {"twice", "tied", "head"}
 
 
 @pytest.mark.parametrize(
@@ -158,14 +145,18 @@ def test_layers_are_reused_and_weights_computed_as_in_pytorch(method: str, runti
 def test_a_runtime_that_predicts_otherwise_is_told_with_the_cause(
     method: str, saturates: bool, wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check, "int8_sums_saturate", lambda: saturates)
-    monkeypatch.setattr(check, "WANTED_AGREEMENT", 101)
+    monkeypatch.setattr(agreement, "int8_sums_saturate", lambda: saturates)
+    monkeypatch.setattr(agreement, "WANTED_AGREEMENT", 101)
     pixels = torch.randint(256, (4, 3, SIZE, SIZE), dtype=torch.uint8)
     split = Split(torch.zeros(4, dtype=torch.int64), ("a", "b"), SIZE, pixels)
     seen = P.Preprocessing(image_size=SIZE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     made = copy.deepcopy(variant(PERCEPTRON, method))
-    remarks = check.check(made, to_onnx(made, graph(PERCEPTRON)), split, seen)["remarks"]
-    assert any(re.search(wanted, remark) for remark in remarks if remark.startswith("onnxruntime"))
+    plain, timed = to_onnx(made, graph(PERCEPTRON)), exported_model(made, graph(PERCEPTRON), "onnxruntime")
+    facts = agreement.check(made, plain, {"onnxruntime": timed}, split, seen)
+    assert any(re.search(wanted, remark) for remark in facts["remarks"] if "as exported" in remark)
+    is_tuned = method != "int8-weight-only"
+    assert facts["exported"] == {"onnxruntime": "tuned for onnxruntime" if is_tuned else "as exported"}
+    assert list(facts["agreement"]) == ["onnxruntime"] and bool(facts["agreement_as_exported"]) == is_tuned
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -173,16 +164,15 @@ def test_a_runtime_that_predicts_otherwise_is_told_with_the_cause(
 def test_a_layer_is_real_in_int8_where_its_sums_do_not_saturate(
     saturates: bool, runtime: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (lowering, sessions):
+    for module in (lowering, onnx_tuning):
         monkeypatch.setattr(module, "int8_sums_saturate", lambda: saturates)
     exact = not saturates or runtime == "onnxruntime"  # which multiplies uint8 by uint8 then
     real = {"int8-static": exact, "saturation-free": True, "7-bit-static": True, "int4-static": False}
     for method, wanted in real.items():
         made = variant(PERCEPTRON, method)
-        found = executables.open_executable(made, to_onnx(made, graph(PERCEPTRON)), runtime)
-        assert {bits.real for bits in found.layers.values()} == {wanted}, method
-        stated = 4 if method == "int4-static" else 8  # 7 bits are multiplied as 8
-        assert {bits.weight for bits in found.layers.values()} == {stated}
+        exported = exported_model(made, graph(PERCEPTRON), runtime)
+        found = executables.open_executable(made, exported, runtime)
+        assert set(found.layers.values()) == {wanted}, method
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -192,18 +182,16 @@ def test_a_layer_is_real_in_int8_where_its_sums_do_not_saturate(
 def test_weights_of_7_bits_or_limited_never_saturate(
     kind: str, saturates: bool, runtime: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions, "int8_sums_saturate", lambda: saturates)
+    monkeypatch.setattr(onnx_tuning, "int8_sums_saturate", lambda: saturates)
     model = copy.deepcopy(network(PERCEPTRON))
     for layer in (model[1], model[3]):  # type: ignore[index]
         layer.weight.abs_().clamp_(min=0.9 * float(layer.weight.max()))
     x = 1 + images().abs()
-    statistics = collect(model, [(x, torch.zeros(8))], bins=64)
-    for bits, limited in ((7, False), (8, True), (8, False)):
-        keys = {"kind": kind, "weight_bits": bits, "saturation_free": limited}
-        made = POST_TRAINING[kind](model, statistics, (P.Static if kind == "static" else P.Dynamic)(**keys))
-        exported = to_onnx(made, graph(PERCEPTRON))
-        safe = bits == 7 or limited
-        assert tuning.may_saturate(exported) != safe
+    limited = {"static": "saturation-free", "dynamic": "saturation-free-dynamic"}[kind]
+    for method, safe in ((f"7-bit-{kind}", True), (limited, True), (f"int8-{kind}", False)):
+        made = METHODS[method](model, x)
+        exported = exported_model(made, graph(PERCEPTRON), runtime)
+        assert onnx_tuning.may_saturate(to_onnx(made, graph(PERCEPTRON))) != safe
         if safe or (runtime == "onnxruntime" and saturates):  # on this CPU others may saturate or not
             found = open_session(exported, runtime, 1)
             torch.testing.assert_close(found.run(x), made(x), rtol=1e-2, atol=1e-2)
@@ -214,18 +202,16 @@ def test_weights_of_7_bits_or_limited_never_saturate(
 @pytest.mark.skipif(why_missing("onnxruntime") is not None, reason="no onnxruntime")
 def test_onnx_runtime_says_which_layers_it_computes_in_int8(method: str) -> None:
     model = variant("squeezenet1_1", method)
-    session = open_session(to_onnx(model, graph("squeezenet1_1")), "onnxruntime", 1)
     layers = set(quantized_layers(model.network))
-    assert session.integer_layers & layers
-    assert not open_session(to_onnx(network("squeezenet1_1"), graph("squeezenet1_1")), "onnxruntime", 1).integer_layers
+    assert session("squeezenet1_1", model, "onnxruntime").integer_layers & layers
+    assert not session("squeezenet1_1", network("squeezenet1_1"), "onnxruntime").integer_layers
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("architecture", ["mobilenet_v2", PERCEPTRON])
 def test_every_layer_of_a_static_model_runs_in_int8(architecture: str, runtime: str) -> None:
     model = variant(architecture, "int8-static")
-    session = open_session(to_onnx(model, graph(architecture)), runtime, 1)
-    assert session.integer_layers >= set(quantized_layers(model.network))
+    assert session(architecture, model, runtime).integer_layers >= set(quantized_layers(model.network))
 
 
 @pytest.mark.skipif(why_missing("onnxruntime") is not None, reason="no onnxruntime")
@@ -237,22 +223,6 @@ def test_a_linear_layer_between_others_runs_in_int8_without_tuning(tmp_path: Pat
     content = to_onnx(variant(PERCEPTRON, "int8-static"), graph(PERCEPTRON)).SerializeToString()
     onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     assert "QGemm" in {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
-
-
-@pytest.mark.skipif(why_missing("openvino") is not None, reason="no openvino")
-@torch.no_grad()
-def test_a_long_sum_is_computed_in_parts_for_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = variant(PERCEPTRON, "7-bit-static")
-    exported = to_onnx(model, graph(PERCEPTRON))
-    whole = open_session(exported, "openvino", 1)
-    monkeypatch.setattr(tuning, "LONGEST_SUM", 1000)
-    parts = open_session(exported, "openvino", 1)
-    for count in (1, 8, 3):
-        assert snr_db(model(images(count)), parts.run(images(count))) > 50
-        torch.testing.assert_close(parts.run(images(count)), whole.run(images(count)), rtol=1e-4, atol=1e-4)
-    assert parts.integer_layers == whole.integer_layers
-    counts = Counter(node.op_type for node in tuning.tuned(exported, "openvino", 8).graph.node)
-    assert counts["Gemm"] == 5 and counts["Sum"] == 1
 
 
 @pytest.mark.parametrize("method", ["int8-static", "int4-static", "int4-weight-only"])
@@ -305,5 +275,5 @@ def test_int4_codes_are_those_of_the_layer() -> None:
 def test_a_range_found_at_run_time_is_that_of_the_whole_batch(runtime: str) -> None:
     made = variant(PERCEPTRON, "7-bit-dynamic")
     x = torch.cat([images(), 8 * images()])
-    found = open_session(to_onnx(made, graph(PERCEPTRON)), runtime, 1).run(x)
+    found = session(PERCEPTRON, made, runtime).run(x)
     assert snr_db(made(x)[:8], found[:8]) > snr_db(made(x[:8]), found[:8]) + 10

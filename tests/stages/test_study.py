@@ -110,7 +110,7 @@ def test_a_variant_is_timed_on_every_runtime_and_exported(trained: Project, monk
         return "not installed: pip install '.[openvino]'" if runtime == "openvino" else None
 
     monkeypatch.setattr("quantstudy.runtimes.sessions.why_missing", missing)
-    monkeypatch.setattr("quantstudy.export.check.why_missing", missing)
+    monkeypatch.setattr("quantstudy.measure.agreement.why_missing", missing)
     trained.edit("measure.runtimes", ["onnxruntime", "openvino"])
     ptq.main(["--study", "tiny", "--method", "int8_static"])
     trace.main(["--study", "tiny"])
@@ -123,9 +123,11 @@ def test_a_variant_is_timed_on_every_runtime_and_exported(trained: Project, monk
         f"{variant} {runtime}" for variant in ("int8_static", "fp32") for runtime in ("eager", "onnxruntime")
     }
     assert details["agreement_with_eager"].keys() == {"eager", "onnxruntime"}
+    assert details["exported"] == {"onnxruntime": "tuned for onnxruntime"}
     assert "pip install '.[openvino]'" in details["unavailable"]["int8_static openvino"]
     facts = json.loads(layout.onnx_report("tiny", "int8_static").read_text())
-    assert facts["images"] == 48 and facts["agreement"]["onnxruntime"] > 80
+    assert facts["images"] == 48 and facts["exported"] == details["exported"]
+    assert facts["agreement"]["onnxruntime"] > 80 and facts["agreement_as_exported"]["onnxruntime"] > 80
     assert facts["size_mb"] < 1.03 * facts["pth_size_mb"]
     assert "openvino" in facts["unavailable"]
 

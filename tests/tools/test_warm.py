@@ -1,6 +1,9 @@
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,10 +30,21 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def shell(folder: Path, script: str, *, warm: bool) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "quantstudy.warm"] if warm else []
+def start(folder: Path, script: str, *, warm: bool) -> subprocess.Popen[str]:
+    """Start a shell script in `folder`, whose temporary files lie there too."""
+    command = [sys.executable, "-m", "tools.warm"] if warm else []
+    (folder / "temporary").mkdir()
+    environment = os.environ | {"TMPDIR": str(folder / "temporary"), "PYTHONPATH": str(ROOT)}
     script = script.replace("python", sys.executable)
-    return subprocess.run([*command, "sh", "-c", script], cwd=folder, text=True, capture_output=True, check=False)
+    return subprocess.Popen(
+        [*command, "sh", "-c", script], cwd=folder, env=environment, text=True, stdout=-1, stderr=-1
+    )
+
+
+def shell(folder: Path, script: str, *, warm: bool) -> subprocess.CompletedProcess[str]:
+    process = start(folder, script, warm=warm)
+    output, errors = process.communicate()
+    return subprocess.CompletedProcess(script, process.returncode, output, errors)
 
 
 def test_a_stage_finds_the_packages_imported_and_its_own_arguments_folder_and_environment(folder: Path) -> None:
@@ -67,3 +81,15 @@ def test_an_unknown_stage_is_one_line(folder: Path, warm: bool) -> None:
     done = shell(folder, "python -m stages bye", warm=warm)
     assert done.returncode == 1
     assert done.stderr.startswith("usage: python -m stages STAGE ...; STAGE is one of hello\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["int", "term"])
+def test_a_signal_ends_the_command_and_leaves_no_file(folder: Path, number: signal.Signals) -> None:
+    trap = "trap 'echo told; exit 7' INT TERM; python -m stages hello a; while :; do sleep 0.1; done"
+    process = start(folder, trap, warm=True)
+    assert process.stdout and process.stdout.readline().startswith("True")
+    assert list(folder.glob("temporary/*/stages"))
+    time.sleep(0.5)
+    process.send_signal(number)
+    assert process.communicate(timeout=20)[0] == "told\n" and process.returncode == 7
+    assert not list(folder.glob("temporary/tmp*"))

@@ -11,8 +11,6 @@ from quantstudy import params as P
 from quantstudy.data.batches import Batches
 from quantstudy.data.digits import digits
 from quantstudy.errors import UserError
-from quantstudy.gradients import Replaced, padded_conv2d
-from quantstudy.machine.device import RoundedOperands
 from quantstudy.training import loop as training
 
 DATA = P.Data(source="digits", image_size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -122,26 +120,3 @@ def test_float16_scales_its_gradients(
     monkeypatch.setattr(torch.amp.GradScaler, "scale", spy)
     training.train(network(), *batches, replace(run, dtype=torch.float16))
     assert min(scaled) > 1
-
-
-def test_gradients_are_quick_and_operands_rounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A depthwise convolution of one pixel is trained on rounded operands, and not by oneDNN."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 3, 3, padding=1, groups=3), nn.Flatten())
-    model[1].weight.data += 1e-4  # not a number of bfloat16
-    split, _ = digits()
-    batch = Batches(split, DATA, 32, "cpu", indices=torch.arange(32))
-    seen = []
-    quick = Replaced({nn.functional.conv2d: padded_conv2d})
-    monkeypatch.setattr(training, "quick_gradients", lambda model, device: quick)
-    monkeypatch.setattr(training, "autocast", lambda device, dtype: RoundedOperands(torch.bfloat16))
-    model.register_forward_hook(lambda module, images, logits: seen.append((images[0], logits)))
-    monkeypatch.setattr(training, "_loss", lambda logits, *rest: logits.square().sum())
-    monkeypatch.setattr(training, "evaluate", lambda *rest: (0.0, 0.0))
-    weight, bias = (parameter.detach().clone() for parameter in model[1].parameters())
-    settings = P.Training(epochs=1, learning_rate=0.05, batch_size=32)
-    training.train(model, batch, batch, training.Run("test", settings, tmp_path / "c.csv", tmp_path / "r.pt", "print"))
-    images, logits = seen[0]
-    middle = weight[:, 0, 1, 1].bfloat16().float()
-    torch.testing.assert_close(logits, images.mean((2, 3)).bfloat16().float() * middle + bias, rtol=0, atol=1e-7)
-    assert logits.grad_fn.next_functions[0][0].name() == "AddBackward0"

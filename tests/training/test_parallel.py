@@ -14,7 +14,7 @@ from quantstudy.params import Preprocessing
 from stages import download
 from tests.conftest import ROOT, Project
 
-SEEN = Preprocessing(image_size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+PREPROCESSING = Preprocessing(image_size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 def finetune(project: Project, processes: int) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
@@ -42,8 +42,8 @@ def test_two_processes_train_the_model_that_one_trains(project: Project) -> None
 def test_the_shares_of_a_batch_are_the_batch(project: Project) -> None:
     download.main(["--study", project.study])
     split = load_split(Path("data/tiny/train.pt"))
-    whole = Batches(split, SEEN, 16, "cpu", shuffle=True, seed=3)
-    parts = [Batches(split, SEEN, 16, "cpu", shuffle=True, seed=3, share=(part, 2)) for part in range(2)]
+    whole = Batches(split, PREPROCESSING, 16, "cpu", shuffle=True, seed=3)
+    parts = [Batches(split, PREPROCESSING, 16, "cpu", shuffle=True, seed=3, share=(part, 2)) for part in range(2)]
     for (images, labels), *shares in zip(whole, *parts, strict=True):
         assert torch.equal(torch.cat([share[0] for share in shares]), images)
         assert torch.equal(torch.cat([share[1] for share in shares]), labels)

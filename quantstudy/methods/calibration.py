@@ -1,0 +1,119 @@
+"""The calibration images of a network, and what is measured on them when it is first asked for.
+
+Every recipe gets one `Calibration`. What a method does not ask for costs nothing: images are decoded, histograms and
+moments taken, only on demand.
+"""
+
+import functools
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantstudy import layout
+from quantstudy import params as P
+from quantstudy.data.batches import images_of
+from quantstudy.data.container import load_split
+from quantstudy.files import read_json
+from quantstudy.methods.moments import Moments, input_moments
+from quantstudy.network.checkpoint import load_tensors
+from quantstudy.quantization.observers import collect, quantizable_layers, run_watched
+
+Statistics = dict[str, dict[str, Any]]
+"""What `observers.collect` records of each layer's input, by the layer's name."""
+
+
+class Calibration:
+    """Images that a network is calibrated on, and their statistics.
+
+    Args:
+        model: the fp32 network, eval mode, on the CPU.
+        images: batches of float32 [N, 3, H, W], or a function that returns them.
+        statistics: of the layers' inputs if they are known, or a function that returns them; else they are taken of
+            `images`.
+        bins: of the histograms.
+        sensitivity: rows of the stage `sensitivity`, which methods within a budget choose bits by, or a function.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Sequence[Tensor] | Callable[[], Sequence[Tensor]],
+        statistics: Statistics | Callable[[], Statistics] | None = None,
+        bins: int = P.Calibration().bins,
+        sensitivity: Callable[[], list[dict[str, Any]]] | None = None,
+    ) -> None:
+        self.model, self.bins = model, bins
+        self._images, self._statistics, self._sensitivity = images, statistics, sensitivity
+        self._moments: dict[str, Moments] = {}
+
+    @functools.cached_property
+    def images(self) -> list[Tensor]:
+        """Batches of float32 [N, 3, H, W]."""
+        return list(self._images() if callable(self._images) else self._images)
+
+    @functools.cached_property
+    def statistics(self) -> Statistics:
+        """Range and histogram of each layer's input, for the layers that ran."""
+        if self._statistics is None:
+            batches = [(images, torch.empty(0)) for images in self.images]
+            return collect(self.model, batches, self.bins)["layers"]  # type: ignore[no-any-return]
+        return self._statistics() if callable(self._statistics) else self._statistics
+
+    @functools.cached_property
+    def sensitivity(self) -> list[dict[str, Any]]:
+        """The rows of the stage `sensitivity`."""
+        assert self._sensitivity is not None, "this calibration has no sensitivity"
+        return self._sensitivity()
+
+    def moments(self, names: Collection[str]) -> dict[str, Moments]:
+        """Return the moments of the inputs of the named layers; each is taken once."""
+        if missing := set(names) - set(self._moments):
+            self._moments |= input_moments(self.model, self.images, names=missing)
+        return {name: self._moments[name] for name in names}
+
+    @functools.cached_property
+    def replaceable(self) -> dict[str, Any]:
+        """The layers that a quantized one can take the place of, by name.
+
+        Left are a layer that did not run on the calibration images, since another module reads its weight or nothing
+        needs it, and a convolution whose padding is not zeros.
+        """
+        layers = quantizable_layers(self.model)
+        if self._statistics is not None:
+            ran = set(self.statistics)
+        else:
+            ran = set()
+            run_watched(self.model, layers, [self.images[0][:1]], lambda name, _: ran.add(name))
+        return {
+            name: layer
+            for name, layer in layers.items()
+            if name in ran and getattr(layer, "padding_mode", "zeros") == "zeros"
+        }
+
+    def of(self, model: nn.Module) -> "Calibration":
+        """Return the same images for another network of the same layers; its statistics are taken anew."""
+        return Calibration(model, lambda: self.images, bins=self.bins, sensitivity=self._sensitivity)
+
+
+def load_calibration(
+    study: str, row: P.Study, model: nn.Module, preprocessing: P.Preprocessing, *, observed: bool = True
+) -> Calibration:
+    """Return the calibration of a study's fp32 model, from the files of its stages, each read on demand.
+
+    Args:
+        study: its name, which says where the files lie.
+        row: its row.
+        model: fp32.
+        preprocessing: what the model's input has to be.
+        observed: whether the stage `calibrate` is among what the caller depends on; else statistics are taken anew.
+    """
+
+    def images() -> list[Tensor]:
+        split = load_split(layout.split(study, "calibration"))
+        return images_of(split, preprocessing, row.calibration.batch_size)
+
+    statistics = (lambda: load_tensors(layout.calibration(study))["layers"]) if observed else None
+    sensitivity = functools.partial(read_json, layout.sensitivity(study, "json"))
+    return Calibration(model, images, statistics, row.calibration.bins, sensitivity)

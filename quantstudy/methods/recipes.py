@@ -1,0 +1,52 @@
+"""Every recipe, by the row of its method. The imports register them."""
+
+from typing import Any
+
+from torch import nn
+
+from quantstudy import params as P
+from quantstudy.errors import UserError, unknown
+from quantstudy.methods import budget, casts, lsq, mixed, trained_joint, uniform  # noqa: F401
+from quantstudy.methods.calibration import Calibration
+from quantstudy.methods.recipe import RECIPES, Recipe, TrainedRecipe
+from quantstudy.quantization.variant import Variant
+
+
+def recipe_of(row: P.MethodRow) -> Recipe[Any]:
+    """Return the recipe of a method's row."""
+    return RECIPES[type(row)]
+
+
+def trained_recipe_of(row: P.MethodRow) -> TrainedRecipe[Any]:
+    """Return the recipe of a method that trains."""
+    recipe = recipe_of(row)
+    assert isinstance(recipe, TrainedRecipe), f"{row.kind} does not train"
+    return recipe
+
+
+def method_row(params: P.Params, method: str, *, trains: bool) -> Any:
+    """Return the row of a method that trains, or of one that does not; raise `UserError` for any other name."""
+    row = params.method(method)
+    if row.trains != trains:
+        raise unknown("method", method, [name for name, other in params.methods.items() if other.trains == trains])
+    return row
+
+
+def quantize(model: nn.Module, calibration: Calibration, row: P.MethodRow, key: str = "method") -> Variant:
+    """Quantize an fp32 model after training, as a method's row says.
+
+    Args:
+        model: BatchNorm folded, eval mode; it stays untouched.
+        calibration: of this model.
+        row: of a method that does not train.
+        key: where the row lies in the params, for errors about its numbers.
+
+    Raises:
+        UserError: the method cannot be applied to this network.
+    """
+    try:
+        return recipe_of(row).quantize(model, calibration, row)
+    except UserError as error:
+        if str(error).partition(":")[0] in type(row).model_fields:
+            raise UserError(f"{key}.{error}") from None
+        raise

@@ -1,0 +1,111 @@
+"""The uniform integer methods: the same scheme in every layer, after training or fine-tuned with it.
+
+What they do beyond rounding to nearest is in `methods.post_training`. Static fine-tuning rounds the weights in each
+forward pass with a straight-through gradient (Jacob et al., *Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference*, CVPR 2018).
+"""
+
+import copy
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantstudy import params as P
+from quantstudy.methods.calibration import Calibration
+from quantstudy.methods.post_training import equalized, freeze
+from quantstudy.methods.recipe import Recipe, Row, TrainedRecipe, register
+from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
+from quantstudy.quantization.observers import quantizable_layers
+from quantstudy.quantization.ranges import activation_range
+from quantstudy.quantization.saturation import limit_of
+from quantstudy.quantization.schemes import ActivationScheme, Mode, WeightScheme
+from quantstudy.quantization.variant import Variant
+
+
+class UniformRecipe(Recipe[Row]):
+    """Equalize, put in quantized layers, round: what all integer methods without training do."""
+
+    mode: Mode = "none"
+
+    def chosen(self, layers: dict[str, Any], row: Row) -> Collection[str]:
+        """Return the names of the layers that are quantized, of those that can be."""
+        return layers
+
+    def simulated(self, model: nn.Module, calibration: Calibration, row: Any) -> Variant:
+        """Return a copy of `model` with quantized layers whose weights are still float."""
+        network = copy.deepcopy(model)
+        names = self.chosen(calibration.replaceable, row)
+        quantize_layers(network, layer_schemes(model, row, names, self.mode))
+        return Variant(network)
+
+    def quantize(self, model: nn.Module, calibration: Calibration, row: Any) -> Variant:
+        """Return the variant, its codes frozen, and in `skipped` what could not be done."""
+        model, calibration, skipped = equalized(model, calibration, row)
+        variant = self.simulated(model, calibration, row)
+        variant.skipped = skipped | freeze(model, variant.network, calibration, row)
+        return variant
+
+
+@register(P.WeightOnly)
+class WeightOnlyRecipe(UniformRecipe[P.WeightOnly]):
+    """Integer weights in every layer; activations stay float32."""
+
+
+@register(P.Dynamic)
+class DynamicRecipe(UniformRecipe[P.Dynamic]):
+    """Integer weights and activations; the activation range is the batch's own, found at run time."""
+
+    mode = "dynamic"
+
+
+@register(P.Static)
+class StaticRecipe(UniformRecipe[P.Static]):
+    """Integer weights and activations; the activation range comes from calibration."""
+
+    mode = "static"
+
+    def simulated(self, model: nn.Module, calibration: Calibration, row: P.Static) -> Variant:
+        """Return a copy with quantized layers whose input grids are those of the calibration."""
+        variant = super().simulated(model, calibration, row)
+        for name, layer in quantized_layers(variant.network).items():
+            scheme, statistics = layer.scheme.activation, calibration.statistics[name]
+            bounds = activation_range(statistics, scheme, row.activation_range, row.clip_percentile)
+            layer.activation.scale, layer.activation.zero_point = scheme.choose_qparams(*bounds)
+        return variant
+
+
+@register(P.QatStatic)
+class TrainedStaticRecipe(TrainedRecipe[P.QatStatic]):
+    """The static scheme, fine-tuned with float weights that are rounded in each forward pass."""
+
+    def prepare(self, model: nn.Module, calibration: Calibration, row: P.QatStatic) -> Variant:
+        """Return the static scheme, its weights still float."""
+        variant = StaticRecipe().simulated(model, calibration, row)
+        variant.requires_grad_(True)
+        return variant
+
+    @torch.no_grad()
+    def finish(self, variant: Variant, model: nn.Module, row: P.QatStatic) -> Variant:
+        """Round the weights for good."""
+        for layer in quantized_layers(variant.network).values():
+            layer.freeze()
+        return variant
+
+
+def layer_schemes(model: nn.Module, row: P.Scheme, names: Collection[str], mode: Mode) -> dict[str, LayerScheme]:
+    """Return the scheme of each named layer; `edge_bits` are for the first and the last layer of `model`."""
+    layers: dict[str, Any] = quantizable_layers(model)
+    edges = (next(iter(layers)), next(reversed(layers)))
+    activation_bits = int(getattr(row, "activation_bits", 32))
+
+    def scheme(name: str) -> LayerScheme:
+        least = (row.edge_bits or 0) if name in edges else 0
+        bits = max(row.weight_bits, least)
+        limited = bits == 8 and getattr(row, "saturation_free", False)
+        limit = limit_of(layers[name]) if limited else "none"
+        weight = WeightScheme(bits, row.group_size, row.weight_range, limit)
+        return LayerScheme(weight, ActivationScheme(mode, max(activation_bits, least)))
+
+    return {name: scheme(name) for name in names}

@@ -1,0 +1,68 @@
+"""Fold BatchNorm into the convolutions before it."""
+
+import copy
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+
+def fold_batchnorm(model: nn.Module) -> nn.Module:
+    """Return a copy in eval mode where each BatchNorm2d that follows a Conv2d is folded into it.
+
+    The names of the layers stay: the convolution takes the folded weight and a bias, the BatchNorm becomes an
+    `Identity`. What it said of the convolution's output stays as a buffer that is not stored, `output_normal`, float32
+    [2, channels]: the mean and the standard deviation. A BatchNorm that does not directly follow a convolution stays as
+    it is, and so does every one of a network that `torch.fx` cannot trace.
+    """
+    folded = copy.deepcopy(model).eval()
+    fold_in_place(folded)
+    return folded
+
+
+def fold_in_place(model: nn.Module) -> None:
+    """Do what `fold_batchnorm` does, to the model itself."""
+    modules = dict(model.named_modules())
+    for conv_name, norm_name in conv_norm_pairs(model):
+        conv, norm = modules[conv_name], modules[norm_name]
+        model.set_submodule(conv_name, _fused(conv, norm))
+        model.set_submodule(norm_name, nn.Identity())
+    model.requires_grad_(False)
+
+
+def _fused(conv: Any, norm: Any) -> nn.Module:
+    if not conv.weight.is_meta:
+        fused = fuse_conv_bn_eval(conv, norm)
+        fused.register_buffer("output_normal", _normal_behind(norm), persistent=False)
+        return fused
+    conv.bias = nn.Parameter(torch.empty(norm.num_features, device="meta"))  # empty_like would import sympy
+    return conv  # type: ignore[no-any-return]
+
+
+def _normal_behind(norm: nn.BatchNorm2d) -> Tensor:
+    if not norm.affine:
+        return torch.stack([torch.zeros(norm.num_features), torch.ones(norm.num_features)])
+    return torch.stack([norm.bias, norm.weight.abs()]).detach()
+
+
+def conv_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
+    """Return the names of each convolution and the BatchNorm2d that alone reads it."""
+    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return []
+    try:
+        graph = fx.Tracer().trace(model)
+    except Exception:  # the code of a network of one's own may raise anything at the tracer's stand-in for an image
+        return []
+    modules = dict(model.named_modules())
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    pairs = []
+    for node in graph.nodes:
+        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
+            continue
+        before = node.args[0]
+        is_conv = before.op == "call_module" and isinstance(modules[before.target], nn.Conv2d)
+        if is_conv and len(before.users) == calls[before.target] == calls[node.target] == 1:
+            pairs.append((before.target, node.target))
+    return pairs

@@ -1,0 +1,76 @@
+"""The file of an fp32 model, and the network of a file, with or without its weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantstudy import params as P
+from quantstudy.network.architectures import IMAGE_SIZE, build, check_code, code_sha256, is_own
+from quantstudy.network.checkpoint import load_checkpoint, save_checkpoint
+from quantstudy.network.folding import fold_in_place
+
+
+def save_fp32(path: Path, model: nn.Module, architecture: str, classes: int, preprocessing: P.Preprocessing) -> None:
+    """Write the trained model, BatchNorm not folded, what its input has to be, and the SHA-256 of one's own code."""
+    facts = {"architecture": architecture, "classes": classes, "preprocessing": preprocessing.model_dump()}
+    code = {"code_sha256": code_sha256(architecture)} if is_own(architecture) else {}
+    save_checkpoint(path, model.state_dict(), **facts, **code, variant="fp32")
+
+
+def network_facts(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a checkpoint that says which network its tensors belong to, and for which input."""
+    keys = ("architecture", "classes", "preprocessing", "code_sha256")
+    return {key: checkpoint[key] for key in keys if key in checkpoint}
+
+
+def load_preprocessing(path: Path) -> P.Preprocessing:
+    """Return what the model of a file, fp32 or a variant, wants its input to be."""
+    return P.Preprocessing.model_validate(load_checkpoint(path)["preprocessing"])
+
+
+def load_fp32(path: Path, *, fold: bool = True) -> nn.Module:
+    """Read a model that `save_fp32` wrote: float32, BatchNorm folded or not, eval mode, channels_last, on the CPU."""
+    checkpoint = load_checkpoint(path)
+    model = _network_of(checkpoint, path)
+    model.load_state_dict(checkpoint["state_dict"], assign=True)
+    model.eval()
+    if fold:
+        fold_in_place(model)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def skeleton_of(path: Path) -> nn.Module:
+    """Return the network of a file, fp32 or a variant, as `skeleton` does."""
+    return _as_quantized(_network_of(load_checkpoint(path), path))
+
+
+def skeleton(architecture: str, classes: int, image_size: int = IMAGE_SIZE) -> nn.Module:
+    """Return an architecture as quantization sees it: BatchNorm folded, eval mode.
+
+    The tensors of torchvision's networks have no storage; those of one's own have their random start, since what
+    its code computes besides parameters has to be there.
+    """
+    return _as_quantized(_without_weights(architecture, classes, image_size))
+
+
+def _as_quantized(model: nn.Module) -> nn.Module:
+    fold_in_place(model.eval())
+    return model
+
+
+def _network_of(checkpoint: dict[str, Any], path: Path) -> nn.Module:
+    architecture = checkpoint["architecture"]
+    check_code(architecture, checkpoint.get("code_sha256"), f"{path}: code_sha256")
+    return _without_weights(architecture, checkpoint["classes"], checkpoint["preprocessing"]["image_size"])
+
+
+def _without_weights(architecture: str, classes: int, image_size: int) -> nn.Module:
+    if is_own(architecture):
+        return build(architecture, classes, image_size)
+    try:
+        with torch.device("meta"):
+            return build(architecture, classes, image_size)
+    except NotImplementedError:  # RegNet computes its widths with tensors
+        return build(architecture, classes, image_size).to("meta")

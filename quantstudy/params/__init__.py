@@ -1,0 +1,87 @@
+"""The typed, validated view of `params.yaml`.
+
+Every section is a frozen pydantic model that forbids unknown keys, so a misspelt key, a wrong type or a
+number out of range is an error of one line that names the key, the value and the choices.
+"""
+
+from quantstudy.params.methods import (
+    METHOD_ROWS,
+    Cast,
+    Dynamic,
+    IntegerProducts,
+    Method,
+    MethodRow,
+    Mixed,
+    MixedBudget,
+    MixedLinear,
+    MixedVariance,
+    QatCast,
+    QatJoint,
+    QatLsq,
+    QatStatic,
+    QatWithScales,
+    Rounding,
+    Scheme,
+    Static,
+    WeightOnly,
+)
+from quantstudy.params.project import (
+    DEFAULT_METHODS,
+    PARAMS_FILE,
+    Measure,
+    Params,
+    Sensitivity,
+    load_methods,
+    load_params,
+)
+from quantstudy.params.section import GROUP_SIZES, Augmentation, Section
+from quantstudy.params.studies import (
+    Calibration,
+    Data,
+    Model,
+    Preprocessing,
+    Qat,
+    QatOverrides,
+    Study,
+    Training,
+)
+
+__all__ = [
+    "DEFAULT_METHODS",
+    "GROUP_SIZES",
+    "METHOD_ROWS",
+    "PARAMS_FILE",
+    "Augmentation",
+    "Calibration",
+    "Cast",
+    "Data",
+    "Dynamic",
+    "IntegerProducts",
+    "Measure",
+    "Method",
+    "MethodRow",
+    "Mixed",
+    "MixedBudget",
+    "MixedLinear",
+    "MixedVariance",
+    "Model",
+    "Params",
+    "Preprocessing",
+    "Qat",
+    "QatCast",
+    "QatJoint",
+    "QatLsq",
+    "QatOverrides",
+    "QatStatic",
+    "QatWithScales",
+    "Rounding",
+    "Scheme",
+    "Section",
+    "Sensitivity",
+    "Static",
+    "Study",
+    "Training",
+    "WeightOnly",
+    "load_methods",
+    "load_params",
+]

@@ -1,0 +1,303 @@
+"""The rows of `methods`: one class a `kind`, with its numbers.
+
+`quantstudy.methods` registers a recipe for each of these classes. What others ask of a row, `MethodRow` says.
+"""
+
+from typing import Annotated, ClassVar, Literal, get_args
+
+from pydantic import Field, field_validator, model_validator
+
+from quantstudy.params.section import GROUP_SIZES, Bits, Float16, Schedule, Section
+from quantstudy.params.studies import Qat, QatOverrides
+
+
+class MethodRow(Section):
+    """What is known of every method: how it is run, and how its variants are named in tables and plots."""
+
+    trains: ClassVar[bool] = False
+    """Whether it needs the training images: a method of `qat`, not of `ptq`."""
+    needs_sensitivity: ClassVar[bool] = False
+    """Whether it needs what the stage `sensitivity` measured: a method of `budget.methods`."""
+    is_mixed: ClassVar[bool] = False
+    """Whether its layers have different bits."""
+    kind: str
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of the weights; None where they are known only of a variant."""
+        return None
+
+    @property
+    def widths(self) -> str:
+        """Bits of weights and activations: `4/8`, or `8/-` where activations stay in float32."""
+        raise NotImplementedError
+
+    def training(self, row: Qat, name: str) -> Qat:
+        """Return how a method that trains, called `name`, does so in a study whose `qat` is `row`."""
+        return row
+
+    @property
+    def clips(self) -> bool:
+        """Whether it is a row of the outlier study: it says `clip_percentile`, if only null."""
+        return "clip_percentile" in self.model_fields_set
+
+
+class Rounding(Section):
+    """How weights become symmetric integers, per channel or per group, whatever their bits.
+
+    What a post-training method does beyond rounding to nearest comes in the order of these keys; see
+    `methods.post_training`. Of the methods that train, qat_joint starts from all of it, qat_lsq from ranges.
+    """
+
+    group_size: int | None = None
+    weight_range: Literal["minmax", "mse"] = "minmax"
+    """Scales that clip nothing, or those of the least squared error of the weights."""
+    rounding: Literal["nearest", "gptq", "adaround", "brecq"] = "nearest"
+    seconds: Annotated[float, Field(gt=0)] = 480.0
+    """The time that adaround, brecq and finetune may take each."""
+    gain_correction: bool = False
+    """Whether scales give back what rounding takes from the size of each output channel."""
+    bias_correction: bool | Literal["analytic"] = False
+    """Whether the mean error of each output channel goes into the bias: on calibration images, or by BatchNorm."""
+    finetune: bool = False
+    """Whether weights, scales and biases then learn together to predict what fp32 does on the calibration images."""
+
+    def _refuse(self, *keys: str) -> None:
+        """Raise `ValueError` if one of `keys` is not its default."""
+        if any(getattr(self, key) != type(self).model_fields[key].default for key in keys):
+            kind = getattr(self, "kind", "")
+            *most, last = keys
+            raise ValueError(f"kind {kind} takes no {', '.join(most)}{' or ' if most else ''}{last}; remove them")
+
+    @field_validator("group_size")
+    @classmethod
+    def _group_size_divides(cls, value: int | None) -> int | None:
+        if value is not None and value not in GROUP_SIZES:
+            choices = ", ".join(map(str, GROUP_SIZES))
+            raise ValueError(f"{value} does not divide the layers' rows into whole blocks; choose one of {choices}")
+        return value
+
+
+class Scheme(Rounding, MethodRow):
+    """Numbers that every uniform integer method has."""
+
+    weight_bits: Bits
+    edge_bits: Bits | None = None
+    """The least bits of the first and the last layer, weights and activations; None: like every layer's."""
+    equalize: bool = False
+    """Whether weight ranges of neighbouring layers are made equal before all else, and high biases absorbed."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of the weights."""
+        return self.weight_bits
+
+    @property
+    def widths(self) -> str:
+        """Bits of weights and activations."""
+        return f"{self.weight_bits}/{getattr(self, 'activation_bits', '-')}"
+
+
+class Cast(MethodRow):
+    """Every parameter cast to a 16-bit float type."""
+
+    kind: Literal["cast"]
+    dtype: Float16
+
+    @property
+    def bits(self) -> int:
+        """Bits of the weights."""
+        return 16
+
+    @property
+    def widths(self) -> str:
+        """Bits of weights and activations."""
+        return "16/16"
+
+
+class WeightOnly(Scheme):
+    """Integer weights, floating-point activations."""
+
+    kind: Literal["weight_only"]
+
+
+class IntegerProducts(Scheme):
+    """What integer weights and integer activations have in common."""
+
+    activation_bits: Bits = 8
+    saturation_free: bool = False
+    """Whether 8-bit weights are held to what int8 sums of x86 CPUs without VNNI can take, once they are frozen."""
+
+    @model_validator(mode="after")
+    def _codes_can_be_held(self) -> "IntegerProducts":
+        learned = self.rounding in ("adaround", "brecq") or self.finetune
+        if self.saturation_free and (self.group_size is not None or learned):
+            raise ValueError(
+                "saturation_free goes with scales per channel and rounding nearest or gptq; "
+                "remove it, or group_size, finetune or the rounding"
+            )
+        return self
+
+
+class Dynamic(IntegerProducts):
+    """Integer weights; the activation range is taken per batch at run time."""
+
+    kind: Literal["dynamic"]
+
+
+class Static(IntegerProducts):
+    """Integer weights; the activation range comes from calibration, clipped at a percentile if one is given."""
+
+    kind: Literal["static"]
+    activation_range: Literal["minmax", "moving_average", "mse", "entropy"] = "minmax"
+    clip_percentile: Annotated[float, Field(gt=50, le=100)] | None = None
+
+    @model_validator(mode="after")
+    def _clips_one_way(self) -> "Static":
+        if self.clip_percentile is not None and self.activation_range != "minmax":
+            raise ValueError(
+                f"clip_percentile cuts the range minmax, not {self.activation_range}; remove one of the keys"
+            )
+        return self
+
+
+class Mixed(Scheme):
+    """Some layers in integers, every other layer in a 16-bit float type."""
+
+    is_mixed: ClassVar[bool] = True
+    dtype: Float16 = "float16"
+
+    @property
+    def widths(self) -> str:
+        """Bits of weights and activations."""
+        return f"{self.weight_bits},16/16"
+
+
+class MixedLinear(Mixed):
+    """Linear layers in integers."""
+
+    kind: Literal["mixed_linear"]
+
+
+class MixedVariance(Mixed):
+    """The `fraction` of layers with the lowest weight variance in integers."""
+
+    kind: Literal["mixed_variance"]
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
+
+
+class MixedBudget(Rounding, MethodRow):
+    """The bits of each layer that lose least within a budget; layers at 16 bits in a 16-bit float type.
+
+    The losses are those of the stage `sensitivity`, and its `bits` are the choices.
+    """
+
+    needs_sensitivity: ClassVar[bool] = True
+    is_mixed: ClassVar[bool] = True
+    kind: Literal["mixed_budget"]
+    dtype: Float16 = "float16"
+    mean_bits: Annotated[float, Field(gt=0, le=16)] | None = None
+    """Stored bits a weight, scales included."""
+    bit_operations: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Σ MACs · weight bits · activation bits, as a share of fp32's."""
+
+    @model_validator(mode="after")
+    def _has_a_budget(self) -> "MixedBudget":
+        if self.mean_bits is None and self.bit_operations is None:
+            raise ValueError("kind mixed_budget needs the key mean_bits or bit_operations")
+        return self
+
+    @property
+    def widths(self) -> str:
+        """Bits of weights and activations."""
+        return "2-16/16"
+
+
+class QatStatic(Static):
+    """The static scheme, fine-tuned."""
+
+    trains: ClassVar[bool] = True
+    kind: Literal["qat_static"]  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _is_plain(self) -> "QatStatic":
+        self._refuse("equalize", "weight_range", "rounding", "gain_correction", "bias_correction", "finetune")
+        return self
+
+
+class QatWithScales(Static):
+    """What the two methods share that train a static scheme with its scales, with numbers of their own."""
+
+    trains: ClassVar[bool] = True
+
+    weight_range: Literal["minmax", "mse"] = "mse"
+    activation_range: Literal["minmax", "moving_average", "mse", "entropy"] = "mse"
+    """Where the learned scales start, as `weight_range` is."""
+    schedule: Schedule = "cosine"
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """None: the study's, as `epochs`; a study's `qat.methods` goes before both."""
+
+    def training(self, row: Qat, name: str) -> Qat:
+        """Return a study's row with the numbers of the method in it."""
+        here = row.methods.get(name, QatOverrides()).model_dump()
+        own = here | {"schedule": self.schedule}
+        for key in ("epochs", "learning_rate"):
+            own[key] = here[key] or getattr(self, key)
+        return row.model_copy(update={"methods": {}} | {key: value for key, value in own.items() if value is not None})
+
+
+class QatLsq(QatWithScales):
+    """The static scheme, fine-tuned with learned scales; BatchNorm is folded after training."""
+
+    kind: Literal["qat_lsq"]  # type: ignore[assignment]
+    distillation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The share of the fp32 model's predictions in what is learned, beside the labels."""
+
+    @model_validator(mode="after")
+    def _is_trained(self) -> "QatLsq":
+        self._refuse("equalize", "rounding", "gain_correction", "bias_correction", "finetune", "saturation_free")
+        return self
+
+
+class QatJoint(QatWithScales):
+    """Joint fine-tuning on the training images: a post-training result learns to predict what fp32 does.
+
+    It starts from what its keys make of the model after training, and needs no labels but to choose the best epoch.
+    """
+
+    kind: Literal["qat_joint"]  # type: ignore[assignment]
+    learning_rate: Annotated[float, Field(gt=0)] = 0.03
+    """Of the codes, in steps of the grid."""
+
+    @model_validator(mode="after")
+    def _moves_codes(self) -> "QatJoint":
+        self._refuse("saturation_free")
+        return self
+
+
+class QatCast(Cast):
+    """Mixed-precision fine-tuning, then a cast; float16 uses a gradient scaler."""
+
+    trains: ClassVar[bool] = True
+    kind: Literal["qat_cast"]  # type: ignore[assignment]
+
+
+Method = Annotated[
+    Cast
+    | WeightOnly
+    | Dynamic
+    | Static
+    | MixedLinear
+    | MixedVariance
+    | MixedBudget
+    | QatStatic
+    | QatLsq
+    | QatJoint
+    | QatCast,
+    Field(discriminator="kind"),
+]
+METHOD_ROWS: dict[str, type[MethodRow]] = {
+    get_args(row.model_fields["kind"].annotation)[0]: row for row in get_args(get_args(Method)[0])
+}
+"""The class of a row by its `kind`."""

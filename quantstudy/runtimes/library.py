@@ -1,0 +1,177 @@
+"""The package from Python: load a model, quantize it, run it, save and export it, as `import quantstudy` offers."""
+
+import copy
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from quantstudy import params as P
+from quantstudy.errors import UserError, unknown
+from quantstudy.methods import recipes
+from quantstudy.methods.calibration import Calibration
+from quantstudy.network.checkpoint import FORMAT, load_checkpoint, load_tensors
+from quantstudy.network.folding import fold_batchnorm
+from quantstudy.network.fp32 import network_facts
+from quantstudy.network.weights import head_name, network_of_state, read_state_dict
+from quantstudy.quantization.variant import Variant, load_any, save_variant
+from quantstudy.runtimes.executables import Executable, build_executable, open_executable
+
+if TYPE_CHECKING:
+    import onnx
+
+RUNTIMES = ("eager", "inductor", "onnxruntime", "openvino")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of red, green, blue, of pixels from 0 to 1."""
+
+
+class Model:
+    """A network, fp32 with BatchNorm folded or a `Variant`, and what its file says of it.
+
+    Attributes:
+        network: float32 images [N, 3, S, S], normalized with the `preprocessing`, to float32 logits [N, classes].
+        facts: its `architecture`, `classes` and `preprocessing`, as the file has them.
+        variant: the method it was quantized with, or fp32.
+    """
+
+    def __init__(self, network: nn.Module, facts: dict[str, Any], variant: str = "fp32") -> None:
+        self.network, self.facts, self.variant = network.eval(), facts, variant
+        self._executables: dict[tuple[str, torch.device], Executable] = {}
+
+    @property
+    def preprocessing(self) -> P.Preprocessing:
+        """What the model wants its input to be."""
+        return P.Preprocessing.model_validate(self.facts["preprocessing"])
+
+    @functools.cached_property
+    def graph(self) -> "onnx.ModelProto":
+        """The ONNX graph of the architecture, without weights."""
+        from quantstudy.runtimes.onnx_graph import network_graph
+
+        return network_graph(self.facts["architecture"], self.facts["classes"], self.preprocessing.image_size)
+
+    def executable(self, runtime: str, device: torch.device) -> Executable:
+        """Return the model ready to run on a runtime of `RUNTIMES`; it is made once."""
+        if runtime not in RUNTIMES:
+            raise unknown("runtime", runtime, RUNTIMES)
+        if (runtime, device) not in self._executables:
+            self._executables[runtime, device] = self._opened(runtime, device)
+        return self._executables[runtime, device]
+
+    def _opened(self, runtime: str, device: torch.device) -> Executable:
+        if runtime in ("eager", "inductor"):
+            return build_executable(copy.deepcopy(self.network), runtime, device)
+        from quantstudy.runtimes.onnx_tuning import exported_model
+        from quantstudy.runtimes.sessions import why_missing
+
+        if reason := why_missing(runtime):
+            raise UserError(f"runtime: {runtime!r} cannot be used: {reason}")
+        return open_executable(self.network, exported_model(self.network, self.graph, runtime), runtime)
+
+
+def load_model(
+    path: str | Path,
+    architecture: str | None = None,
+    *,
+    image_size: int = 224,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Model:
+    """Read a model file: of this project, fp32 or a variant, or a state_dict.
+
+    Args:
+        path: the file.
+        architecture: of a state_dict: a torchvision name, `vgg11_small`, or `package.module:factory`.
+        image_size: of a state_dict: pixels a side.
+        mean: of a state_dict: of red, green, blue, of pixels from 0 to 1.
+        std: likewise.
+
+    Raises:
+        UserError: the file cannot be read, or is not of the architecture.
+    """
+    path = Path(path)
+    if architecture is None:
+        content = load_tensors(path)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise UserError(
+                f"{path}: a state_dict does not say its architecture; pass architecture, 'resnet18' for one"
+            )
+        checkpoint = load_checkpoint(path)
+        return Model(load_any(path), network_facts(checkpoint), checkpoint["variant"])
+    network = network_of_state(read_state_dict(path), str(path), architecture, image_size)
+    preprocessing = P.Preprocessing(image_size=image_size, mean=tuple(mean), std=tuple(std))  # type: ignore[arg-type]
+    classes = network.get_parameter(f"{head_name(network)}.weight").shape[0]
+    facts = {"architecture": architecture, "classes": classes, "preprocessing": preprocessing.model_dump()}
+    return Model(fold_batchnorm(network).to(memory_format=torch.channels_last), facts)  # type: ignore[call-overload]
+
+
+def quantize(model: Model, images: Tensor | Sequence[Tensor], method: str | P.MethodRow = "int8_static") -> Model:
+    """Quantize an fp32 model after training; `model` stays as it is.
+
+    Args:
+        model: fp32.
+        images: what it is calibrated on: float32 [N, 3, S, S], normalized, or batches of them.
+        method: a row of `methods` in the folder's params.yaml, else of those that come with the package, that does not
+            train; or such a row itself, `quantstudy.params.WeightOnly(kind="weight_only", weight_bits=3)` for one.
+
+    Raises:
+        UserError: there is no such method, or it cannot be applied to this network.
+    """
+    if isinstance(model.network, Variant):
+        raise UserError(f"model: is quantized, with {model.variant}; give the fp32 model it was made from")
+    name, row = (method, post_training_row(method)) if isinstance(method, str) else (method.kind, method)
+    batches = [images] if isinstance(images, Tensor) else list(images)
+    return Model(recipes.quantize(model.network, Calibration(model.network, batches), row), model.facts, name)
+
+
+def post_training_row(method: str, key: str = "method") -> P.MethodRow:
+    """Return the row of a method that needs neither training nor sensitivities; else raise `UserError`, naming `key`.
+
+    Rows are those of the folder's params.yaml, else those that come with the package.
+    """
+    rows: dict[str, P.MethodRow] = P.load_methods()
+    names = [name for name, row in rows.items() if not row.trains and not row.needs_sensitivity]
+    if method not in names:
+        raise unknown(key, method, names)
+    return rows[method]
+
+
+@torch.inference_mode()
+def run(model: Model, images: Tensor, runtime: str = "eager") -> Tensor:
+    """Return the logits of a model on a runtime, float32 [N, classes].
+
+    Args:
+        model: fp32 or a variant; what it takes to run it is made at the first call.
+        images: float32 [N, 3, S, S], normalized. Eager mode and inductor run where they lie, the others on the CPU.
+        runtime: one of `RUNTIMES`.
+
+    Raises:
+        UserError: there is no such runtime, or it is not installed.
+    """
+    executable = model.executable(runtime, images.device)
+    return executable.run(images.contiguous(memory_format=executable.memory_format))
+
+
+def save(model: Model, path: str | Path) -> None:
+    """Write a variant, its codes packed; `load_model` reads it.
+
+    Raises:
+        UserError: the model is fp32.
+    """
+    if not isinstance(model.network, Variant):
+        raise UserError("model: is fp32, whose file is there already; quantize it first")
+    save_variant(Path(path), model.network, model.facts, model.variant)
+
+
+def export_onnx(model: Model, path: str | Path) -> None:
+    """Write a model as ONNX: weights in the bits of their method, any batch size.
+
+    Raises:
+        UserError: equalization changed the network's ReLU6, for which the graph has no place.
+    """
+    from quantstudy.runtimes.onnx_model import save_onnx, to_onnx
+
+    save_onnx(Path(path), to_onnx(model.network, model.graph))

@@ -1,0 +1,262 @@
+"""What `evaluate` reports, on stand-in executables whose logits and delays are known."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantstudy import layout
+from quantstudy.data.container import Split
+from quantstudy.measure import evaluation, latency
+from quantstudy.measure.accuracy import accuracy
+from quantstudy.measure.evaluation import Reference, Task
+from quantstudy.measure.latency import Timing, fastest, latencies, time_alternately
+from quantstudy.measure.operations import count_macs, layer_bits, tera_bit_operations
+from quantstudy.params import Preprocessing
+from quantstudy.quantization.sqnr import SQNR_LIMIT_DB
+from quantstudy.runtimes import executables
+from quantstudy.runtimes.executables import Executable, real_layers
+from tests.runtimes.variants import METHODS
+
+CPU = torch.device("cpu")
+Evaluated = Callable[..., tuple[dict[str, Any], dict[str, Any]]]
+CLASSES, LABELS = 7, np.array([0, 1, 2, 3, 4, 5, 6, 0, 1, 2])
+
+
+class Clock:
+    """Stands for the module `time`: it moves only when something takes its time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(latency, "time", self)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def call(self, *milliseconds: float) -> Callable[[], None]:
+        """Return a function that takes the given times in turn."""
+        left = list(milliseconds)
+
+        def run() -> None:
+            left.append(left.pop(0))
+            self.now += left[-1] / 1000
+
+        return run
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def logits_at(*ranks: int) -> np.ndarray:
+    """Logits [10, 7] in which the label of each image comes at a rank, 0 for the largest."""
+    logits = np.zeros((len(ranks), CLASSES), np.float32)
+    for row, label, rank in zip(logits, LABELS, ranks, strict=True):
+        others = [number for number in range(CLASSES) if number != label]
+        row[[*others[:rank], label, *others[rank:]]] = np.arange(CLASSES, 0, -1)
+    return logits
+
+
+FP32 = logits_at(0, 0, 0, 0, 0, 0, 0, 0, 5, 6)
+WORSE = logits_at(0, 0, 0, 0, 0, 1, 4, 5, 5, 6)
+
+
+def executable(runtime: str, real: bool = True, run: Callable[[Tensor], Tensor] = lambda x: x) -> Executable:
+    return Executable(runtime, run, {"0": True, "1": real})
+
+
+def timings(**medians: tuple[float, float]) -> dict[int, dict[str, Timing]]:
+    """By executable, `variant__runtime`, its medians at batch 1 and 16."""
+    names = {name.replace("__", " "): values for name, values in medians.items()}
+    return {
+        size: {name: Timing(values[place], 0.0, 0.0, 9) for name, values in names.items()}
+        for place, size in enumerate((1, 16))
+    }
+
+
+def test_accuracy_counts_what_is_right_among_the_first_and_the_first_five() -> None:
+    found = accuracy(WORSE, FP32, LABELS)
+    assert found["top1"] == 50 and found["images"] == 10
+    assert found["top5"] == 70  # ranks 0 to 4
+    assert accuracy(FP32, FP32, LABELS)["top5"] == 80
+
+
+def test_a_drop_is_positive_where_the_variant_is_worse() -> None:
+    assert accuracy(WORSE, FP32, LABELS)["top1_drop"] == pytest.approx(30)
+    assert accuracy(FP32, WORSE, LABELS)["top1_drop"] == pytest.approx(-30)
+    assert accuracy(WORSE, FP32, LABELS)["top1_drop_p"] == 0.25  # three of three disagreements
+    assert accuracy(FP32, FP32, LABELS)["top1_drop"] == 0
+
+
+def test_agreement_is_with_fp32_and_not_with_the_labels() -> None:
+    assert accuracy(WORSE, FP32, LABELS)["agreement"] == 70  # both are wrong, and alike, on two
+    assert accuracy(FP32, FP32, LABELS)["agreement"] == 100
+
+
+def test_sqnr_is_of_the_logits() -> None:
+    assert accuracy(1.1 * FP32, FP32, LABELS)["sqnr_db"] == pytest.approx(20, abs=1e-3)
+    assert accuracy(FP32, FP32, LABELS)["sqnr_db"] == SQNR_LIMIT_DB
+
+
+def test_the_runtime_with_the_smallest_sum_of_medians_is_chosen() -> None:
+    both = [executable("eager"), executable("openvino")]
+    assert fastest("v", both, timings(v__eager=(1, 9), v__openvino=(3, 6))).runtime == "openvino"
+    assert fastest("v", both, timings(v__eager=(1, 7), v__openvino=(3, 6))).runtime == "eager"
+
+
+def test_a_real_runtime_comes_before_a_faster_one_that_is_not() -> None:
+    slow, quick = executable("eager"), executable("openvino", real=False)
+    times = timings(v__eager=(2, 20), v__openvino=(1, 10))
+    assert fastest("v", [slow, quick], times).runtime == "eager"
+    simulated = executable("eager", real=False)
+    assert fastest("v", [simulated, quick], times).runtime == "openvino"
+
+
+def test_a_speed_up_is_over_the_best_runtime_of_fp32_and_above_1_when_faster() -> None:
+    times = timings(v__openvino=(2, 10), fp32__eager=(4, 40), fp32__openvino=(8, 30))
+    assert latencies("v", executable("openvino"), times) == {
+        "latency_ms_b1": 2,
+        "speedup_b1": 2,
+        "latency_ms_b16": 10,
+        "speedup_b16": 3,
+    }
+
+
+def test_a_simulated_kernel_has_no_speed_up_and_fp32_is_as_fast_as_itself() -> None:
+    times = timings(v__eager=(2, 10), fp32__eager=(4, 40))
+    found = latencies("v", executable("eager", real=False), times)
+    assert (found["latency_ms_b1"], found["speedup_b1"], found["speedup_b16"]) == (2, None, None)
+    assert latencies("v", executable("eager"), timings(v__eager=(2, 10)))["speedup_b1"] is None
+    assert latencies("fp32", executable("eager"), times)["speedup_b16"] == 1
+
+
+def test_medians_and_quartiles_are_those_of_the_timed_calls(clock: Clock) -> None:
+    turns = [[50.0, 9.0, 1.0, 5.0], [50.0, 2.0, 8.0, 3.0], [50.0, 7.0, 4.0, 6.0]]  # the first of each is not timed
+    steps = [100.0, 100.0, *turns[0], *turns[1], *turns[2]]
+    found = time_alternately({"a": clock.call(*steps), "b": clock.call(4.0)}, 0)
+    assert found["b"].median_ms == found["b"].upper_quartile_ms == pytest.approx(4)
+    timing = found["a"]
+    assert (timing.median_ms, timing.calls) == (pytest.approx(5), 9)
+    assert (timing.lower_quartile_ms, timing.upper_quartile_ms) == (pytest.approx(3), pytest.approx(7))
+
+
+def test_executables_take_turns_of_four_calls_until_the_time_is_up(clock: Clock) -> None:
+    order: list[str] = []
+
+    def recorded(name: str, milliseconds: float) -> Callable[[], None]:
+        call = clock.call(milliseconds)
+        return lambda: (order.append(name), call())[1]
+
+    calls = {name: recorded(name, milliseconds) for name, milliseconds in (("a", 10), ("b", 5))}
+    assert time_alternately(calls, 0.2)["a"].calls == 12  # a round is 60 ms
+    assert "".join(order) == "aabb" + 4 * "aaaabbbb"
+    order.clear()
+    assert time_alternately(calls, 0)["b"].calls == 9
+    assert "".join(order) == "aabb" + 3 * "aaaabbbb"
+
+
+MODEL = evaluation._Model({"layers_quantizable": 2.0}, {"0": (8, 8), "1": (4, 32)}, {"0": (9, 9), "1": (9, 18)}, {}, {})
+REFERENCE = Reference(FP32, 30, {"0": 10**12, "1": 2 * 10**12})
+
+
+@pytest.fixture
+def evaluated(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluated:
+    """A function that evaluates a variant of given runtimes: (milliseconds an image, logits, whether real)."""
+    monkeypatch.chdir(tmp_path)
+
+    def stand_in(runtime: str, milliseconds: float, logits: np.ndarray, real: bool = True) -> Executable:
+        def run(images: Tensor) -> Tensor:
+            clock.now += milliseconds * len(images) / 1000
+            numbers = images[:, 0, 0, 0].mul(255).round().long().clamp(0, 9)  # the pixels are the image's number
+            return torch.from_numpy(logits)[numbers]
+
+        return executable(runtime, real, run)
+
+    def evaluate(*runtimes: tuple[Any, ...], fp32: float = 4.0) -> tuple[dict[str, Any], dict[str, Any]]:
+        built, baseline = [stand_in(*given) for given in runtimes], stand_in("eager", fp32, FP32)
+        monkeypatch.setattr(evaluation, "_eager_after_a_batch", lambda task: (built[0], MODEL))
+        monkeypatch.setattr(evaluation, "_executables", lambda task, eager: (built, [baseline], {}))
+        for name, size in (("v", 1_000_000), ("fp32", 4_000_000)):
+            layout.model("study", name).parent.mkdir(parents=True, exist_ok=True)
+            layout.model("study", name).write_bytes(bytes(size))
+        monkeypatch.setattr(evaluation, "_layer_sqnr", lambda task, test: {})
+        measure: Any = SimpleNamespace(seconds=0.01, runtimes=[])
+        task = Task("study", SimpleNamespace(seed=0), "v", measure, CPU)  # type: ignore[arg-type]
+        vars(task)["preprocessing"] = Preprocessing(image_size=8, mean=(0, 0, 0), std=(1, 1, 1))
+        pixels = torch.arange(10, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
+        split = Split(torch.from_numpy(LABELS), tuple("abcdefg"), 8, pixels)
+        metrics, details, _ = evaluation.evaluate(task, split, REFERENCE)
+        return metrics, details
+
+    return evaluate
+
+
+def test_accuracy_and_latency_are_of_one_executable(evaluated: Evaluated) -> None:
+    metrics, details = evaluated(("eager", 3, FP32), ("openvino", 2, WORSE))
+    assert details["runtime"] == "openvino"
+    assert (metrics["latency_ms_b1"], metrics["latency_ms_b16"]) == (pytest.approx(2), pytest.approx(32))
+    assert (metrics["top1"], metrics["top5"], metrics["agreement"]) == (50, 70, 70)
+    assert metrics["top1_drop"] == pytest.approx(30)
+    assert metrics["speedup_b1"] == metrics["speedup_b16"] == pytest.approx(2)
+    assert details["agreement_with_eager"] == {"eager": 100, "openvino": 70}
+    assert {timing["executable"] for timing in details["timings"]} == {"v eager", "v openvino", "fp32 eager"}
+    assert (metrics["kernel_real"], metrics["size_mb"], metrics["compression"]) == (1, 1, 4)
+
+
+def test_what_is_simulated_is_chosen_last_and_reported_without_a_speed_up(evaluated: Evaluated) -> None:
+    metrics, details = evaluated(("eager", 3, FP32), ("openvino", 2, WORSE, False))
+    assert details["runtime"] == "eager" and metrics["top1_drop"] == 0
+    metrics, details = evaluated(("eager", 3, FP32, False), ("openvino", 2, WORSE, False))
+    assert details["runtime"] == "openvino" and metrics["kernel_real"] == 0
+    assert metrics["speedup_b1"] is None and metrics["speedup_b16"] is None
+    assert details["kernel"]["real"] == 1 and details["kernel"]["total"] == 2
+
+
+@pytest.mark.parametrize("real", [True, False])
+@pytest.mark.parametrize("runtime", ["eager", "inductor", "onnxruntime", "openvino"])
+def test_bit_operations_are_the_schemes_on_every_runtime(runtime: str, real: bool, evaluated: Evaluated) -> None:
+    metrics, details = evaluated(("eager", 9, FP32, real), (runtime, 1, FP32, real))
+    assert details["runtime"] == runtime
+    assert metrics["tbops"] == 8 * 8 + 2 * 4 * 32
+    assert [(row["weight"], row["activation"]) for row in details["layers"]] == [(8, 8), (4, 32)]
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "no-kernels"])
+@pytest.mark.parametrize("runtime", ["eager", "inductor"])
+@pytest.mark.parametrize(
+    ("method", "bits"),
+    [
+        ("int8-static", (8, 8)),
+        ("7-bit-dynamic", (7, 8)),
+        ("int4-static", (4, 8)),
+        ("int8-weight-only", (8, 32)),
+        ("int4-weight-only", (4, 32)),
+        ("bf16", (16, 16)),
+    ],
+)
+def test_bits_are_the_schemes_whatever_kernels_there_are(
+    method: str, bits: tuple[int, int], runtime: str, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("int8_kernels_available", "runs_in_int8", "has_kernel", "arithmetic_is_native"):
+        monkeypatch.setattr(executables, name, lambda *_: kernels)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    made = METHODS[method](network, torch.randn(2, 3, 8, 8))
+    assert layer_bits(made) == {"0": bits, "3": bits}
+    macs = 144 * 27 + 144 * 5
+    assert tera_bit_operations(count_macs(network, 8)[1], layer_bits(made)) == pytest.approx(
+        macs * bits[0] * bits[1] / 1e12
+    )
+    if not kernels:
+        assert not any(real_layers(made, runtime, CPU).values())
+
+
+def test_layers_beside_quantized_ones_have_the_networks_float_type() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    assert layer_bits(network) == {"0": (32, 32), "3": (32, 32)}
+    assert layer_bits(METHODS["mixed"](network, torch.randn(2, 3, 8, 8))) == {"0": (16, 16), "3": (4, 16)}

@@ -1,0 +1,19 @@
+"""DVC, with code.yaml up to date: `python -m tools.dvc status` is `dvc status` that knows what the code does now.
+
+`make setup` has the virtual environment's `dvc` run this. `python -m dvc` is DVC itself.
+"""
+
+import sys
+from pathlib import Path
+
+from dvc.cli import main
+
+from tools.code import CODE_FILE, refresh
+
+if __name__ == "__main__":
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / CODE_FILE).is_file() and (folder / "dvc.yaml").is_file():
+            refresh(folder)
+            break
+    sys.exit(main(sys.argv[1:]))
