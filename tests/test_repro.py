@@ -111,7 +111,7 @@ def test_a_change_without_effect_is_no_change(first: set[str], run: Run, copy: P
         module.write_text(text)
 
 
-@pytest.mark.parametrize("name", ["methods/gptq.py", "data/sampling.py", "report/heatmap.py", "report/page/main.js"])
+@pytest.mark.parametrize("name", ["methods/gptq.py", "report/heatmap.py", "report/page/main.js"])
 def test_a_changed_line_makes_just_the_stages_stale_that_run_it(
     first: set[str], run: Run, copy: Path, name: str
 ) -> None:

@@ -27,7 +27,7 @@ from quantstudy.quantization.variant import load_variant, save_variant
 from quantstudy.runtimes.executables import build_executable
 from quantstudy.runtimes.kernels import int8_kernels_available
 from quantstudy.runtimes.onnx_graph import network_graph
-from quantstudy.runtimes.onnx_model import to_onnx
+from quantstudy.runtimes.onnx_tuning import exported_model
 from quantstudy.runtimes.sessions import open_session, why_missing
 from stages import calibrate, download, evaluate, finetune, ptq, trace
 from tests.conftest import Project
@@ -173,7 +173,7 @@ def test_opened_attention_exports(settings: Any) -> None:
     images = torch.randn(8, 3, 48, 48)
     calibration = Calibration(model, [images], bins=64)
     variant = quantize(model, calibration, settings)
-    exported = to_onnx(variant, network_graph(name, 10, 48))
+    exported = exported_model(variant, network_graph(name, 10, 48), "onnxruntime")
     found, wanted = open_session(exported, "onnxruntime", 1).run(images), variant(images)
     assert (found - wanted).norm() < 0.03 * wanted.norm()
 

@@ -12,7 +12,6 @@ from quantstudy import layout
 from quantstudy.report.results import METRIC_KEYS
 from quantstudy.runtimes.sessions import why_missing
 from stages import (
-    budget,
     calibrate,
     diagnose,
     download,
@@ -60,7 +59,7 @@ def test_the_whole_study(trained: Project) -> None:
     for method in PTQ:
         ptq.main(["--study", "tiny", "--method", method])
     sensitivity.main(["--study", "tiny"])
-    budget.main(["--study", "tiny", "--method", "mixed_budget"])
+    ptq.main(["--study", "tiny", "--method", "mixed_budget"])
     for method in QAT:
         qat.main(["--study", "tiny", "--method", method])
     records = {}
@@ -146,8 +145,6 @@ def test_mistakes_are_one_line(project: Project) -> None:
     assert "method: 'int8_statc' is unknown" in project.failure(ptq.main, "--method", "int8_statc")
     assert "method: 'qat_int8' is unknown" in project.failure(ptq.main, "--method", "qat_int8")
     assert "method: 'fp16' is unknown" in project.failure(qat.main, "--method", "fp16")
-    assert "method: 'int8_static' is unknown" in project.failure(budget.main, "--method", "int8_static")
-    assert "method: 'mixed_budget' is unknown" in project.failure(ptq.main, "--method", "mixed_budget")
     assert "variant: 'int9' is unknown" in project.failure(evaluate.main, "--variant", "int9")
     assert "variant: 'int9' is unknown" in project.failure(export.main, "--variant", "int9")
     assert "models/tiny/fp32.pth: no such file" in project.failure(export.main, "--variant", "fp32")
@@ -162,15 +159,15 @@ def calibrate_without_model(argv: list[str]) -> None:
 
 def test_a_budget_that_cannot_be_kept_is_one_line(trained: Project) -> None:
     trained.edit("methods.mixed_budget.mean_bits", 2.0)
-    assert "reports/tiny/sensitivity.json: no such file" in trained.failure(budget.main, "--method", "mixed_budget")
+    assert "reports/tiny/sensitivity.json: no such file" in trained.failure(ptq.main, "--method", "mixed_budget")
     sensitivity.main(["--study", "tiny"])
-    line = trained.failure(budget.main, "--method", "mixed_budget")
+    line = trained.failure(ptq.main, "--method", "mixed_budget")
     found = re.search(r"methods.mixed_budget.mean_bits: 2 is too small; the smallest possible is ([\d.]+)$", line)
     assert found
     trained.edit("methods.mixed_budget.mean_bits", float(found[1]))
-    budget.main(["--study", "tiny", "--method", "mixed_budget"])
+    ptq.main(["--study", "tiny", "--method", "mixed_budget"])
     trained.edit("budget.studies", [])
-    assert "budget.studies: tiny is missing" in trained.failure(budget.main, "--method", "mixed_budget")
+    assert "budget.studies: tiny is missing" in trained.failure(ptq.main, "--method", "mixed_budget")
 
 
 def test_a_corrupt_model_is_one_line(trained: Project) -> None:

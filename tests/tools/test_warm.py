@@ -10,6 +10,8 @@ import pytest
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow  # each imports PyTorch anew
+
 STAGE = """
 import os, signal, sys
 print("torch" in sys.modules, sys.argv[1:], os.getcwd(), os.environ.get("COLOUR"), __name__)

@@ -47,7 +47,7 @@ def test_momentum_adds_up_as_the_setting_says() -> None:
     for _ in range(2):
         weight.grad = torch.ones(1, 1)
         optimizer.step()
-    assert float(weight) == pytest.approx(-RATE * (1 + 1.5))
+    assert weight.item() == pytest.approx(-RATE * (1 + 1.5))
 
 
 @pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
