@@ -45,7 +45,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, settings: P.Training, steps_
     """Return the learning rate by step: constant, cosine to zero, or one cycle (Smith 2018) with a 30 % warm-up."""
     steps = settings.epochs * steps_per_epoch
     if settings.schedule == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * steps)
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     if settings.schedule == "one_cycle":
         return torch.optim.lr_scheduler.OneCycleLR(
             optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps + 1, cycle_momentum=False
