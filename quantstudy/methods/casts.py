@@ -28,7 +28,7 @@ class TrainedCastRecipe(TrainedRecipe[P.QatCast]):
 
     def prepare(self, model: nn.Module, calibration: Calibration, row: P.QatCast) -> Variant:
         """Return a copy of the fp32 network."""
-        return Variant(copy.deepcopy(model))
+        return Variant(copy.deepcopy(model).requires_grad_(True))
 
     def finish(self, variant: Variant, model: nn.Module, row: P.QatCast) -> Variant:
         """Return the cast network."""

@@ -32,6 +32,8 @@ from quantstudy.runtimes.sessions import open_session, why_missing
 from stages import calibrate, download, evaluate, finetune, ptq, trace
 from tests.conftest import Project
 
+pytestmark = pytest.mark.slow
+
 PREPROCESSING = P.Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 INT8 = P.Static(kind="static", weight_bits=8, activation_bits=8)
 INT8_DYNAMIC = P.Dynamic(kind="dynamic", weight_bits=8, activation_bits=8)

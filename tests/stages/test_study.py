@@ -29,6 +29,8 @@ from stages import (
 )
 from tests.conftest import Project
 
+pytestmark = pytest.mark.slow
+
 PTQ = ["fp16", "int8_dynamic", "int8_static", "int4_weight_only", "mixed_variance", "clip_int4_p99"]
 LEARNED = {
     "qat_steps": {"kind": "qat_lsq", "weight_bits": 6, "distillation": 1.0, "epochs": 1},
@@ -184,5 +186,5 @@ def test_a_full_disk_leaves_nothing_behind(trained: Project, monkeypatch: pytest
     monkeypatch.setattr(torch, "save", full)
     before = trained.files()
     line = trained.failure(ptq.main, "--method", "int8_static")
-    assert line.startswith("error: the disk is full while writing models/tiny/ptq/int8_static.pth")
+    assert line.startswith("error: the disk is full while writing models/tiny/int8_static.pth")
     assert trained.files() == before

@@ -14,6 +14,8 @@ from quantstudy.params import Preprocessing
 from stages import download
 from tests.conftest import ROOT, Project
 
+pytestmark = pytest.mark.slow
+
 PREPROCESSING = Preprocessing(image_size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
