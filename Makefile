@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 # pip compiles with one core; without bytecode each of a hundred stages would compile what it imports anew.
 COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 # The dvc of the virtual environment first writes code.yaml anew, so that it knows which stages run other code.
-DVC := printf '%s\n' '\#!$(CURDIR)/$(BIN)/python' 'import runpy, sys; sys.path[0] = "$(CURDIR)"; runpy.run_module("tools.dvc", run_name="__main__")' > $(BIN)/dvc
+DVC := printf '%s\n' '\#!/bin/sh' 'exec "$$(dirname "$$(readlink -f "$$0")")/python" -m tools.dvc "$$@"' > $(BIN)/dvc
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 # Large pages for large tensors: VGG-11 trains a fifth faster, where the system allows it.

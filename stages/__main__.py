@@ -1,7 +1,7 @@
 """`python -m stages ptq --study ...` runs `stages/ptq.py`, in a warm process where there is one.
 
-DVC runs stages this way. One whose code is not what code.yaml says is refused then: DVC would write down that it ran
-other code than it did.
+DVC runs stages this way. One whose code is not what code.yaml says is refused then, and one whose code changed while it
+ran fails: DVC would write down that it ran other code than it did.
 """
 
 import json
@@ -29,23 +29,34 @@ def ask(arguments: list[str]) -> int | None:
         return answer[0] if answer else 1
 
 
-def check_code(stage: str) -> None:
-    """Exit with one line when code.yaml has another digest of a stage's code than the code gives."""
+def code_digest(stage: str) -> str:
+    """Return the digest of the code that a stage runs."""
     from quantstudy.network.source_code import scripts_sha256
 
-    script, listed = Path("stages") / f"{stage}.py", Path("code.yaml")
-    digest = scripts_sha256([script], Path())[script]
-    if not listed.is_file() or f"{stage}: {digest}" not in listed.read_text(encoding="utf-8").splitlines():
-        sys.exit(f"error: code.yaml: {stage} is not of this code; use .venv/bin/dvc, or run `python -m tools.code`")
+    script = Path("stages") / f"{stage}.py"
+    return scripts_sha256([script], Path())[script]
+
+
+def run(name: str, arguments: list[str]) -> None:
+    """Run a stage, in a warm process where there is one; leave with its exit status where that is not 0."""
+    if status := ask([name, *arguments]):
+        sys.exit(status)
+    if status is None:
+        sys.argv = [f"stages/{name}.py", *arguments]
+        runpy.run_module(f"stages.{name}", run_name="__main__", alter_sys=True)
+
+
+def run_checked(name: str, arguments: list[str]) -> None:
+    """Run a stage; exit with one line when its code is not the one of code.yaml, before and after."""
+    digest, listed = code_digest(name), Path("code.yaml")
+    if not listed.is_file() or f"{name}: {digest}" not in listed.read_text(encoding="utf-8").splitlines():
+        sys.exit(f"error: code.yaml: {name} is not of this code; use .venv/bin/dvc, or run `python -m tools.code`")
+    run(name, arguments)
+    if code_digest(name) != digest:
+        sys.exit(f"error: the code of {name} changed while it ran; run it again")
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in STAGES:
         sys.exit(f"usage: python -m stages STAGE ...; STAGE is one of {', '.join(STAGES)}")
-    if (status := ask(sys.argv[1:])) is not None:
-        sys.exit(status)
-    name = sys.argv.pop(1)
-    if "DVC_STAGE" in os.environ:
-        check_code(name)
-    sys.argv[0] = f"stages/{name}.py"
-    runpy.run_module(f"stages.{name}", run_name="__main__", alter_sys=True)
+    (run_checked if "DVC_STAGE" in os.environ else run)(sys.argv[1], sys.argv[2:])

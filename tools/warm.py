@@ -44,7 +44,7 @@ def main(command: Sequence[str]) -> int:
         listener.bind(path)
         listener.listen()
         process = subprocess.Popen(command, env=os.environ | {VARIABLE: path}, process_group=0)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda number, _: _pass_on(process.pid, number))
         for name in PRELOAD:
             importlib.import_module(name)
@@ -62,6 +62,7 @@ def main(command: Sequence[str]) -> int:
 def _pass_on(group: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
+        os.killpg(group, signal.SIGCONT)  # a group that the terminal has stopped would never see it
 
 
 def _exit_status(code: int) -> int:
