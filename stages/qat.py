@@ -9,7 +9,7 @@ from quantstudy.errors import run_stage
 from quantstudy.files import sha256, write_json
 from quantstudy.machine.device import describe, set_up
 from quantstudy.methods.calibration import load_calibration
-from quantstudy.methods.recipes import method_row, trained_recipe_of
+from quantstudy.methods.recipes import method_row, naming, trained_recipe_of
 from quantstudy.network.checkpoint import load_checkpoint
 from quantstudy.network.fp32 import load_fp32, load_preprocessing
 from quantstudy.params import load_params
@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     fp32, recipe = layout.model(name, "fp32"), trained_recipe_of(row)
     model, preprocessing = load_fp32(fp32, fold=not recipe.keeps_batchnorm), load_preprocessing(fp32)
-    variant = recipe.prepare(model, load_calibration(name, study, model, preprocessing), row)
+    with naming(row, f"methods.{method}"):
+        variant = recipe.prepare(model, load_calibration(name, study, model, preprocessing), row)
     variant.to(device)
 
     settings = row.training(study.qat, method)
@@ -68,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts = training.summary(state, batches, validation) | {"arithmetic": describe(device, run.dtype)}
     write_json(layout.training_summary(name, method), facts)
     print(f"best epoch {state.best_epoch}: validation top-1 {state.best_score[0]:.2f} %")
+    for technique, layers in skipped.items():
+        print(f"{technique} left {len(layers)} layers: {', '.join(layers)}")
 
 
 if __name__ == "__main__":

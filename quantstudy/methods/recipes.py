@@ -1,5 +1,7 @@
 """Every recipe, by the row of its method. The imports register them."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -44,9 +46,18 @@ def quantize(model: nn.Module, calibration: Calibration, row: P.MethodRow, key: 
     Raises:
         UserError: the method cannot be applied to this network.
     """
-    try:
+    with naming(row, key):
         return recipe_of(row).quantize(model, calibration, row)
+
+
+@contextlib.contextmanager
+def naming(row: P.MethodRow, key: str) -> Iterator[None]:
+    """Put `key`, where a row lies in the params, before the keys of the row that an error inside names."""
+    try:
+        yield
     except UserError as error:
-        if str(error).partition(":")[0] in type(row).model_fields:
-            raise UserError(f"{key}.{error}") from None
-        raise
+        keys, colon, rest = str(error).partition(":")
+        names = keys.split(" and ")
+        if not set(names) <= type(row).model_fields.keys():
+            raise
+        raise UserError(" and ".join(f"{key}.{name}" for name in names) + colon + rest) from None

@@ -20,7 +20,7 @@ class JointRecipe(TrainedRecipe[P.QatJoint]):
         """Return the post-training result, ready to learn."""
         variant = StaticRecipe().quantize(model, calibration, row)
         if kept := make_trainable(variant.network):
-            variant.skipped["joint fine-tuning"] = kept
+            variant.skipped["finetune"] = kept
         return variant
 
     def finish(self, variant: Variant, model: nn.Module, row: P.QatJoint) -> Variant:

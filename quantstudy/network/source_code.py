@@ -109,6 +109,9 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value if not _is_docstring(item)]
     if not isinstance(value, ast.AST):
         return value
+    if isinstance(value, ast.JoinedStr):  # Python 3.12.1 parses empty parts into format specifications
+        parts = [part for part in value.values if getattr(part, "value", None) != ""]
+        return ["JoinedStr", _plain(parts)]
     fields = [(name, field) for name, field in ast.iter_fields(value) if field is not None and field != []]
     return [type(value).__name__, *(part for name, field in fields for part in (name, _plain(field)))]
 
