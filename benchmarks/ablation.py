@@ -12,6 +12,8 @@ extended; delete the file to begin anew.
 
 import argparse
 import csv
+import functools
+import operator
 import statistics
 import tempfile
 import time
@@ -83,9 +85,8 @@ class Subject:
         """Draw calibration images from what the fp32 model was trained on, never from the validation part."""
         kept, _ = validation_indices(self.train.labels, 0.1, self.seed)
         order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))
-        return Calibration(
-            self.fp32, images_of(self.train.subset(kept[order[: self.images]]), self.preprocessing, BATCH)
-        )
+        drawn = self.train.subset(kept[order[: self.images]])
+        return Calibration(self.fp32, images_of(drawn, self.preprocessing, BATCH))
 
     def correct(self, model: nn.Module) -> np.ndarray:
         """Return, for each test image, whether the model predicts its label."""
@@ -112,10 +113,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     file = layout.report(arguments.study) / "ablation.json"
     rows: list[Row] = read_json(file) if file.is_file() else []
     for scheme in arguments.schemes:
-        steps = [step for step in _steps(scheme) if step not in arguments.without]
+        known = P.METHOD_ROWS[SCHEMES[scheme]["kind"]].model_fields  # without quantized activations they need no range
+        possible = [step for step, keys in STEPS.items() if keys.keys() <= known.keys()]
+        steps = [step for step in possible if step not in arguments.without]
         for number in range(1, len(steps) + 1):
-            seeds = arguments.seeds if number == len(steps) else 1
-            _add(rows, subject, scheme, steps[:number], seeds)
+            _add(rows, subject, scheme, steps[:number], arguments.seeds if number == len(steps) else 1)
             _write(rows, subject, file)
     for variant, scheme in TRAINED.items():
         if layout.model(arguments.study, variant).is_file():
@@ -124,9 +126,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _add(rows: list[Row], subject: Subject, scheme: str, steps: list[str], seeds: int) -> None:
-    settings = _settings(scheme, steps)
     if any(row["scheme"] == scheme and row["techniques"] == steps and row["seeds"] >= seeds for row in rows):
         return
+    row = functools.reduce(operator.or_, (STEPS[step] for step in steps), SCHEMES[scheme])
+    settings: P.MethodRow = TypeAdapter(P.Method).validate_python(row)
     correct, seconds = [], []
     for seed in range(seeds):
         calibration = subject.calibration(seed)
@@ -137,28 +140,13 @@ def _add(rows: list[Row], subject: Subject, scheme: str, steps: list[str], seeds
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "variant.pth"
         save_variant(path, variant, load_checkpoint(layout.model(subject.name, "fp32")), scheme)
-        size = path.stat().st_size / 1e6
-    facts = {
-        "images": subject.images,
-        "mean_bits": stored(variant)["weight_bits"],
-        "size_mb": size,
-        "seconds": statistics.mean(seconds),
-    }
+        facts = _facts(subject.images, variant, path, statistics.mean(seconds))
     _put(rows, subject, {"scheme": scheme, "techniques": steps, "post_training": True}, correct, facts)
 
 
-def _steps(scheme: str) -> list[str]:
-    """Return the techniques that a scheme can have: without quantized activations they need no range."""
-    known = P.METHOD_ROWS[SCHEMES[scheme]["kind"]].model_fields
-    return [step for step, keys in STEPS.items() if keys.keys() <= known.keys()]
-
-
-def _settings(scheme: str, steps: list[str]) -> Any:
-    """Return the method's row of a scheme with some techniques."""
-    row = dict(SCHEMES[scheme])
-    for step in steps:
-        row |= STEPS[step]
-    return TypeAdapter(P.Method).validate_python(row)
+def _facts(images: int, variant: nn.Module, path: Path, seconds: float) -> dict[str, Any]:
+    mean_bits, size = stored(variant)["weight_bits"], path.stat().st_size / 1e6
+    return {"images": images, "mean_bits": mean_bits, "size_mb": size, "seconds": seconds}
 
 
 def _add_trained(rows: list[Row], subject: Subject, scheme: str, variant: str) -> None:
@@ -167,19 +155,9 @@ def _add_trained(rows: list[Row], subject: Subject, scheme: str, variant: str) -
     images = read_json(layout.training_summary(subject.name, variant))["train_images"]
     with curve.open(encoding="utf-8") as file:
         rates = [float(row["images_per_second"]) for row in csv.DictReader(file) if row["images_per_second"]]
-    facts = {
-        "images": images,
-        "mean_bits": stored(model)["weight_bits"],
-        "size_mb": path.stat().st_size / 1e6,
-        "seconds": sum(images / rate for rate in rates),
-    }
-    _put(
-        rows,
-        subject,
-        {"scheme": scheme, "techniques": [variant], "post_training": False},
-        [subject.correct(model)],
-        facts,
-    )
+    facts = _facts(images, model, path, sum(images / rate for rate in rates))
+    name = {"scheme": scheme, "techniques": [variant], "post_training": False}
+    _put(rows, subject, name, [subject.correct(model)], facts)
 
 
 def _put(
@@ -203,11 +181,7 @@ def _put(
         "p_above": None if above is None else mcnemar_exact_p(above, correct[0]),
         **more,
     }
-    same = [(old["scheme"], old["techniques"]) == (row["scheme"], row["techniques"]) for old in rows]
-    if any(same):
-        rows[same.index(True)] = row
-    else:
-        rows.append(row)
+    rows[:] = [old for old in rows if (old["scheme"], *old["techniques"]) != name] + [row]
     print(f"{row['scheme']} {row['techniques']}: drop {row['top1_drop']:+.2f}, {row['seconds']:.0f} s", flush=True)
 
 

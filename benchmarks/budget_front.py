@@ -83,11 +83,6 @@ class Front:
         order = sorted(self.layers, key=lambda name: float(self.layers[name].weight.var()))
         return self.uniform(HALF) | dict.fromkeys(order[:count], INT4)
 
-    def by_variance_at(self, size: float) -> Allocation:
-        """Return the choice of `by_variance`, not all layers, whose size is nearest."""
-        choices = [self.by_variance(count) for count in range(1, len(self.layers))]
-        return min(choices, key=lambda bits: abs(self.mean_bits(bits) - size))
-
     def linear(self, width: int) -> Allocation:
         """Return the linear layers at one width, the rest at 16 bits."""
         return {name: width if isinstance(layer, nn.Linear) else HALF for name, layer in self.layers.items()}
@@ -133,9 +128,10 @@ def compare(front: Front, size: float, label: str) -> Row:
     """Return mixed_budget at a size beside uniform W4 and both rules at the size nearest to it."""
     labels = front.test.labels.numpy()
     own, logits = front.measure("mixed_budget", label, front.budget(size))
+    by_variance = [front.by_variance(count) for count in range(1, len(front.layers))]
     others = (
         ("uniform", "W4", front.uniform(INT4)),
-        ("mixed_variance", "nearest size", front.by_variance_at(size)),
+        ("mixed_variance", "nearest size", min(by_variance, key=lambda bits: abs(front.mean_bits(bits) - size))),
         ("mixed_linear", "W4", front.linear(INT4)),
     )
     rows = []

@@ -28,10 +28,11 @@ from quantstudy.machine.hardware import describe_machine
 from quantstudy.measure.latency import time_alternately
 from quantstudy.network.architectures import build
 from quantstudy.network.folding import fold_batchnorm
-from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
-from quantstudy.quantization.observers import quantizable_layers
+from quantstudy.quantization.layers import LayerScheme, put_layers, quantize_layers, quantized_layers
+from quantstudy.quantization.observers import quantizable_layers, run_watched
 from quantstudy.quantization.saturation import limit_of
 from quantstudy.quantization.schemes import ActivationScheme, Mode, WeightScheme
+from quantstudy.runtimes.executables import build_executable
 from quantstudy.runtimes.lowering import lower_int8, make_kernel
 from quantstudy.runtimes.onnx_graph import network_graph
 from quantstudy.runtimes.onnx_tuning import exported_model
@@ -78,13 +79,9 @@ def random_model(architecture: str, pixels: int) -> nn.Module:
 
 def quantized(model: nn.Module, mode: Mode, x: Tensor) -> nn.Module:
     """Return a copy with every layer quantized to int8 weights and activations, frozen."""
-    model, ranges = copy.deepcopy(model), {}
-    for name, layer in quantizable_layers(model).items():
-        layer.register_forward_pre_hook(
-            lambda _, inputs, name=name: ranges.update({name: (inputs[0].min().item(), inputs[0].max().item())})
-        )
-    model(x)
+    model, ranges = copy.deepcopy(model), dict[str, tuple[float, float]]()
     activation, layers = ActivationScheme(mode, 8), quantizable_layers(model)
+    run_watched(model, layers, [x], lambda name, y: ranges.update({name: (y.min().item(), y.max().item())}))
     schemes = {name: LayerScheme(WeightScheme(8, limit=limit_of(layers[name])), activation) for name in ranges}
     for name, layer in quantize_layers(model, schemes).items():
         layer.activation.scale, layer.activation.zero_point = activation.choose_qparams(*ranges[name])
@@ -93,22 +90,16 @@ def quantized(model: nn.Module, mode: Mode, x: Tensor) -> nn.Module:
 
 
 def layer_by_layer(model: nn.Module) -> nn.Module:
-    """Put an int8 kernel in the place of every quantized layer and change nothing else."""
-    for name, layer in quantized_layers(model).items():
-        model.set_submodule(name, make_kernel(layer))
+    """Return a copy with an int8 kernel in the place of every quantized layer."""
+    model = copy.deepcopy(model)
+    put_layers(model, {name: make_kernel(layer) for name, layer in quantized_layers(model).items()})
     return model
 
 
 def compiled(model: nn.Module) -> Runtime:
-    """Compile with frozen weights and the int8 patterns of x86."""
-    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
-    from torch._inductor import config
-
-    config.freezing = True
+    """Compile a copy with frozen weights and the int8 patterns of x86."""
     torch._dynamo.reset()
-    for layer in quantized_layers(model).values():
-        layer.prepare_to_trace()
-    return torch.compile(model, dynamic=False)
+    return build_executable(copy.deepcopy(model), "inductor", torch.device("cpu")).run
 
 
 def exported(model: nn.Module, graph: onnx.ModelProto, runtime: str) -> Runtime:
@@ -121,8 +112,8 @@ def compare(model: nn.Module, graph: onnx.ModelProto, x: Tensor, seconds: float,
     static, dynamic = quantized(model, "static", x), quantized(model, "dynamic", x)
     builders: dict[str, Callable[[], Runtime]] = {
         "fp32 eager": lambda: model,
-        "int8 static, layer by layer": lambda: layer_by_layer(copy.deepcopy(static)),
-        "int8 dynamic, layer by layer": lambda: layer_by_layer(copy.deepcopy(dynamic)),
+        "int8 static, layer by layer": lambda: layer_by_layer(static),
+        "int8 dynamic, layer by layer": lambda: layer_by_layer(dynamic),
         "int8 static, lowered": lambda: lower_int8(static),
         "int8 dynamic, lowered": lambda: lower_int8(dynamic),
     }
@@ -131,8 +122,8 @@ def compare(model: nn.Module, graph: onnx.ModelProto, x: Tensor, seconds: float,
             builders[f"fp32 {runtime}"] = functools.partial(exported, model, graph, runtime)
             builders[f"int8 static, {name}"] = functools.partial(exported, static, graph, runtime)
     if inductor:
-        builders["fp32 inductor"] = lambda: compiled(copy.deepcopy(model))
-        builders["int8 static, inductor"] = lambda: compiled(copy.deepcopy(static))
+        builders["fp32 inductor"] = lambda: compiled(model)
+        builders["int8 static, inductor"] = lambda: compiled(static)
     runtimes, prepared = {}, {}
     for name, make in builders.items():
         start = time.perf_counter()
@@ -142,9 +133,8 @@ def compare(model: nn.Module, graph: onnx.ModelProto, x: Tensor, seconds: float,
         prepared[name] = time.perf_counter() - start
     timings = time_alternately(runtimes, seconds)
     bases = {name: timing.median_ms for name, timing in timings.items() if name.startswith("fp32 ")}
-    print(
-        f"{'runtime':30}{'ms (quartiles)':>28}", *(f"{f'over {base}':>22}" for base in bases), f"{'prepared in s':>15}"
-    )
+    over = (f"{f'over {base}':>22}" for base in bases)
+    print(f"{'runtime':30}{'ms (quartiles)':>28}", *over, f"{'prepared in s':>15}")
     for name, timing in timings.items():
         spread = f"{timing.median_ms:.2f} ({timing.lower_quartile_ms:.2f} to {timing.upper_quartile_ms:.2f})"
         ratios = (f"{base / timing.median_ms:22.2f}" for base in bases.values())

@@ -23,14 +23,14 @@ from quantstudy.machine.hardware import int8_sums_saturate
 from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.recipes import quantize
 from quantstudy.network.checkpoint import load_checkpoint
-from quantstudy.params import Params
+from quantstudy.params import Params, Preprocessing
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.variant import load_variant, save_variant
 from quantstudy.runtimes.executables import build_executable
 from quantstudy.runtimes.onnx_graph import INPUT, load_graph
 from quantstudy.runtimes.onnx_model import save_onnx, to_onnx
 from quantstudy.runtimes.onnx_tuning import exported_model
-from quantstudy.runtimes.sessions import OpenVino, open_session
+from quantstudy.runtimes.sessions import PACKAGES, OpenVino, open_session
 
 BATCH_SIZES = (1, 16)
 CPU = torch.device("cpu")
@@ -70,6 +70,7 @@ class Subject:
     name: str
     params: Params
     fp32: nn.Module
+    preprocessing: Preprocessing
     calibration: list[Tensor]
     test: Split
     folder: Path
@@ -90,9 +91,9 @@ class Subject:
 
 def quantstudy(subject: Subject) -> Iterator[Candidate]:
     """This project: fp32 as the yardstick, then its methods."""
-    size = layout.model(subject.name, "fp32").stat().st_size / 1e6
-    proto = onnx.load(subject.onnx_path)
-    for runtime in ("onnxruntime", "openvino"):
+    source, graph = layout.model(subject.name, "fp32"), load_graph(layout.graph(subject.name))
+    size, proto = source.stat().st_size / 1e6, onnx.load(subject.onnx_path)
+    for runtime in PACKAGES:
         yield Candidate("quantstudy", "fp32", runtime, open_session(proto, runtime, subject.threads).run, size, 0.0)
     for method in subject.methods:
         settings = subject.params.method(method)
@@ -100,11 +101,9 @@ def quantstudy(subject: Subject) -> Iterator[Candidate]:
         variant = quantize(subject.fp32, Calibration(subject.fp32, subject.calibration), settings)
         taken = time.perf_counter() - started
         path = subject.folder / f"{method}.pth"
-        facts = load_checkpoint(layout.model(subject.name, "fp32"))
-        save_variant(path, variant, facts, method)
-        size = path.stat().st_size / 1e6
-        graph, exported = load_graph(layout.graph(subject.name)), subject.folder / f"{method}.onnx"
-        for runtime in ("onnxruntime", "openvino"):
+        save_variant(path, variant, load_checkpoint(source), method)
+        size, exported = path.stat().st_size / 1e6, path.with_suffix(".onnx")
+        for runtime in PACKAGES:
             proto = exported_model(variant, graph, runtime)
             save_onnx(exported, proto)
             run = open_session(proto, runtime, subject.threads).run
@@ -125,17 +124,15 @@ def nncf(subject: Subject) -> Iterator[Candidate]:
     from nncf import AdvancedQuantizationParameters, Dataset, OverflowFix, QuantizationPreset, quantize
 
     images = [image[None].numpy() for batch in subject.calibration for image in batch.contiguous()]
-    by_default, everywhere = (
-        AdvancedQuantizationParameters(overflow_fix=fix) for fix in (OverflowFix.FIRST_LAYER, OverflowFix.ENABLE)
-    )
-    choices = [
-        ("int8 performance", QuantizationPreset.PERFORMANCE, by_default),
-        ("int8 mixed", QuantizationPreset.MIXED, by_default),
-    ]
+    mixed, first = QuantizationPreset.MIXED, OverflowFix.FIRST_LAYER
+    choices = [("int8 performance", QuantizationPreset.PERFORMANCE, first), ("int8 mixed", mixed, first)]
     if int8_sums_saturate():
-        choices.append(("int8 mixed, overflow fix", QuantizationPreset.MIXED, everywhere))
-    for name, preset, advanced in choices:
-        source = openvino.Core().read_model(subject.onnx_path)
+        choices.append(("int8 mixed, overflow fix", mixed, OverflowFix.ENABLE))
+    for name, preset, fix in choices:
+        source, advanced = (
+            openvino.Core().read_model(subject.onnx_path),
+            AdvancedQuantizationParameters(overflow_fix=fix),
+        )
         started = time.perf_counter()
         model = quantize(source, Dataset(images), preset=preset, subset_size=len(images), advanced_parameters=advanced)
         taken = time.perf_counter() - started
@@ -164,10 +161,10 @@ def onnxruntime(subject: Subject) -> Iterator[Candidate]:
         choices["quantize_static, reduce_range"] = {"weight_type": QuantType.QInt8, "reduce_range": True}
         choices["quantize_static, U8U8"] = {"weight_type": QuantType.QUInt8}
     for name, types in choices.items():
-        types |= {"activation_type": QuantType.QUInt8, "quant_format": QuantFormat.QDQ}
+        types |= {"activation_type": QuantType.QUInt8, "quant_format": QuantFormat.QDQ, "per_channel": True}
         started = time.perf_counter()
         quant_pre_process(str(subject.onnx_path), str(prepared))
-        quantize(str(prepared), str(path), Reader(), per_channel=True, **types)
+        quantize(str(prepared), str(path), Reader(), **types)
         taken = time.perf_counter() - started
         run = open_session(onnx.load(path), "onnxruntime", subject.threads).run
         yield Candidate("onnxruntime", name, "onnxruntime", run, path.stat().st_size / 1e6, taken)
@@ -191,8 +188,7 @@ def pt2e(subject: Subject) -> Iterator[Candidate]:
         for images in subject.calibration:
             prepared(images)
         converted = convert_pt2e(prepared)
-        nodes = sum("quantize_per" in str(node.target) for node in converted.graph.nodes)
-        if not nodes:
+        if not any("quantize_per" in str(node.target) for node in converted.graph.nodes):
             raise RuntimeError("PT2E inserted no quantize or dequantize operators")
         taken = time.perf_counter() - started
         size = _size_mb(converted, subject.folder / "pt2e.pth")
@@ -226,19 +222,10 @@ def brevitas(subject: Subject) -> Iterator[Candidate]:
     source = copy.deepcopy(subject.fp32).to(memory_format=torch.contiguous_format)
     started = time.perf_counter()
     prepared = preprocess_for_quantize(source, equalize_iters=20, equalize_merge_bias=True, merge_bn=False)
-    model = flow.quantize_model(
-        prepared,
-        backend="fx",
-        weight_bit_width=LOW_BITS,
-        act_bit_width=8,
-        bias_bit_width=32,
-        weight_quant_granularity="per_channel",
-        act_quant_percentile=99.999,
-        act_quant_type="asym",
-        scale_factor_type="float_scale",
-        quant_format="int",
-        weight_param_method="mse",
-    )
+    widths = {"weight_bit_width": LOW_BITS, "act_bit_width": 8, "bias_bit_width": 32, "quant_format": "int"}
+    weight = {"weight_quant_granularity": "per_channel", "weight_param_method": "mse"}
+    activation = {"act_quant_percentile": 99.999, "act_quant_type": "asym", "scale_factor_type": "float_scale"}
+    model = flow.quantize_model(prepared, backend="fx", **widths, **weight, **activation)
     model.eval()(torch.zeros(1, 3, size, size))
     flow.calibrate(batches, model)
     flow.apply_gptq(batches, model, act_order=True, create_weight_orig=True)
@@ -257,22 +244,14 @@ def aimet(subject: Subject) -> Iterator[Candidate]:
 
     images, example = subject.calibration, subject.calibration[0][:1].contiguous()
     source = prepare_model(copy.deepcopy(subject.fp32).to(memory_format=torch.contiguous_format))
-    parameters = AdaroundParameters(
-        images, len(images), ADAROUND_ITERATIONS, forward_fn=lambda model, batch: model(batch)
-    )
+    forward = {"forward_fn": lambda model, batch: model(batch)}
+    parameters = AdaroundParameters(images, len(images), ADAROUND_ITERATIONS, **forward)
     scheme, config = QuantScheme.post_training_tf_enhanced, utils.get_path_for_per_channel_config()
+    files = {"path": str(subject.folder), "filename_prefix": "aimet", "default_config_file": config}
     started = time.perf_counter()
     with torch.enable_grad():
-        rounded = Adaround.apply_adaround(
-            source,
-            example,
-            parameters,
-            path=str(subject.folder),
-            filename_prefix="aimet",
-            default_param_bw=LOW_BITS,
-            default_quant_scheme=scheme,
-            default_config_file=config,
-        )
+        grid = {"default_param_bw": LOW_BITS, "default_quant_scheme": scheme}
+        rounded = Adaround.apply_adaround(source, example, parameters, **files, **grid)
     simulated = QuantizationSimModel(
         rounded, example, quant_scheme=scheme, default_output_bw=8, default_param_bw=LOW_BITS, config_file=config
     )
@@ -284,13 +263,7 @@ def aimet(subject: Subject) -> Iterator[Candidate]:
 
 
 TOOLS: dict[str, Callable[[Subject], Iterator[Candidate]]] = {
-    "quantstudy": quantstudy,
-    "nncf": nncf,
-    "onnxruntime": onnxruntime,
-    "pt2e": pt2e,
-    "torchao": torchao,
-    "brevitas": brevitas,
-    "aimet": aimet,
+    tool.__name__: tool for tool in (quantstudy, nncf, onnxruntime, pt2e, torchao, brevitas, aimet)
 }
 
 

@@ -25,20 +25,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.peer_tools import BATCH_SIZES, CPU, TOOLS, Candidate, Subject, noise
 from quantstudy import layout
-from quantstudy.data.batches import Batches, images_of
+from quantstudy.data.batches import images_of, run_on_split
 from quantstudy.data.container import load_split
 from quantstudy.errors import one_line
 from quantstudy.files import write_json, write_text
 from quantstudy.machine.device import set_up
 from quantstudy.machine.hardware import describe_machine, int8_sums_saturate
+from quantstudy.measure.accuracy import percent_equal
 from quantstudy.measure.latency import time_alternately
 from quantstudy.measure.statistics import mcnemar_exact_p
 from quantstudy.network.fp32 import load_fp32, load_preprocessing
-from quantstudy.params import Params, load_params
+from quantstudy.params import load_params
 from quantstudy.quantization.sqnr import sqnr_db
 from quantstudy.report.peers import RECORD_KEYS, plot_peers, table
 from quantstudy.report.tables import p_value
@@ -54,9 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write reports/peers/<study>.{json,md,png}, on a CPU without VNNI <study>_without_vnni."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", required=True, help="a row of studies whose fp32 model, data and graph are there")
-    parser.add_argument(
-        "--seconds", type=float, default=10.0, help="of timing, for each run and batch size; 0 measures accuracy alone"
-    )
+    seconds = "of timing, for each run and batch size; 0 measures accuracy alone"
+    parser.add_argument("--seconds", type=float, default=10.0, help=seconds)
     parser.add_argument("--without", nargs="*", default=[], choices=list(TOOLS), help="tools to leave out")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="of this project")
     arguments = parser.parse_args(argv)
@@ -64,20 +63,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_up(params.study(arguments.study).seed)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        subject = _subject(arguments.study, params, Path(folder), arguments.methods)
+        name, path = arguments.study, layout.model(arguments.study, "fp32")
+        preprocessing = load_preprocessing(path)
+        images = images_of(load_split(layout.split(name, "calibration")), preprocessing, 16)
+        test = load_split(layout.split(name, "test"))
+        subject = Subject(name, params, load_fp32(path), preprocessing, images, test, Path(folder), arguments.methods)
         candidates, failed = _candidates(subject, [tool for tool in TOOLS if tool not in arguments.without])
         _measure_accuracy(candidates, subject)
         torch.set_num_threads(subject.threads)
         if arguments.seconds:
             _measure_latency([c for c in candidates if not c.is_simulated], subject, arguments.seconds)
         _write(subject, candidates, {**failed, **dict.fromkeys(arguments.without, "left out of this run")})
-
-
-def _subject(name: str, params: Params, folder: Path, methods: list[str]) -> Subject:
-    path = layout.model(name, "fp32")
-    preprocessing = load_preprocessing(path)
-    images = images_of(load_split(layout.split(name, "calibration")), preprocessing, 16)
-    return Subject(name, params, load_fp32(path), images, load_split(layout.split(name, "test")), folder, methods)
 
 
 def _candidates(subject: Subject, tools: list[str]) -> tuple[list[Candidate], dict[str, str]]:
@@ -95,17 +91,9 @@ def _candidates(subject: Subject, tools: list[str]) -> tuple[list[Candidate], di
 
 
 def _measure_accuracy(candidates: list[Candidate], subject: Subject) -> None:
-    preprocessing = load_preprocessing(layout.model(subject.name, "fp32"))
-    size = max(BATCH_SIZES)
-    logits: list[list[Tensor]] = [[] for _ in candidates]
-    for images, _ in Batches(subject.test, preprocessing, size, CPU):
-        missing = size - len(images)
-        full = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
-        for number, candidate in enumerate(candidates):
-            found = candidate.run(full.contiguous(memory_format=candidate.memory_format))
-            logits[number].append(found[: len(images)].float())
-    for candidate, parts in zip(candidates, logits, strict=True):
-        candidate.logits = torch.cat(parts).numpy()
+    for candidate in candidates:
+        given = (subject.preprocessing, max(BATCH_SIZES), CPU, candidate.memory_format)
+        candidate.logits = run_on_split(candidate.run, subject.test, *given)
         candidate.right = candidate.logits.argmax(1) == subject.test.labels.numpy()
 
 
@@ -117,8 +105,7 @@ def _measure_latency(candidates: list[Candidate], subject: Subject, seconds: flo
             for number, candidate in enumerate(candidates)
         }
         for _ in range(RUNS):
-            timings = time_alternately(calls, seconds, minimum_rounds=1)
-            for number, timing in timings.items():
+            for number, timing in time_alternately(calls, seconds).items():
                 candidates[int(number)].latency.setdefault(batch, []).append(timing.median_ms)
 
 
@@ -134,9 +121,8 @@ def _write(subject: Subject, candidates: list[Candidate], failed: dict[str, str]
     ]
     lines += _accuracy(candidates) + _faithfulness(candidates)
     lines += [f"{tool}: {reason}." for tool, reason in failed.items()]
-    lines.append(
-        f"{len(subject.test)} test images, {sum(map(len, subject.calibration))} for calibration. {_versions()}."
-    )
+    seen = f"{len(subject.test)} test images, {sum(map(len, subject.calibration))} for calibration"
+    lines.append(f"{seen}. {_versions()}.")
     text = table(rows) + "\n" + "\n".join(f"- {line}" for line in lines) + "\n"
     write_text(layout.peers(name, "md"), text)
     if any(candidate.latency for candidate in candidates):
@@ -152,14 +138,15 @@ def _record(candidate: Candidate, images: int) -> dict[str, Any]:
 
 def _ratio(candidates: list[Candidate], method: str, batch: int) -> str:
     """Compare a method on its best runtime with the fastest int8 model of another tool."""
-    own = min(
-        (c for c in candidates if (c.tool, c.method) == ("quantstudy", method) and c.latency),
-        key=lambda c: statistics.median(c.latency[batch]),
-    )
-    peers = [c for c in candidates if c.tool != "quantstudy" and c.latency]
-    if not peers:
+
+    def milliseconds(candidate: Candidate) -> float:
+        return statistics.median(candidate.latency[batch])
+
+    timed = [c for c in candidates if c.latency]
+    own = min((c for c in timed if (c.tool, c.method) == ("quantstudy", method)), key=milliseconds)
+    peer = min((c for c in timed if c.tool != "quantstudy"), key=milliseconds, default=None)
+    if peer is None:
         return f"batch {batch}: no other tool ran."
-    peer = min(peers, key=lambda c: statistics.median(c.latency[batch]))
     ratios = sorted(a / b for a, b in zip(own.latency[batch], peer.latency[batch], strict=True))
     return (
         f"Batch {batch}: {method} on {own.runtime} takes {statistics.median(ratios):.2f} ({ratios[0]:.2f} to "
@@ -174,14 +161,12 @@ def _accuracy(candidates: list[Candidate]) -> list[str]:
         own = [c for c in candidates if (c.tool, c.method) == ("quantstudy", method)]
         peers = [c for c in candidates if c.tool != "quantstudy" and c.is_simulated == (method not in INT8)]
         if own and peers:
-            differences = (
+            differences = ", ".join(
                 f"{own[0].top1 - peer.top1:+.1f} against {peer.tool} {peer.method} "
                 f"(p {p_value(mcnemar_exact_p(own[0].right, peer.right))})"
                 for peer in peers
             )
-            lines.append(
-                f"Points of top-1 of {method} on {own[0].runtime}: {', '.join(differences)}; exact McNemar test."
-            )
+            lines.append(f"Points of top-1 of {method} on {own[0].runtime}: {differences}; exact McNemar test.")
     return lines
 
 
@@ -191,7 +176,7 @@ def _faithfulness(candidates: list[Candidate]) -> list[str]:
     found = []
     for c in candidates:
         if c.method in COMPARED or c.tool != "quantstudy":
-            same = 100 * float((c.logits.argmax(1) == reference.argmax(1)).mean())
+            same = percent_equal(c.logits, reference)
             name = f"{c.tool} {c.method} on {c.runtime}" if c.tool == "quantstudy" else f"{c.tool} {c.method}"
             found.append(f"{name} {sqnr_db(reference, c.logits):.1f} dB, {same:.1f} %")
     return [f"SQNR of the logits against fp32's, and images given the same class: {'; '.join(found)}."]

@@ -1,6 +1,5 @@
 """Record the range and the histogram of every layer's input on the study's calibration images."""
 
-import argparse
 from collections.abc import Sequence
 
 from quantstudy import layout
@@ -12,13 +11,12 @@ from quantstudy.machine.device import set_up
 from quantstudy.network.fp32 import load_fp32, load_preprocessing
 from quantstudy.params import load_params
 from quantstudy.quantization.observers import collect
+from stages._flags import flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write models/<study>/calibration.pt."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
-    name = parser.parse_args(argv).study
+    name = flags(argv, __doc__).study
     study = load_params().study(name)
     device = set_up(study.seed)
 

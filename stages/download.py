@@ -1,6 +1,5 @@
 """Turn a study's data source into three files: the training, calibration and test splits."""
 
-import argparse
 from collections.abc import Sequence
 
 from quantstudy import layout
@@ -9,13 +8,12 @@ from quantstudy.data.prepare import prepare
 from quantstudy.data.sampling import calibration_indices
 from quantstudy.errors import run_stage
 from quantstudy.params import load_params
+from stages._flags import flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Fetch the study's images, draw the calibration images from the training split, write all three splits."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
-    name = parser.parse_args(argv).study
+    name = flags(argv, __doc__).study
     study = load_params().study(name)
 
     train, test = prepare(study.data, name)

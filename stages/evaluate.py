@@ -1,6 +1,5 @@
 """Measure one variant of a study on its test split: accuracy, latency, memory, size, bit-operations."""
 
-import argparse
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,14 +11,12 @@ from quantstudy.files import atomic, write_json
 from quantstudy.machine.device import set_up
 from quantstudy.measure.evaluation import Reference, Task, evaluate
 from quantstudy.params import load_params
+from stages._flags import flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write reports/<study>/{metrics,details}/<variant>.json and the predictions; for fp32 its logits too."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
-    parser.add_argument("--variant", required=True, help="fp32, or a method of ptq or qat in params.yaml")
-    arguments = parser.parse_args(argv)
+    arguments = flags(argv, __doc__, variant="fp32, or a method of ptq or qat in params.yaml")
     name, variant = arguments.study, arguments.variant
     params = load_params()
     study = params.study(name)

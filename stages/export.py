@@ -1,6 +1,5 @@
 """Write a variant as an ONNX file, and check it against the PyTorch model on the test images."""
 
-import argparse
 from collections.abc import Sequence
 
 from quantstudy import layout
@@ -16,14 +15,12 @@ from quantstudy.runtimes.onnx_graph import load_graph
 from quantstudy.runtimes.onnx_model import save_onnx, to_onnx
 from quantstudy.runtimes.onnx_tuning import exported_model
 from quantstudy.runtimes.sessions import PACKAGES
+from stages._flags import flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write models/<study>/onnx/<variant>.onnx and reports/<study>/onnx/<variant>.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
-    parser.add_argument("--variant", required=True, help="fp32, or a method of ptq or qat in params.yaml")
-    arguments = parser.parse_args(argv)
+    arguments = flags(argv, __doc__, variant="fp32, or a method of ptq or qat in params.yaml")
     name, variant = arguments.study, arguments.variant
     params = load_params()
     study = params.study(name)

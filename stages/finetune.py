@@ -1,6 +1,5 @@
 """Fine-tune a study's fp32 model and keep the epoch that is best on a validation part of the training split."""
 
-import argparse
 from collections.abc import Sequence
 
 from torch import nn
@@ -17,13 +16,12 @@ from quantstudy.network.weights import LoadReport, load_pretrained
 from quantstudy.params import load_params
 from quantstudy.training import loop as training
 from quantstudy.training import parallel
+from stages._flags import flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write models/<study>/fp32.pth and reports/<study>/curves/finetune.{csv,json}."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
-    name = parser.parse_args(argv).study
+    name = flags(argv, __doc__).study
     params = load_params()
     study = params.study(name)
     if parallel.launched("finetune", ["--study", name], params.runtime.processes):

@@ -1,6 +1,5 @@
 """Show the outliers of every layer's input: statistics, histograms and the clipping thresholds on them."""
 
-import argparse
 from collections.abc import Sequence
 
 from quantstudy import layout
@@ -9,13 +8,12 @@ from quantstudy.files import write_json
 from quantstudy.network.checkpoint import load_tensors
 from quantstudy.params import load_params
 from quantstudy.report.histograms import check_calibration, layer_statistics, plot_histograms
+from stages._flags import flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write reports/<study>/activation_stats.json and reports/<study>/outlier_quant_results/hist_*.png."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
-    name = parser.parse_args(argv).study
+    name = flags(argv, __doc__).study
     params = load_params()
     params.study(name)
     percentiles = sorted(params.outliers.percentiles, reverse=True)

@@ -1,6 +1,5 @@
 """Gather what the HTML report shows of a study."""
 
-import argparse
 from collections.abc import Sequence
 
 from quantstudy import layout
@@ -10,13 +9,12 @@ from quantstudy.files import write_json
 from quantstudy.params import load_params
 from quantstudy.report.page_data import page_data
 from quantstudy.report.results import load_results
+from stages._flags import flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write reports/pages/<study>.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
-    name = parser.parse_args(argv).study
+    name = flags(argv, __doc__).study
     params = load_params()
     params.study(name)
 

@@ -1,6 +1,5 @@
 """Turn a study's metrics into its result tables and plots."""
 
-import argparse
 from collections.abc import Sequence
 
 from quantstudy import layout
@@ -10,13 +9,12 @@ from quantstudy.report.lines import plot_scaling_law, plot_training_curves, read
 from quantstudy.report.results import load_results
 from quantstudy.report.tables import scaling_law, write_tables
 from quantstudy.report.tradeoffs import plot_accuracy_vs_latency, plot_accuracy_vs_size
+from stages._flags import flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the tables and plots of reports/<study>/ and print the result table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
-    name = parser.parse_args(argv).study
+    name = flags(argv, __doc__).study
     params = load_params()
     params.study(name)
     folder = layout.report(name)

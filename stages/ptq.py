@@ -1,6 +1,5 @@
 """Quantize a study's fp32 model after training, with one method."""
 
-import argparse
 from collections.abc import Sequence
 
 from quantstudy import layout
@@ -12,14 +11,12 @@ from quantstudy.network.checkpoint import load_checkpoint
 from quantstudy.network.fp32 import load_fp32, load_preprocessing
 from quantstudy.params import load_params
 from quantstudy.quantization.variant import save_variant
+from stages._flags import flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write models/<study>/<method>.pth."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
-    parser.add_argument("--method", required=True, help="a row of methods in params.yaml that needs no training")
-    arguments = parser.parse_args(argv)
+    arguments = flags(argv, __doc__, method="a row of methods in params.yaml that needs no training")
     name, method = arguments.study, arguments.method
     params = load_params()
     study, row = params.study(name), method_row(params, method, trains=False)

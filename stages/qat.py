@@ -1,6 +1,5 @@
 """Fine-tune a study's model with one method's quantization in the loop, then freeze or cast it."""
 
-import argparse
 from collections.abc import Sequence
 
 from quantstudy import layout
@@ -16,14 +15,12 @@ from quantstudy.params import load_params
 from quantstudy.quantization.variant import save_variant
 from quantstudy.training import loop as training
 from quantstudy.training import parallel
+from stages._flags import flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write models/<study>/<method>.pth and reports/<study>/curves/<method>.{csv,json}."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
-    parser.add_argument("--method", required=True, help="a row of methods in params.yaml that trains")
-    arguments = parser.parse_args(argv)
+    arguments = flags(argv, __doc__, method="a row of methods in params.yaml that trains")
     name, method = arguments.study, arguments.method
     params = load_params()
     study, row = params.study(name), method_row(params, method, trains=True)

@@ -1,6 +1,5 @@
 """Quantize one layer of a study's fp32 model at a time, at each number of bits, and measure what it costs."""
 
-import argparse
 import itertools
 from collections.abc import Sequence
 
@@ -8,7 +7,7 @@ from quantstudy import layout
 from quantstudy.data.batches import Batches
 from quantstudy.data.container import load_split
 from quantstudy.errors import run_stage
-from quantstudy.files import write_json
+from quantstudy.files import write_csv, write_json
 from quantstudy.machine.device import set_up
 from quantstudy.measure.operations import count_macs
 from quantstudy.methods.calibration import load_calibration
@@ -16,14 +15,12 @@ from quantstudy.methods.sensitivity import COLUMNS, measure_layers
 from quantstudy.network.fp32 import load_fp32, load_preprocessing
 from quantstudy.params import load_params
 from quantstudy.report.heatmap import plot_sensitivity
-from quantstudy.report.tables import write_csv
+from stages._flags import flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write reports/<study>/sensitivity.{json,csv,png}, from calibration images alone."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
-    name = parser.parse_args(argv).study
+    name = flags(argv, __doc__).study
     params = load_params()
     study, settings = params.study(name), params.sensitivity
     set_up(study.seed)

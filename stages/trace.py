@@ -1,25 +1,24 @@
 """Write the ONNX graph of a study's network, without weights: every variant's export starts from it."""
 
-import argparse
 from collections.abc import Sequence
 
 from quantstudy import layout
 from quantstudy.errors import run_stage
 from quantstudy.network.checkpoint import load_checkpoint
 from quantstudy.network.fp32 import load_preprocessing
-from quantstudy.runtimes.onnx_graph import network_graph, save_graph
+from quantstudy.runtimes.onnx_graph import network_graph
+from quantstudy.runtimes.onnx_model import save_onnx
+from stages._flags import flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write models/<study>/graph.onnx."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
-    name = parser.parse_args(argv).study
+    name = flags(argv, __doc__).study
 
     fp32 = layout.model(name, "fp32")
     facts, path = load_checkpoint(fp32), layout.graph(name)
     graph = network_graph(facts["architecture"], facts["classes"], load_preprocessing(fp32).image_size)
-    save_graph(path, graph)
+    save_onnx(path, graph)
     print(f"{path}: {len(graph.graph.node)} operators, {path.stat().st_size / 1e3:.1f} kB")
 
 

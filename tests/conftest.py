@@ -1,7 +1,5 @@
-"""What every test may use: a project in a temporary folder, with one tiny study, and the same once it is trained."""
+"""What every test may use: a project in a temporary folder, with one tiny study."""
 
-import contextlib
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ import pytest
 import yaml
 
 from quantstudy.errors import run_stage
-from tests.params import HALVES, TINY, TINY_PARAMS
+from tests.params import ABSENT, HALVES, TINY, TINY_PARAMS
 
 __all__ = ["HALVES", "ROOT", "TINY", "Project"]
 
@@ -26,7 +24,7 @@ class Project:
     study: str = "tiny"
 
     def edit(self, key: str, value: Any) -> None:
-        """Set a dotted key of params.yaml, e.g. `studies.tiny.data.max_train`; None for `value` writes null."""
+        """Set a dotted key of params.yaml, e.g. `studies.tiny.data.max_train`; None writes null, ABSENT removes it."""
         path = self.root / "params.yaml"
         params = yaml.safe_load(path.read_text())
         *parents, last = key.split(".")
@@ -34,6 +32,8 @@ class Project:
         for parent in parents:
             section = section[parent]
         section[last] = value
+        if value is ABSENT:
+            del section[last]
         path.write_text(yaml.safe_dump(params, sort_keys=False))
 
     def failure(self, main: Callable[[Sequence[str]], None], *flags: str) -> str:
@@ -56,26 +56,5 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     root = tmp_path / "project"
     root.mkdir()
     (root / "params.yaml").write_text(yaml.safe_dump(TINY_PARAMS, sort_keys=False))
-    monkeypatch.chdir(root)
-    return Project(root)
-
-
-@pytest.fixture(scope="session")
-def trained_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny study up to its calibration; nobody writes to it."""
-    from stages import calibrate, download, finetune
-
-    root = tmp_path_factory.mktemp("trained")
-    (root / "params.yaml").write_text(yaml.safe_dump(TINY_PARAMS, sort_keys=False))
-    with contextlib.chdir(root):
-        for stage in (download, finetune, calibrate):
-            stage.main(["--study", "tiny"])
-    return root
-
-
-@pytest.fixture
-def trained(trained_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    """A copy of a project with the tiny study up to its calibration, as the working directory."""
-    root = shutil.copytree(trained_root, tmp_path / "project")
     monkeypatch.chdir(root)
     return Project(root)

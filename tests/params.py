@@ -2,17 +2,13 @@
 
 from typing import Any
 
+ABSENT = object()
+"""Stands for a key that is not there."""
 HALVES = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 """Brings pixels to -1 … 1."""
 TINY: dict[str, Any] = {
     "model": {"architecture": "mobilenet_v2"},
-    "data": {
-        "source": "digits",
-        "image_size": 32,
-        **HALVES,
-        "max_train": 96,
-        "max_test": 48,
-    },
+    "data": {"source": "digits", "image_size": 32, **HALVES, "max_train": 96, "max_test": 48},
     "training": {"epochs": 1, "learning_rate": 1e-3, "batch_size": 16, "optimizer": "adamw"},
     "calibration": {"batches": 2, "batch_size": 16},
     "qat": {"epochs": 1, "learning_rate": 1e-5, "batch_size": 16},

@@ -112,33 +112,10 @@ def test_a_fenced_block_holds(block: Block, tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_commands_in_the_text_hold(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_in_the_text_hold_and_links_resolve(page: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(ROOT)
     for command in inline_commands(page):
         check(re.sub(r"<(\w+)>", r"\1", command), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("line", "complaint"),
-    [
-        ("make repo", "no target"),
-        ("make front STUDIES=a", "reads no STUDIES"),
-        ("dvc exp run -S methods.int4_gptq.group_sise=64", "Invalid"),
-        ("dvc exp run -S methods.int4_gptq.group_size=48", "group_size"),
-        ("dvc exp run -S methods.int4_gptq.group_size=32,64", "--queue"),
-        ("python -m quantstudy quantise", "2"),
-        ("pip install '.[onnx]'", "onnx"),
-        ("rm -r models", "no command"),
-    ],
-)
-def test_a_wrong_command_is_found(line: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(BaseException, match=re.escape(complaint)):
-        check(line, tmp_path)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_links_resolve(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if link.startswith("https://"):
             continue
@@ -148,10 +125,13 @@ def test_links_resolve(page: Path) -> None:
         assert not anchor or anchor in headings(found), f"{link}: no such heading"
 
 
-def test_every_page_is_in_the_index() -> None:
+def test_every_page_is_in_the_index_and_every_figure_is_shown() -> None:
     for index in (ROOT / "docs" / "README.md", ROOT / "docs" / "methods" / "README.md"):
         for page in index.parent.glob("*.md"):
             assert page == index or f"]({page.name})" in index.read_text(), f"{page.name} is not in {index}"
+    assert {path.name for path in (ROOT / FOLDER).iterdir()} == {f"{name}.png" for name in FIGURES}
+    texts = "\n".join(page.read_text() for page in PAGES)
+    assert [name for name in FIGURES if f"figures/{name}.png)" not in texts] == []
 
 
 def test_every_kind_and_key_of_a_method_is_described() -> None:
@@ -159,12 +139,6 @@ def test_every_kind_and_key_of_a_method_is_described() -> None:
     for kind, row in P.METHOD_ROWS.items():
         for name in {kind, *row.model_fields}:
             assert re.search(rf"`{name}[`:]|\b{name}:", texts), f"{kind}: {name} is in no page of docs/methods"
-
-
-def test_the_figures_are_there_and_shown() -> None:
-    assert {path.name for path in (ROOT / FOLDER).iterdir()} == {f"{name}.png" for name in FIGURES}
-    texts = "\n".join(page.read_text() for page in PAGES)
-    assert [name for name in FIGURES if f"figures/{name}.png)" not in texts] == []
 
 
 @pytest.mark.parametrize("name", FIGURES)

@@ -38,9 +38,8 @@ REMARK = re.compile(r"[\w ,]+: \d+ of \d+ images are predicted otherwise")
 
 def committed(path: Path) -> str:
     """Return a file as git has it: a run of one's own writes other timings."""
-    shown = subprocess.run(
-        ["git", "show", f":{path.as_posix()}"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = ["git", "show", f":{path.as_posix()}"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if shown.returncode:
         pytest.skip(f"git does not tell {path}: {shown.stderr.strip()}")
     return shown.stdout
@@ -53,20 +52,13 @@ def test_the_generated_parts_are_those_of_the_committed_reports(monkeypatch: pyt
         assert filled(page, text, committed) == text, f"{page}: run `python -m quantstudy readme`"
 
 
-def test_a_place_without_its_report_is_an_error_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_has_the_rows_that_are_asked_for_and_a_place_needs_its_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    files = {
-        "results": layout.report("s") / "results.md",
-        "peers": layout.peers("s", "md"),
-        "ablation": layout.report("s") / "ablation.md",
-        "front": layout.budget_front("s", "png"),
-    }
-    for kind, path in files.items():
+    for kind, path in (("peers", layout.peers("s", "md")), ("front", layout.budget_front("s", "png"))):
         with pytest.raises(UserError, match=rf"docs/a.md: no file {path}; run `"):
             filled(Path("docs/a.md"), f"<!-- {kind}: s -->\n<!-- end -->")
-
-
-def test_a_table_has_the_rows_that_are_asked_for() -> None:
     table = "| variant | top-1 |\n|---|---|\n| fp32 | 9 |\n| fp16 | 8 |\n| bf16 | 7 |\n\nA note.\n"
     start, end = "<!-- results: s bf16 fp32 -->\n", "<!-- end -->"
     found = filled(Path("README.md"), f"a\n{start}old\n{end}\nb", lambda path: table)
@@ -89,9 +81,7 @@ def test_a_python_block_runs(block: Block, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("command", "output"), DIALOGUES, ids=[command[:48] for command, _ in DIALOGUES])
-def test_an_output_is_what_the_command_prints(
-    command: str, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_output_is_printed(command: str, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = [print_it for start, print_it in PRINTED.items() if command.startswith(start)]
     assert len(known) == 1, f"no test of what `{command}` prints"
     monkeypatch.chdir(tmp_path)

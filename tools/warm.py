@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,7 +49,7 @@ def main(command: Sequence[str]) -> int:
         for name in PRELOAD:
             importlib.import_module(name)
         gc.freeze()
-        with _pidfd(process.pid) as ended:
+        with os.fdopen(os.pidfd_open(process.pid), "rb", 0) as ended:
             while ended not in select.select([listener, ended], [], [])[0]:
                 with listener.accept()[0] as connection:
                     name, taken = _serve(connection)
@@ -84,7 +84,7 @@ def _serve(connection: socket.socket) -> tuple[str, float]:
         _run(request, files)
     for file in files:
         os.close(file)
-    with _pidfd(child) as ended:
+    with os.fdopen(os.pidfd_open(child), "rb", 0) as ended:
         if ended not in select.select([connection, ended], [], [])[0]:  # who asked is gone
             os.kill(child, signal.SIGTERM)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -120,15 +120,6 @@ def _run(request: dict[str, Any], files: Sequence[int]) -> NoReturn:
             sys.stderr.flush()
         finally:
             os._exit(status)
-
-
-@contextlib.contextmanager
-def _pidfd(pid: int) -> Iterator[int]:
-    descriptor = os.pidfd_open(pid)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _summary(seconds: dict[str, list[float]], total: float) -> str:

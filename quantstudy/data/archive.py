@@ -57,10 +57,8 @@ def open_files(path: Path) -> Files:
         raise UserError(f"{path}: not an archive that can be read; use a folder or one of {', '.join(_SUFFIXES)}")
     try:
         return _zip(path) if suffix == ".zip" else _tar(path, _uncompressed(path, suffix))
-    except _DAMAGE as error:
-        raise _damaged(path, error) from None
-    except OSError as error:
-        if error.errno is not None:
+    except (*_DAMAGE, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
             raise
         raise _damaged(path, error) from None
 

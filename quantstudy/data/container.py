@@ -46,9 +46,7 @@ class Split:
     @property
     def nbytes(self) -> int:
         """Bytes of the images as stored."""
-        pixels = self.encoded if self.images is None else self.images
-        assert pixels is not None
-        return pixels.nbytes
+        return sum(tensor.nbytes for tensor in (self.images, self.encoded) if tensor is not None)
 
     def subset(self, indices: Tensor | Sequence[int]) -> "Split":
         """Return a copy that holds the images at `indices`, in that order."""
@@ -56,36 +54,28 @@ class Split:
         labels = self.labels[indices]
         if self.images is not None:
             return Split(labels, self.classes, self.side, images=self.images[indices])
-        assert self.encoded is not None and self.offsets is not None
-        spans = [self.encoded[self.offsets[i] : self.offsets[i + 1]] for i in indices.tolist()]
+        spans = self._spans(indices)
         lengths = torch.tensor([0, *map(len, spans)], dtype=torch.int64)
-        encoded = torch.cat(spans) if spans else self.encoded[:0].clone()
+        encoded = torch.cat(spans) if spans else torch.empty(0, dtype=torch.uint8)
         return Split(labels, self.classes, self.side, encoded=encoded, offsets=lengths.cumsum(0))
 
     def decode(self, indices: Tensor) -> Tensor:
         """Return the images at `indices` (int64 [B]) as uint8 [B, 3, side, side]; safe to call from threads."""
         if self.images is not None:
             return self.images[indices]
-        assert self.encoded is not None and self.offsets is not None
         out = torch.empty(len(indices), 3, self.side, self.side, dtype=torch.uint8)
-        for row, index in enumerate(indices.tolist()):
-            span = self.encoded[self.offsets[index] : self.offsets[index + 1]]
+        for row, span in enumerate(self._spans(indices)):
             out[row] = torch.from_numpy(square(span.numpy().tobytes(), self.side)).permute(2, 0, 1)
         return out
+
+    def _spans(self, indices: Tensor) -> list[Tensor]:
+        assert self.encoded is not None and self.offsets is not None
+        return [self.encoded[self.offsets[i] : self.offsets[i + 1]] for i in indices.tolist()]
 
 
 def save_split(path: Path, split: Split) -> None:
     """Write `split` to `path` atomically; equal splits give equal bytes."""
-    content = {
-        "version": _VERSION,
-        "labels": split.labels,
-        "classes": list(split.classes),
-        "side": split.side,
-        "images": split.images,
-        "encoded": split.encoded,
-        "offsets": split.offsets,
-    }
-    save_tensors(path, content)
+    save_tensors(path, {"version": _VERSION, **vars(split), "classes": list(split.classes)})
 
 
 def save_splits(splits: Mapping[Path, Split]) -> None:
@@ -97,7 +87,6 @@ def save_splits(splits: Mapping[Path, Split]) -> None:
 
 def load_split(path: Path) -> Split:
     """Map a split from `path`; raise `UserError` when it is missing, truncated or corrupt."""
-    path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

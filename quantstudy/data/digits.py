@@ -5,9 +5,6 @@ import torch
 from quantstudy.data.container import Split
 from quantstudy.data.sampling import validation_indices
 
-_TEST_FRACTION = 0.3
-_SPLIT_SEED = 0
-
 
 def digits() -> tuple[Split, Split]:
     """Return (train, test), 70 % and 30 % of each class, the same for every study; uint8 [N, 3, 8, 8], grey."""
@@ -18,5 +15,5 @@ def digits() -> tuple[Split, Split]:
     images = grey[:, None].expand(-1, 3, -1, -1).contiguous()
     labels = torch.from_numpy(source.target).to(torch.int64)
     whole = Split(labels, tuple(str(name) for name in source.target_names), images.shape[-1], images=images)
-    train, test = validation_indices(labels, _TEST_FRACTION, _SPLIT_SEED)
+    train, test = validation_indices(labels, fraction=0.3, seed=0)
     return whole.subset(train), whole.subset(test)

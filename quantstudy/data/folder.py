@@ -36,7 +36,9 @@ def folder(data: Data, key: str) -> tuple[ImageList, ImageList]:
     if data.test_fraction is not None:
         if split := next((name for name in tops if name in _SPLITS), None):
             raise UserError(f"{key}.test_fraction: {path} has a folder {split}/; remove the key")
-        return _drawn(_image_list(path, files, _classes(path, files, root)), data.test_fraction)
+        images = _image_list(path, files, _classes(path, files, root))
+        kept, drawn = validation_indices(images.labels, data.test_fraction, seed=0)  # the same for every study
+        return images.subset(kept), images.subset(drawn)
     for split in _SPLITS:
         if split not in tops:
             inside = "" if root == PurePosixPath() else f" in {root}/"
@@ -46,8 +48,7 @@ def folder(data: Data, key: str) -> tuple[ImageList, ImageList]:
     if set(found["train"]) != set(found["test"]):
         odd = sorted(set(found["train"]) ^ set(found["test"]))
         raise UserError(f"{path}: train/ and test/ have different classes; only one of them has {_few(odd)}")
-    train, test = (_image_list(path, files, classes) for classes in found.values())
-    return train, test
+    return _image_list(path, files, found["train"]), _image_list(path, files, found["test"])
 
 
 def tree_sha256(files: Files) -> str:
@@ -57,19 +58,12 @@ def tree_sha256(files: Files) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _drawn(images: ImageList, fraction: float) -> tuple[ImageList, ImageList]:
-    """Return (train, test) of one list, `fraction` of each class for testing, the same for every seed."""
-    train, test = validation_indices(images.labels, fraction, seed=0)
-    return images.subset(train), images.subset(test)
-
-
 def _root(path: Path, files: Files) -> tuple[PurePosixPath, list[str]]:
     """Return the folder that holds the splits or classes, the top or the only folder there, and what is in it."""
     names = [PurePosixPath(name) for name in (*files.names, *files.folders) if _is_visible(name)]
     tops = sorted({name.parts[0] for name in names if name.parts})
     if len(tops) == 1 and tops[0] not in _SPLITS:
-        below = sorted({name.parts[1] for name in names if len(name.parts) > 1})
-        return PurePosixPath(tops[0]), below
+        return PurePosixPath(tops[0]), sorted({name.parts[1] for name in names if len(name.parts) > 1})
     return PurePosixPath(), tops
 
 

@@ -24,14 +24,10 @@ if TYPE_CHECKING:
 
 EXTERNAL = Path("data") / "external"
 
+_FLAG, _NAMED = ({"train": True}, {"train": False}), ({"split": "train"}, {"split": "test"})
 _SPLIT_ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    **dict.fromkeys(
-        ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST", "USPS"), ({"train": True}, {"train": False})
-    ),
-    **dict.fromkeys(
-        ("Food101", "Flowers102", "DTD", "SVHN", "STL10", "GTSRB", "Country211", "RenderedSST2"),
-        ({"split": "train"}, {"split": "test"}),
-    ),
+    **dict.fromkeys(("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST", "USPS"), _FLAG),
+    **dict.fromkeys(("Food101", "Flowers102", "DTD", "SVHN", "STL10", "GTSRB", "Country211", "RenderedSST2"), _NAMED),
     **dict.fromkeys(("FGVCAircraft", "OxfordIIITPet"), ({"split": "trainval"}, {"split": "test"})),
     "Imagenette": ({"split": "train"}, {"split": "val"}),
 }
@@ -50,9 +46,8 @@ def torchvision_set(data: Data, key: str) -> tuple[ImageList, ImageList]:
     with _one_line_errors(name, root, f"{key}.dataset"):
         if not root.exists():
             _download(name, root)
-        sets = [_open(name, root, arguments) for arguments in _SPLIT_ARGUMENTS[name]]
-    train, test = (_image_list(dataset, root) for dataset in sets)
-    return train, test
+        train, test = (_open(name, root, arguments) for arguments in _SPLIT_ARGUMENTS[name])
+    return _image_list(train, root), _image_list(test, root)
 
 
 def _download(name: str, root: Path) -> None:

@@ -38,7 +38,7 @@ class RoundedOperands(TorchFunctionMode):
 
     The input and the weight of every convolution and linear layer are rounded to `dtype`, and so are the gradients
     that flow back to them; sums are float32, as in a tensor core. A float16 convolution's gradient has no fast
-    kernel on a CPU: VGG-11 took more than a minute a step, this takes two seconds.
+    kernel on a CPU.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -76,9 +76,7 @@ def _lacks_matrices_of(dtype: torch.dtype, device: torch.device) -> bool:
 def training_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """Return the autocast type that a `training.precision` param means on this device, None for float32.
 
-    `auto` is bfloat16 where the hardware multiplies bfloat16 matrices (CUDA compute capability 8.0 and CPUs
-    with AMX). On other CPUs it depends on the network: with AVX512_BF16 VGG-11 trained 1.6 times as fast as in
-    float32, MobileNetV2 half as fast.
+    `auto` is bfloat16 where the hardware multiplies bfloat16 matrices: CUDA compute capability 8.0, CPUs with AMX.
     """
     if precision == "fp32":
         return None

@@ -13,14 +13,9 @@ from pathlib import Path
 CPUINFO = Path("/proc/cpuinfo")
 
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
-    "AVX2": ("avx2",),
-    "AVX512F": ("avx512f",),
+    **{name: (name.lower(),) for name in ("AVX2", "AVX512F")},
     "VNNI": ("avx512_vnni", "avx_vnni"),
-    "AVX512_BF16": ("avx512_bf16",),
-    "AVX512_FP16": ("avx512_fp16",),
-    "AMX_INT8": ("amx_int8",),
-    "AMX_BF16": ("amx_bf16",),
-    "AMX_FP16": ("amx_fp16",),
+    **{name: (name.lower(),) for name in ("AVX512_BF16", "AVX512_FP16", "AMX_INT8", "AMX_BF16", "AMX_FP16")},
 }
 """Instruction sets that matter to low-bit arithmetic, and the Linux flags of which any one means it is there."""
 
@@ -37,7 +32,8 @@ def cpu_flags() -> frozenset[str]:
     PyTorch is asked too where Linux knows no VNNI, which older kernels do not name; a feature that neither knows is
     absent.
     """
-    flags = _from_cpuinfo()
+    info = _cpuinfo()
+    flags = set((info.get("flags") or info.get("Features") or "").lower().split())
     return frozenset(flags if not flags.isdisjoint(INSTRUCTION_SETS["VNNI"]) else flags | _from_torch())
 
 
@@ -79,12 +75,10 @@ def is_x86() -> bool:
 def arithmetic_is_native(dtype: str, device: str) -> bool:
     """Return whether the hardware multiplies in `dtype`, or PyTorch emulates it through float32.
 
-    Args:
-        dtype: float32, float16 or bfloat16.
-        device: `cpu` or `cuda`. On CUDA float16 is always native, bfloat16 from compute capability 8.0.
+    `device` is `cpu` or `cuda`, where float16 is always native, bfloat16 from compute capability 8.0.
 
     Raises:
-        ValueError: another dtype.
+        ValueError: `dtype` is not float32, float16 or bfloat16.
     """
     if dtype == "float32":
         return True
@@ -102,10 +96,7 @@ def arithmetic_is_native(dtype: str, device: str) -> bool:
 def remarks(has_gpu: bool, native_on_cpu: Mapping[str, bool], saturates: bool) -> list[str]:
     """Return sentences that a reader of figures measured here has to know.
 
-    Args:
-        has_gpu: whether a GPU was measured.
-        native_on_cpu: `arithmetic_is_native` on the CPU, by dtype.
-        saturates: `int8_sums_saturate` here.
+    `native_on_cpu` is `arithmetic_is_native` on the CPU, by dtype; `saturates` is `int8_sums_saturate` here.
     """
     if has_gpu:
         return ["fp32 is float32: without TF32, which PyTorch lets convolutions use, and which is faster."]
@@ -130,11 +121,6 @@ def _cpuinfo() -> Mapping[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def _from_cpuinfo() -> set[str]:
-    info = _cpuinfo()
-    return set((info.get("flags") or info.get("Features") or "").lower().split())
-
-
 def _from_torch() -> set[str]:
     import torch
 
@@ -142,8 +128,5 @@ def _from_torch() -> set[str]:
     names |= {"avx512_bf16": "_is_avx512_bf16_supported", "amx_fp16": "_is_amx_fp16_supported"}
     flags = {flag for flag, ask in names.items() if getattr(torch.cpu, ask, bool)()}
     capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return flags | {name for name in _all_flags() if capabilities.get(name) is True}
-
-
-def _all_flags() -> set[str]:
-    return {flag for group in (*INSTRUCTION_SETS.values(), *_NATIVE.values()) for flag in group}
+    groups = (*INSTRUCTION_SETS.values(), *_NATIVE.values())
+    return flags | {name for group in groups for name in group if capabilities.get(name) is True}

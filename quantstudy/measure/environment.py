@@ -6,7 +6,6 @@ The facts hold nothing that changes between two runs on one machine, so that a s
 import importlib.metadata
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -24,19 +23,12 @@ _HEADERS = "#include <Python.h>\n#include <omp.h>\nint threads() { return omp_ge
 
 def environment() -> dict[str, Any]:
     """Return every fact as plain JSON values; `missing` says what is not here and what that disables."""
-    facts: dict[str, Any] = {
-        "gpu": gpu(),
-        "cpu": cpu(),
-        "software": software(),
-        "compiler": compiler(),
-        "native_arithmetic": {
-            device: {dtype: arithmetic_is_native(dtype, device) for dtype in ("float16", "bfloat16")}
-            for device in ("cpu", "cuda")
-        },
-        "kernels": probe_kernels(),
+    facts: dict[str, Any] = {"gpu": gpu(), "cpu": cpu(), "software": software(), "compiler": compiler()}
+    facts["native_arithmetic"] = {
+        device: {dtype: arithmetic_is_native(dtype, device) for dtype in ("float16", "bfloat16")}
+        for device in (("cpu", "cuda") if facts["gpu"]["available"] else ("cpu",))
     }
-    if not facts["gpu"]["available"]:
-        del facts["native_arithmetic"]["cuda"]
+    facts["kernels"] = probe_kernels()
     return facts | {"missing": missing(facts), "remarks": remarks(facts)}
 
 
@@ -81,14 +73,11 @@ def cpu() -> dict[str, Any]:
 def software() -> dict[str, str | None]:
     """Return versions: the system, Python, the packages and git; None where there is no git."""
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    return {"os": _system(), "python": platform.python_version(), **versions, "git": first_line("git", "--version")}
-
-
-def _system() -> str:
     try:
-        return platform.freedesktop_os_release()["PRETTY_NAME"]
+        system = platform.freedesktop_os_release()["PRETTY_NAME"]
     except (OSError, KeyError):
-        return platform.platform(terse=True)
+        system = platform.platform(terse=True)
+    return {"os": system, "python": platform.python_version(), **versions, "git": first_line("git", "--version")}
 
 
 def compiler() -> dict[str, Any]:
@@ -114,11 +103,9 @@ def compiler() -> dict[str, Any]:
 
 def first_line(command: str, *flags: str) -> str | None:
     """Return the first line that a command prints; None when it is not there or fails."""
-    if shutil.which(command) is None:
-        return None
     try:
         done = subprocess.run(
-            [command, *flags], capture_output=True, text=True, errors="replace", timeout=10, check=True
+            [command, *flags], capture_output=True, check=True, text=True, errors="replace", timeout=10
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -132,7 +132,7 @@ def evaluate(task: Task, test: Split, reference: Reference | None) -> tuple[Reco
     executables, baselines, failed = _executables(task, eager)
     timings = {size: _time(task, executables, baselines, size) for size in BATCH_SIZES}
     chosen = fastest(task.variant, executables, timings)
-    logits_of = {executable.runtime: run_on_test(executable, task, test) for executable in executables}
+    logits_of = {executable.runtime: _logits(executable, task, test) for executable in executables}
     logits = logits_of[chosen.runtime]
     if memory is None:
         failed["peak_memory_mb"] = "the system does not let a process reset its peak"
@@ -143,23 +143,20 @@ def evaluate(task: Task, test: Split, reference: Reference | None) -> tuple[Reco
     metrics |= latencies(task.variant, chosen, timings)
     metrics |= {"kernel_real": int(chosen.real), "peak_memory_mb": finite(memory), "seed": task.study.seed}
     sqnr = {} if reference is None else _layer_sqnr(task, test)
-    details = {
-        **_details(task, chosen, timings),
+    agreement = {runtime: percent_equal(found, logits_of["eager"]) for runtime, found in logits_of.items()}
+    details = _details(task, chosen, timings) | {
         "layers": _layer_rows(chosen, model, macs, sqnr),
         "unavailable": failed,
         "not_quantized": model.left,
         "skipped": model.skipped,
         "exported": {executable.runtime: executable.exported for executable in executables if executable.exported},
-        "agreement_with_eager": {
-            runtime: percent_equal(found, logits_of["eager"]) for runtime, found in logits_of.items()
-        },
+        "agreement_with_eager": agreement,
     }
     details["remarks"] += remark(model.left, model.stored["layers_quantizable"])
     return metrics, details, Reference(logits, total_macs, macs)
 
 
-def run_on_test(executable: Executable, task: Task, test: Split) -> np.ndarray:
-    """Return the logits on the test split, in its order; every batch has one size, the last one is filled up."""
+def _logits(executable: Executable, task: Task, test: Split) -> np.ndarray:
     size = EAGER_BATCH if executable.runtime == "eager" else max(BATCH_SIZES)
     return run_on_split(executable.run, test, task.preprocessing, size, task.device, executable.memory_format)
 
@@ -174,10 +171,7 @@ def _eager_after_a_batch(task: Task) -> tuple[Executable, _Model]:
 
 
 def _executables(task: Task, eager: Executable) -> tuple[list[Executable], list[Executable], dict[str, str]]:
-    """Build the variant on every other runtime worth it, and fp32 on all if a speed-up can be reported.
-
-    The third result names the executables that could not be built, each with its reason.
-    """
+    """Return the variant on every runtime worth it, fp32 on all if a speed-up can be reported, and what failed, why."""
     failed: dict[str, str] = {}
     built = [eager, *_others(task, task.variant, failed)]
     if task.variant == "fp32" or not any(executable.real for executable in built):
@@ -187,7 +181,7 @@ def _executables(task: Task, eager: Executable) -> tuple[list[Executable], list[
 
 
 def _others(task: Task, variant: str, failed: dict[str, str]) -> list[Executable]:
-    """Build a variant on the runtimes of the params where it can be had; say in `failed` where it cannot and why."""
+    """Build a variant on the runtimes of the params; say in `failed` where it cannot be had and why."""
     found = []
     for runtime in task.measure.runtimes:
         try:
@@ -213,11 +207,10 @@ def _build(task: Task, variant: str, runtime: str) -> Executable | None:
 
 def _time(task: Task, executables: list[Executable], baselines: list[Executable], batch_size: int) -> dict[str, Timing]:
     noise = task.noise(batch_size)
-    named = {f"{task.variant} {executable.runtime}": executable for executable in executables}
-    named |= {f"fp32 {executable.runtime}": executable for executable in baselines}
+    named = [(task.variant, executable) for executable in executables] + [("fp32", given) for given in baselines]
     calls = {
-        name: functools.partial(executable.run, noise.contiguous(memory_format=executable.memory_format))
-        for name, executable in named.items()
+        f"{name} {given.runtime}": functools.partial(given.run, noise.contiguous(memory_format=given.memory_format))
+        for name, given in named
     }
     return time_alternately(calls, task.measure.seconds * len(calls) / 2, on_cuda=task.device.type == "cuda")
 
@@ -242,22 +235,18 @@ def _layer_rows(chosen: Executable, model: _Model, macs: dict[str, int], sqnr: d
 
 def _details(task: Task, chosen: Executable, timings: Timings) -> Record:
     native = {dtype: arithmetic_is_native(dtype, "cpu") for dtype in DTYPES}
+    real, total = sum(chosen.layers.values()), len(chosen.layers)
+    wider = f"{total - real} of {total} layers are simulated or run in a wider type; no speed-up is reported"
+    note = "every layer runs in its stated type" if chosen.real else wider
     return {
         "variant": task.variant,
         "runtime": chosen.runtime,
         "machine": describe_machine(),
         "remarks": remarks(task.device.type == "cuda", native, int8_sums_saturate()),
-        "kernel": {"real": sum(chosen.layers.values()), "total": len(chosen.layers), "note": _note(chosen)},
+        "kernel": {"real": real, "total": total, "note": note},
         "timings": [
             {"executable": name, "batch_size": size, **asdict(timing)}
             for size, by_name in timings.items()
             for name, timing in by_name.items()
         ],
     }
-
-
-def _note(chosen: Executable) -> str:
-    if chosen.real:
-        return "every layer runs in its stated type"
-    simulated = sum(not real for real in chosen.layers.values())
-    return f"{simulated} of {len(chosen.layers)} layers are simulated or run in a wider type; no speed-up is reported"

@@ -1,8 +1,10 @@
 """What each layer costs and loses: the bytes that its weights are stored in, and how far its output is from fp32's."""
 
-from collections.abc import Callable
+import contextlib
+import functools
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,29 +39,20 @@ def layer_sqnr_db(reference: nn.Module, model: nn.Module, images: Tensor) -> dic
         model: a variant of it.
         images: float32 [N, 3, S, S], on the models' device; all layers' outputs on them are held in memory.
     """
-    outputs: dict[str, Tensor] = {}
-    found: dict[str, float] = {}
+    wanted, found = _outputs(reference, images), _outputs(model, images)
+    return {name: sqnr_db(wanted[name], output) for name, output in found.items()}
 
-    def keep(name: str, value: Tensor) -> None:
-        outputs[name] = value.clone()  # the activation that follows may work in place
 
-    def compare(name: str, value: Tensor) -> None:
-        found[name] = sqnr_db(outputs.pop(name).float().cpu().numpy(), value.float().cpu().numpy())
-
-    _watch_outputs(reference, images, keep)
-    _watch_outputs(model, images, compare)
+def _outputs(model: nn.Module, images: Tensor) -> dict[str, np.ndarray]:
+    network, _ = network_of(model)
+    layers: dict[str, Any] = quantizable_layers(network) | quantized_layers(network)
+    found: dict[str, np.ndarray] = {}
+    with contextlib.ExitStack() as handles:
+        for name, layer in layers.items():
+            handles.enter_context(layer.register_forward_hook(functools.partial(_keep, found, name)))
+        model(images)
     return found
 
 
-def _watch_outputs(model: nn.Module, images: Tensor, watch: Callable[[str, Tensor], None]) -> None:
-    network, _ = network_of(model)
-    layers: dict[str, Any] = quantizable_layers(network) | quantized_layers(network)
-    handles = [
-        layer.register_forward_hook(lambda _, inputs, output, name=name: watch(name, output))
-        for name, layer in layers.items()
-    ]
-    try:
-        model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+def _keep(found: dict[str, np.ndarray], name: str, layer: nn.Module, inputs: Any, output: Tensor) -> None:
+    found[name] = output.clone().float().cpu().numpy()  # the activation that follows may work in place

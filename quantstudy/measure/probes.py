@@ -30,10 +30,6 @@ def _run(probe: Callable[[], str]) -> dict[str, Any]:
     return {"available": not problem, "reason": problem or "ran on a small input with the right result"}
 
 
-def _int8_onednn() -> str:
-    return "" if int8_kernels_available() else "needs an x86 CPU, a torch with oneDNN, and sums that come out exact"
-
-
 def _weight_only(scheme: WeightScheme, device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         return "needs a CUDA GPU; none was found"
@@ -53,8 +49,9 @@ def wrong(found: Tensor, wanted: Tensor, tolerance: float) -> str:
     return "" if error <= tolerance else f"ran, but its result is wrong by {100 * error:.1f} %"
 
 
+_NEEDED = "needs an x86 CPU, a torch with oneDNN, and sums that come out exact"
 PROBES: dict[str, Callable[[], str]] = {
-    "int8_conv_onednn": _int8_onednn,
+    "int8_conv_onednn": lambda: "" if int8_kernels_available() else _NEEDED,
     "int8_weight_only_cpu": lambda: _weight_only(WeightScheme(8), "cpu"),
     "int4_tinygemm_cpu": lambda: _weight_only(WeightScheme(4, 32), "cpu"),
     "int4_tile_packed_to_4d_cuda": lambda: _weight_only(WeightScheme(4, 32), "cuda"),

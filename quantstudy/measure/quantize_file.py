@@ -9,7 +9,6 @@ import copy
 import functools
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -22,16 +21,17 @@ from quantstudy.data.container import Split
 from quantstudy.data.images import ImageList, store
 from quantstudy.errors import UserError
 from quantstudy.machine.device import set_up
+from quantstudy.measure.accuracy import percent_equal
 from quantstudy.measure.coverage import not_quantized, remark, stored
 from quantstudy.methods import recipes
 from quantstudy.methods.calibration import Calibration
 from quantstudy.network.checkpoint import FORMAT, load_checkpoint, load_tensors
 from quantstudy.network.fp32 import load_fp32, load_preprocessing, save_fp32
-from quantstudy.network.weights import head_name, network_of_state, read_state_dict
+from quantstudy.network.weights import network_of_state, read_state_dict
 from quantstudy.quantization.sqnr import sqnr_db
-from quantstudy.quantization.variant import Variant, save_variant
+from quantstudy.quantization.variant import Variant
 from quantstudy.runtimes.executables import build_executable
-from quantstudy.runtimes.library import IMAGENET_MEAN, IMAGENET_STD, post_training_row
+from quantstudy.runtimes.library import IMAGENET_MEAN, IMAGENET_STD, Model, post_training_row, save
 
 OUTPUTS = (".onnx", ".pth")
 _CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def quantize(arguments: argparse.Namespace) -> None:
         layers = "{layers_quantized} of {layers_quantizable} layers in low bits, {weight_bits:.2f} bits a weight"
         print(f"{arguments.method}: {layers.format(**counted)}")
         remarks = remark(not_quantized(variant), counted["layers_quantizable"])
-        remarks += _write(out, variant, facts, arguments.method, test, preprocessing)
+        remarks += _write(out, Model(variant, facts, arguments.method), test)
     print(f"{out}: {out.stat().st_size / 1e6:.3f} MB, fp32 {size / 1e6:.3f} MB")
     print(_agreement(model, variant, test, preprocessing), f"calibrated on {drawn}", sep=", ")
     for line in remarks:
@@ -81,21 +81,16 @@ def _fp32_file(source: Path, arguments: argparse.Namespace, place: Path) -> Path
         raise UserError(f"{source}: a state_dict does not say its architecture; add --architecture, resnet18 for one")
     values = {"image_size": 224, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     values |= {key: getattr(arguments, key) for key in given if key != "architecture"}
-    preprocessing = _preprocessing(values)
-    state, options = read_state_dict(source), ("--architecture", "--image-size")
-    model = network_of_state(state, str(source), arguments.architecture, preprocessing.image_size, options)
-    classes = model.get_parameter(f"{head_name(model)}.weight").shape[0]
-    save_fp32(place, model, arguments.architecture, classes, preprocessing)
-    return place
-
-
-def _preprocessing(values: dict[str, Any]) -> P.Preprocessing:
     try:
-        return P.Preprocessing.model_validate(values)
+        preprocessing = P.Preprocessing.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         option = str(first["loc"][0]).replace("_", "-")
         raise UserError(f"--{option}: {first['input']}: {first['msg']}") from None
+    state, options = read_state_dict(source), ("--architecture", "--image-size")
+    model, classes = network_of_state(state, str(source), arguments.architecture, preprocessing.image_size, options)
+    save_fp32(place, model, arguments.architecture, classes, preprocessing)
+    return place
 
 
 def _images(path: Path, image_size: int, arguments: argparse.Namespace) -> tuple[Split, Split, str]:
@@ -117,24 +112,20 @@ def _images(path: Path, image_size: int, arguments: argparse.Namespace) -> tuple
     return *splits, f"{len(calibration)} others" if len(rest) else "the same"
 
 
-def _write(
-    out: Path, variant: Variant, facts: dict[str, Any], method: str, test: Split, preprocessing: P.Preprocessing
-) -> list[str]:
-    """Write the variant in the form that the suffix of `out` says; return what to tell about an ONNX file."""
+def _write(out: Path, model: Model, test: Split) -> list[str]:
+    """Write a variant in the form that the suffix of `out` says; return what to tell about an ONNX file."""
     if out.suffix == ".pth":
-        save_variant(out, variant, facts, method)
+        save(model, out)
         return []
     from quantstudy.measure.agreement import check
-    from quantstudy.runtimes.onnx_graph import network_graph
     from quantstudy.runtimes.onnx_model import save_onnx, to_onnx
     from quantstudy.runtimes.onnx_tuning import exported_model
     from quantstudy.runtimes.sessions import PACKAGES
 
-    graph = network_graph(facts["architecture"], facts["classes"], preprocessing.image_size)
-    plain = to_onnx(variant, graph)
+    plain = to_onnx(model.network, model.graph)
     save_onnx(out, plain)
-    timed = {runtime: exported_model(variant, graph, runtime) for runtime in PACKAGES}
-    found = check(copy.deepcopy(variant), plain, timed, test, preprocessing)
+    timed = {runtime: exported_model(model.network, model.graph, runtime) for runtime in PACKAGES}
+    found = check(copy.deepcopy(model.network), plain, timed, test, model.preprocessing)
     lines = [f"{runtime} agrees with PyTorch on {share:.2f} %" for runtime, share in found["agreement"].items()]
     return [*lines, *found["remarks"]]
 
@@ -144,5 +135,5 @@ def _agreement(model: nn.Module, variant: Variant, test: Split, preprocessing: P
         run_on_split(executable.run, test, preprocessing, 32, _CPU, executable.memory_format)
         for executable in (build_executable(network, "eager", _CPU) for network in (model, variant))
     )
-    share = 100 * float((before.argmax(1) == after.argmax(1)).mean())
+    share = percent_equal(before, after)
     return f"agrees with fp32 on {share:.2f} % of {len(test)} images, SQNR {sqnr_db(before, after):.1f} dB"

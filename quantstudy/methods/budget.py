@@ -3,10 +3,9 @@
 A budget is spent by a loss of each layer at each width, and no loss is best everywhere (`LOSSES`). To first order the
 errors of several layers add up in the logits, so the sum of their sizes bounds what all together do; were they
 independent, squares would add (Zhou et al., *Adaptive Quantization for Deep Neural Network*, AAAI 2018); but a size
-stops growing where a layer breaks, and there the divergence of the predictions goes on. At 3 bits rounded to nearest,
-sizes were best for MobileNetV2 on digits and hopeless for VGG-11 on CIFAR-100. So each loss proposes an allocation,
-every uniform width within the budget is one more, and the network as a whole, on calibration images, decides. A drop of
-accuracy on a few hundred images is mostly zero or noise.
+stops growing where a layer breaks, and there the divergence of the predictions goes on. So each loss proposes an
+allocation, every uniform width within the budget is one more, and the network as a whole, on calibration images,
+decides. A drop of accuracy on a few hundred images is mostly zero or noise.
 """
 
 import copy
@@ -42,7 +41,6 @@ class BudgetRecipe(Recipe[P.MixedBudget]):
     """Allocations that the sensitivity proposes; of these the one that diverges least on calibration images."""
 
     def quantize(self, model: nn.Module, calibration: Calibration, row: P.MixedBudget) -> Variant:
-        """Return the variant in the bits chosen."""
         allocations = allocations_within(measurable(model, calibration), calibration.sensitivity, row)
         widths = sorted({width for bits in allocations for width in bits.values() if width < HALF})
         table = quantized_table(model, calibration, row, widths)

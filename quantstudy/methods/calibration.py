@@ -30,17 +30,17 @@ class Calibration:
     Args:
         model: the fp32 network, eval mode, on the CPU.
         images: batches of float32 [N, 3, H, W], or a function that returns them.
-        statistics: of the layers' inputs if they are known, or a function that returns them; else they are taken of
+        statistics: a function that returns those of the layers' inputs if they are known; else they are taken of
             `images`.
         bins: of the histograms.
-        sensitivity: rows of the stage `sensitivity`, which methods within a budget choose bits by, or a function.
+        sensitivity: returns the rows of the stage `sensitivity`, which methods within a budget choose bits by.
     """
 
     def __init__(
         self,
         model: nn.Module,
         images: Sequence[Tensor] | Callable[[], Sequence[Tensor]],
-        statistics: Statistics | Callable[[], Statistics] | None = None,
+        statistics: Callable[[], Statistics] | None = None,
         bins: int = P.Calibration().bins,
         sensitivity: Callable[[], list[dict[str, Any]]] | None = None,
     ) -> None:
@@ -59,7 +59,7 @@ class Calibration:
         if self._statistics is None:
             batches = [(images, torch.empty(0)) for images in self.images]
             return collect(self.model, batches, self.bins)["layers"]  # type: ignore[no-any-return]
-        return self._statistics() if callable(self._statistics) else self._statistics
+        return self._statistics()
 
     @functools.cached_property
     def sensitivity(self) -> list[dict[str, Any]]:
@@ -81,10 +81,8 @@ class Calibration:
         needs it, and a convolution whose padding is not zeros.
         """
         layers = quantizable_layers(self.model)
-        if self._statistics is not None:
-            ran = set(self.statistics)
-        else:
-            ran = set()
+        ran = set() if self._statistics is None else set(self.statistics)
+        if self._statistics is None:
             run_watched(self.model, layers, [self.images[0][:1]], lambda name, _: ran.add(name))
         return {
             name: layer

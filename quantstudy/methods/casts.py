@@ -18,7 +18,6 @@ class CastRecipe(Recipe[P.Cast]):
     """Cast every parameter; arithmetic runs in the type too."""
 
     def quantize(self, model: nn.Module, calibration: Calibration, row: P.Cast) -> Variant:
-        """Return the cast network."""
         return cast(model, DTYPES[row.dtype])
 
 
@@ -27,13 +26,10 @@ class TrainedCastRecipe(TrainedRecipe[P.QatCast]):
     """Fine-tune in mixed precision, then cast."""
 
     def prepare(self, model: nn.Module, calibration: Calibration, row: P.QatCast) -> Variant:
-        """Return a copy of the fp32 network."""
         return Variant(copy.deepcopy(model).requires_grad_(True))
 
     def finish(self, variant: Variant, model: nn.Module, row: P.QatCast) -> Variant:
-        """Return the cast network."""
         return cast(variant.network, DTYPES[row.dtype])
 
     def autocast_dtype(self, row: P.QatCast) -> torch.dtype:
-        """Return the type that the variant is cast to."""
         return DTYPES[row.dtype]

@@ -94,13 +94,11 @@ def equalize(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     pairs = find_pairs(model)
     for pair in pairs:
-        if pair.clamp:
+        if pair.clamp and not isinstance(model.get_submodule(pair.clamp), ChannelReLU):
             first: Any = model.get_submodule(pair.first)
-            if not isinstance(model.get_submodule(pair.clamp), ChannelReLU):
-                model.set_submodule(pair.clamp, ChannelReLU(torch.full((len(first.weight),), 6.0)))
+            model.set_submodule(pair.clamp, ChannelReLU(torch.full((len(first.weight),), 6.0)))
     for _ in range(ROUNDS):
-        moved = max((_equalize_pair(model, pair) for pair in pairs), default=0.0)
-        if moved < TOLERANCE:
+        if max((_equalize_pair(model, pair) for pair in pairs), default=0.0) < TOLERANCE:
             break
     return model
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantstudy.methods.reconstruction import LARGE, progress_of
-from quantstudy.quantization.layers import ActivationQuantizer, quantized_layers
+from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.learned import LearnedActivation
 from quantstudy.quantization.schemes import WeightScheme
 
@@ -78,13 +78,14 @@ def finetune_jointly(reference: nn.Module, network: nn.Module, images: list[Tens
     rates = [group["lr"] for group in optimizer.param_groups]
     pixels = torch.cat(images)
     with torch.no_grad():
-        taught = [torch.cat([reference(f(x)).log_softmax(1) for x in images]) for f in (lambda x: x, _flipped)]
+        both = (images, [x.flip(3) for x in images])
+        taught = [torch.cat([reference(x).log_softmax(1) for x in batches]) for batches in both]
     generator = torch.Generator().manual_seed(0)
     with torch.enable_grad():
         for progress in progress_of(STEPS, time.monotonic() + seconds):
             chosen = torch.randint(len(pixels), (min(BATCH_SIZE, len(pixels)),), generator=generator)
             flip = int(torch.randint(2, (), generator=generator))
-            x = _flipped(pixels[chosen]) if flip else pixels[chosen]
+            x = pixels[chosen].flip(3) if flip else pixels[chosen]
             x = x.contiguous(memory_format=torch.channels_last)
             predicted = network(x).log_softmax(1)
             loss = F.kl_div(predicted, taught[flip][chosen], log_target=True, reduction="batchmean")
@@ -104,12 +105,12 @@ def make_trainable(network: nn.Module) -> dict[str, str]:
         The layers whose codes and weight scales do not learn, with why.
     """
     network.requires_grad_(False)
-    layers: dict[str, Any] = quantized_layers(network)
+    layers = quantized_layers(network)
     for layer in layers.values():
         layer.forget_dense()
         if layer.bias is not None:
             layer.bias.requires_grad_(True)
-        activation: ActivationQuantizer = layer.activation
+        activation = layer.activation
         if activation.scheme.mode == "static":
             grid = (activation.scale, activation.zero_point, activation.scheme.highest)
             activation.learned = LearnedActivation(*grid)
@@ -121,7 +122,7 @@ def make_trainable(network: nn.Module) -> dict[str, str]:
 
 def parameter_groups(network: nn.Module, rate: float) -> list[dict[str, Any]]:
     """Return what `make_trainable` lets learn, for Adam: codes at `rate`, all else in proportion to it."""
-    layers: list[Any] = list(quantized_layers(network).values())
+    layers = list(quantized_layers(network).values())
     quantizers = [layer.weight_quantizer for layer in layers if layer.weight_quantizer is not None]
     found = [
         {"params": [quantizer.codes for quantizer in quantizers], "lr": rate},
@@ -137,13 +138,8 @@ def parameter_groups(network: nn.Module, rate: float) -> list[dict[str, Any]]:
 @torch.no_grad()
 def freeze_trained(network: nn.Module) -> None:
     """Freeze what `make_trainable` made trainable, in place."""
-    layers: dict[str, Any] = quantized_layers(network)
-    for layer in layers.values():
+    for layer in quantized_layers(network).values():
         layer.activation.adopt_learned()
         if layer.weight_quantizer is not None:
             layer.freeze()
         layer.requires_grad_(False)
-
-
-def _flipped(x: Tensor) -> Tensor:
-    return x.flip(3)

@@ -33,6 +33,7 @@ from quantstudy.quantization.variant import Variant
 RE_ESTIMATION_BATCHES = 50
 
 
+@torch.no_grad()
 def learnable(
     model: nn.Module, statistics: dict[str, Any], schemes: dict[str, LayerScheme], how: ActivationRange
 ) -> nn.Module:
@@ -41,8 +42,15 @@ def learnable(
     `statistics` are the layers' of `observers.collect`, `schemes` name the layers, `how` their starting range.
     """
     network = copy.deepcopy(model)
-    for convolution, norm in conv_norm_pairs(network):
-        _make_gamma_positive(network.get_submodule(convolution), network.get_submodule(norm))
+    for name, norm_name in conv_norm_pairs(network):
+        convolution: Any = network.get_submodule(name)
+        norm: Any = network.get_submodule(norm_name)
+        sign = torch.where(norm.weight < 0, -1.0, 1.0)
+        convolution.weight.mul_(sign.view(-1, 1, 1, 1))
+        if convolution.bias is not None:
+            convolution.bias.mul_(sign)
+        norm.weight.mul_(sign)
+        norm.running_mean.mul_(sign)
     for name, layer in quantize_layers(network, schemes).items():
         scheme = layer.scheme
         layer.weight_quantizer = LearnedWeight(layer.weight.detach(), scheme.weight)  # type: ignore[union-attr]
@@ -50,16 +58,6 @@ def learnable(
             grid = scheme.activation.choose_qparams(*activation_range(statistics[name], scheme.activation, how))
             layer.activation.learned = LearnedActivation(*grid, scheme.activation.highest)
     return network
-
-
-@torch.no_grad()
-def _make_gamma_positive(convolution: Any, norm: Any) -> None:
-    sign = torch.where(norm.weight < 0, -1.0, 1.0)
-    convolution.weight.mul_(sign.view(-1, 1, 1, 1))
-    if convolution.bias is not None:
-        convolution.bias.mul_(sign)
-    norm.weight.mul_(sign)
-    norm.running_mean.mul_(sign)
 
 
 @torch.no_grad()
@@ -89,24 +87,19 @@ def freeze_learned(network: nn.Module, pairs: list[tuple[str, str]]) -> None:
 
     A gamma that became negative in training gives its channel the codes of the negated weight, the lowest one clipped.
     """
-    for layer in quantized_layers(network).values():
-        layer.activation.adopt_learned()
-        layer.freeze()
+    for trained in quantized_layers(network).values():
+        trained.activation.adopt_learned()
+        trained.freeze()
     for name, norm_name in pairs:
-        layer, norm = network.get_submodule(name), network.get_submodule(norm_name)  # type: ignore[assignment]
-        _fold(layer, norm)
+        layer: Any = network.get_submodule(name)
+        norm: Any = network.get_submodule(norm_name)
+        factor, scheme = norm.weight / (norm.running_var + norm.eps).sqrt(), layer.scheme.weight
+        codes = layer.weight_codes().int() * torch.where(factor < 0, -1, 1).view(-1, 1, 1, 1)
+        codes = codes.clamp(scheme.lowest, scheme.highest).to(torch.int8)
+        layer.set_codes(codes, layer.weight_scale.float() * factor.abs()[:, None])
+        before = 0 if layer.bias is None else layer.bias
+        layer.bias = nn.Parameter((before - norm.running_mean) * factor + norm.bias, requires_grad=False)
         network.set_submodule(norm_name, nn.Identity())
-
-
-def _fold(layer: Any, norm: Any) -> None:
-    factor = norm.weight / (norm.running_var + norm.eps).sqrt()
-    codes = layer.weight_codes().int() * torch.where(factor < 0, -1, 1).view(-1, 1, 1, 1)
-    scheme = layer.scheme.weight
-    layer.set_codes(
-        codes.clamp(scheme.lowest, scheme.highest).to(torch.int8), layer.weight_scale.float() * factor.abs()[:, None]
-    )
-    before = 0 if layer.bias is None else layer.bias
-    layer.bias = nn.Parameter((before - norm.running_mean) * factor + norm.bias, requires_grad=False)
 
 
 @register(P.QatLsq)
@@ -123,14 +116,11 @@ class LsqRecipe(TrainedRecipe[P.QatLsq]):
         return variant
 
     def finish(self, variant: Variant, model: nn.Module, row: P.QatLsq) -> Variant:
-        """Round, and fold BatchNorm into scales and biases."""
         freeze_learned(variant.network, conv_norm_pairs(model))
         return variant
 
     def distillation(self, row: P.QatLsq) -> float:
-        """Return what the row says."""
         return row.distillation
 
     def before_validation(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Callable[[nn.Module], None]:
-        """Return the estimation of BatchNorm's statistics with the weights at hand."""
         return lambda network: estimate_batchnorm(network, batches)

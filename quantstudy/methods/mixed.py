@@ -17,7 +17,6 @@ class MixedRecipe(UniformRecipe[Row]):
     """The chosen layers in integers, every other layer in a 16-bit float type."""
 
     def quantize(self, model: nn.Module, calibration: Calibration, row: Any) -> Variant:
-        """Return the variant in the 16-bit type."""
         variant = super().quantize(model, calibration, row)
         return cast(variant.network, DTYPES[row.dtype], variant.skipped)
 
@@ -27,7 +26,6 @@ class MixedLinearRecipe(MixedRecipe[P.MixedLinear]):
     """Linear layers in integers (the notebook's simple rule)."""
 
     def chosen(self, layers: dict[str, Any], row: P.MixedLinear) -> Collection[str]:
-        """Return the linear layers."""
         return [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
 
 
@@ -36,6 +34,5 @@ class MixedVarianceRecipe(MixedRecipe[P.MixedVariance]):
     """The `fraction` of layers, at least one, with the lowest weight variance in integers."""
 
     def chosen(self, layers: dict[str, Any], row: P.MixedVariance) -> Collection[str]:
-        """Return the layers of lowest variance."""
         by_variance = sorted(layers, key=lambda name: float(layers[name].weight.var()))
         return by_variance[: max(round(row.fraction * len(layers)), 1)]

@@ -4,6 +4,7 @@ A convolution is a linear layer over patches: for each of its groups, X [columns
 groups) * kH * kW values a column, as `nn.Unfold` lays them out, padding included. A linear layer has one group.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -35,28 +36,21 @@ def input_moments(
 
     Of each batch a layer sees at most 8,192 patches, evenly spread.
     """
-    found: dict[str, Moments] = {}
-    counts: dict[str, int] = {}
-
+    totals: dict[str, list[Tensor]] = {}
+    counts: Counter[str] = Counter()
     layers = {name: layer for name, layer in quantizable_layers(model).items() if names is None or name in names}
 
     def watch(name: str, value: Tensor) -> None:
         x = _some_patches(layers[name], value)
-        products = [block.mT @ block for block in x.split(BLOCK, dim=2)]
-        if name in found:
-            found[name].mean += x.sum(1)
-            for total, part in zip(found[name].second, products, strict=True):
-                total += part
-        else:
-            found[name] = Moments(x.sum(1), products)
-        counts[name] = counts.get(name, 0) + x.shape[1]
+        sums = [x.sum(1), *(block.mT @ block for block in x.split(BLOCK, dim=2))]
+        if name in totals:
+            sums = [total.add_(part) for total, part in zip(totals[name], sums, strict=True)]
+        totals[name] = sums
+        counts[name] += x.shape[1]
 
     run_watched(model, layers, batches, watch)
-    for name, moments in found.items():
-        moments.mean /= counts[name]
-        for block in moments.second:
-            block /= counts[name]
-    return found
+    means = {name: [total.div_(counts[name]) for total in found] for name, found in totals.items()}
+    return {name: Moments(mean, second) for name, (mean, *second) in means.items()}
 
 
 def _some_patches(layer: Any, value: Tensor) -> Tensor:

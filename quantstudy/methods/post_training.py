@@ -56,7 +56,7 @@ def freeze(model: nn.Module, network: nn.Module, calibration: Calibration, row: 
     else:
         moments = calibration.moments(layers if row.gain_correction else waiting)
         for name, layer in waiting.items():
-            scheme, weight = layer.scheme.weight, layer.float_weight()
+            scheme, weight = layer.scheme.weight, layer.weight.detach()
             scale = scheme.choose_scale(weight)
             layer.set_codes(gptq_codes(weight, scale, scheme, moments[name]), scale)
     if row.gain_correction:

@@ -8,20 +8,15 @@ from torch import nn
 
 from quantstudy import params as P
 from quantstudy.errors import UserError, unknown
-from quantstudy.methods import budget, casts, lsq, mixed, trained_joint, uniform  # noqa: F401
+from quantstudy.methods import budget, casts, lsq, mixed, uniform  # noqa: F401
 from quantstudy.methods.calibration import Calibration
-from quantstudy.methods.recipe import RECIPES, Recipe, TrainedRecipe
+from quantstudy.methods.recipe import RECIPES, TrainedRecipe
 from quantstudy.quantization.variant import Variant
-
-
-def recipe_of(row: P.MethodRow) -> Recipe[Any]:
-    """Return the recipe of a method's row."""
-    return RECIPES[type(row)]
 
 
 def trained_recipe_of(row: P.MethodRow) -> TrainedRecipe[Any]:
     """Return the recipe of a method that trains."""
-    recipe = recipe_of(row)
+    recipe = RECIPES[type(row)]
     assert isinstance(recipe, TrainedRecipe), f"{row.kind} does not train"
     return recipe
 
@@ -47,7 +42,7 @@ def quantize(model: nn.Module, calibration: Calibration, row: P.MethodRow, key: 
         UserError: the method cannot be applied to this network.
     """
     with naming(row, key):
-        return recipe_of(row).quantize(model, calibration, row)
+        return RECIPES[type(row)].quantize(model, calibration, row)
 
 
 @contextlib.contextmanager

@@ -194,11 +194,10 @@ def _cached(
         targets.append(result)
         raise _Reached
 
-    handles = [
+    with (
         network.get_submodule(name).register_forward_pre_hook(keep_input),
         reference.get_submodule(name).register_forward_hook(keep_output),
-    ]
-    try:
+    ):
         for batch in images.split(64):
             for model in (network, reference):
                 with contextlib.suppress(_Reached):
@@ -206,7 +205,4 @@ def _cached(
             room -= inputs[-1].nbytes + targets[-1].nbytes
             if room < 0:
                 break
-    finally:
-        for handle in handles:
-            handle.remove()
     return torch.cat(inputs), torch.cat(targets)

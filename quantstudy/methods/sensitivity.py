@@ -78,11 +78,10 @@ def measure_layers(
         macs: multiply-accumulates per image of every layer.
     """
     layers = measurable(model, calibration)
-    labels = torch.cat([labels for _, labels in batches])
-    reference = torch.cat([model(images) for images, _ in batches])
-    rows = []
+    images, labels = [images for images, _ in batches], torch.cat([labels for _, labels in batches])
+    reference = torch.cat([model(batch) for batch in images])
     table = quantized_table(model, calibration, settings, [bits for bits in settings.bits if bits < HALF])
-    images = [images for images, _ in batches]
+    rows = []
     for name, bits, logits in _logits_with_one_layer_changed(model, layers, table, images, settings.bits):
         weight = layers[name].weight
         row = {"layer": name, "bits": bits, "weights": weight.numel(), "macs": macs[name]}

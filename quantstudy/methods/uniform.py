@@ -2,7 +2,7 @@
 
 What they do beyond rounding to nearest is in `methods.post_training`. Static fine-tuning rounds the weights in each
 forward pass with a straight-through gradient (Jacob et al., *Quantization and Training of Neural Networks for Efficient
-Integer-Arithmetic-Only Inference*, CVPR 2018).
+Integer-Arithmetic-Only Inference*, CVPR 2018); joint fine-tuning is `methods.joint` by the epoch.
 """
 
 import copy
@@ -14,6 +14,7 @@ from torch import nn
 
 from quantstudy import params as P
 from quantstudy.methods.calibration import Calibration
+from quantstudy.methods.joint import freeze_trained, make_trainable, parameter_groups
 from quantstudy.methods.post_training import equalized, freeze
 from quantstudy.methods.recipe import Recipe, Row, TrainedRecipe, register
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
@@ -41,7 +42,6 @@ class UniformRecipe(Recipe[Row]):
         return Variant(network)
 
     def quantize(self, model: nn.Module, calibration: Calibration, row: Any) -> Variant:
-        """Return the variant, its codes frozen, and in `skipped` what could not be done."""
         model, calibration, skipped = equalized(model, calibration, row)
         variant = self.simulated(model, calibration, row)
         variant.skipped = skipped | freeze(model, variant.network, calibration, row)
@@ -67,7 +67,6 @@ class StaticRecipe(UniformRecipe[P.Static]):
     mode = "static"
 
     def simulated(self, model: nn.Module, calibration: Calibration, row: P.Static) -> Variant:
-        """Return a copy with quantized layers whose input grids are those of the calibration."""
         variant = super().simulated(model, calibration, row)
         for name, layer in quantized_layers(variant.network).items():
             scheme, statistics = layer.scheme.activation, calibration.statistics[name]
@@ -81,17 +80,37 @@ class TrainedStaticRecipe(TrainedRecipe[P.QatStatic]):
     """The static scheme, fine-tuned with float weights that are rounded in each forward pass."""
 
     def prepare(self, model: nn.Module, calibration: Calibration, row: P.QatStatic) -> Variant:
-        """Return the static scheme, its weights still float."""
         variant = StaticRecipe().simulated(model, calibration, row)
         variant.requires_grad_(True)
         return variant
 
     @torch.no_grad()
     def finish(self, variant: Variant, model: nn.Module, row: P.QatStatic) -> Variant:
-        """Round the weights for good."""
         for layer in quantized_layers(variant.network).values():
             layer.freeze()
         return variant
+
+
+@register(P.QatJoint)
+class JointRecipe(TrainedRecipe[P.QatJoint]):
+    """Quantize as the row says after training, then let codes, scales and biases learn on the training images."""
+
+    def prepare(self, model: nn.Module, calibration: Calibration, row: P.QatJoint) -> Variant:
+        variant = StaticRecipe().quantize(model, calibration, row)
+        if kept := make_trainable(variant.network):
+            variant.skipped["finetune"] = kept
+        return variant
+
+    def finish(self, variant: Variant, model: nn.Module, row: P.QatJoint) -> Variant:
+        freeze_trained(variant.network)
+        return variant
+
+    def parameter_groups(self, variant: Variant, learning_rate: float) -> list[dict[str, Any]]:
+        return parameter_groups(variant.network, learning_rate)
+
+    def distillation(self, row: P.QatJoint) -> float:
+        """Return 1: it learns from the fp32 model alone."""
+        return 1.0
 
 
 def layer_schemes(model: nn.Module, row: P.Scheme, names: Collection[str], mode: Mode) -> dict[str, LayerScheme]:

@@ -103,9 +103,8 @@ def check_code(architecture: str, expected: str | None, key: str) -> None:
     """Raise `UserError`, naming `key`, when the code behind an import path has another SHA-256 than `expected`."""
     found = code_sha256(architecture, key)
     if found != expected:
-        raise UserError(
-            f"{key}: {expected!r} is not the SHA-256 of the code of {architecture}; the one found is {found}"
-        )
+        what = f"the SHA-256 of the code of {architecture}"
+        raise UserError(f"{key}: {expected!r} is not {what}; the one found is {found}")
 
 
 def _own(architecture: str, key: str) -> Callable[..., Any]:
@@ -122,9 +121,8 @@ def _module(name: str, key: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except Exception as error:  # importing runs one's own code
-        raise UserError(
-            f"{key}: {name} cannot be imported from {Path.cwd()} or PYTHONPATH: {one_line(error)}"
-        ) from None
+        where = f"{Path.cwd()} or PYTHONPATH"
+        raise UserError(f"{key}: {name} cannot be imported from {where}: {one_line(error)}") from None
 
 
 def vgg11_small(num_classes: int) -> nn.Module:
@@ -138,24 +136,15 @@ def vgg11_small(num_classes: int) -> nn.Module:
     for module in features:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(
-        OrderedDict(
-            features=features,
-            avgpool=nn.AdaptiveAvgPool2d(1),
-            flatten=nn.Flatten(),
-            classifier=nn.Linear(512, num_classes),
-        )
-    )
-
-
-_SMALL = {"vgg11_small": vgg11_small}
+    parts = OrderedDict(features=features, avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten())
+    return nn.Sequential(parts | {"classifier": nn.Linear(512, num_classes)})
 
 
 def _torchvision(architecture: str, key: str) -> Callable[..., nn.Module]:
-    if architecture in _SMALL:
-        return _SMALL[architecture]
+    if architecture == "vgg11_small":
+        return vgg11_small
     if architecture not in torchvision_names():
-        raise unknown(key, architecture, [*torchvision_names(), *_SMALL])
+        raise unknown(key, architecture, [*torchvision_names(), "vgg11_small"])
     has_auxiliary_heads = architecture in ("googlenet", "inception_v3")
     arguments = {"init_weights": True, "aux_logits": False} if has_auxiliary_heads else {}
     from torchvision.models import get_model

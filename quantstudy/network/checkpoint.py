@@ -1,9 +1,8 @@
 """Model files: safe to load, and as small as what they hold.
 
 A file is a dictionary of plain values and tensors, so `torch.load(weights_only=True)` reads it and nothing in
-it is executed. `torch.save` spends some 200 bytes and a 64-byte alignment on each storage, which for the 300
-small tensors of a quantized MobileNetV2 is 3 % of the file; therefore the tensors of one dtype are views into
-one storage.
+it is executed. `torch.save` spends some 200 bytes and a 64-byte alignment on each storage; therefore the tensors of one
+dtype are views into one storage.
 """
 
 import pickle

@@ -17,19 +17,17 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     [2, channels]: the mean and the standard deviation. A BatchNorm that does not directly follow a convolution stays as
     it is, and so does every one of a network that `torch.fx` cannot trace.
     """
-    folded = copy.deepcopy(model).eval()
-    fold_in_place(folded)
-    return folded
+    return fold_in_place(copy.deepcopy(model).eval())
 
 
-def fold_in_place(model: nn.Module) -> None:
-    """Do what `fold_batchnorm` does, to the model itself."""
+def fold_in_place(model: nn.Module) -> nn.Module:
+    """Do what `fold_batchnorm` does, to the model itself, which is in eval mode, and return it."""
     modules = dict(model.named_modules())
     for conv_name, norm_name in conv_norm_pairs(model):
         conv, norm = modules[conv_name], modules[norm_name]
         model.set_submodule(conv_name, _fused(conv, norm))
         model.set_submodule(norm_name, nn.Identity())
-    model.requires_grad_(False)
+    return model.requires_grad_(False)
 
 
 def _fused(conv: Any, norm: Any) -> nn.Module:

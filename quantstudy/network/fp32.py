@@ -43,7 +43,7 @@ def load_fp32(path: Path, *, fold: bool = True) -> nn.Module:
 
 def skeleton_of(path: Path) -> nn.Module:
     """Return the network of a file, fp32 or a variant, as `skeleton` does."""
-    return _as_quantized(_network_of(load_checkpoint(path), path))
+    return fold_in_place(_network_of(load_checkpoint(path), path).eval())
 
 
 def skeleton(architecture: str, classes: int, image_size: int = IMAGE_SIZE) -> nn.Module:
@@ -52,12 +52,7 @@ def skeleton(architecture: str, classes: int, image_size: int = IMAGE_SIZE) -> n
     The tensors of torchvision's networks have no storage; those of one's own have their random start, since what
     its code computes besides parameters has to be there.
     """
-    return _as_quantized(_without_weights(architecture, classes, image_size))
-
-
-def _as_quantized(model: nn.Module) -> nn.Module:
-    fold_in_place(model.eval())
-    return model
+    return fold_in_place(_without_weights(architecture, classes, image_size).eval())
 
 
 def _network_of(checkpoint: dict[str, Any], path: Path) -> nn.Module:

@@ -5,6 +5,7 @@ is its syntax tree without comments, docstrings and positions: two texts that Py
 """
 
 import ast
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +23,7 @@ def transitive_imports(script: Path, root: Path) -> list[Path]:
 
     A package counts as the `__init__.py` that makes it one.
     """
-
-    def direct(path: Path) -> list[Path]:
-        return _modules(_names(ast.parse((root / path).read_bytes()), path), root)
-
-    return _reached(script, direct)
+    return _reached(script, lambda path: _modules(_names(ast.parse((root / path).read_bytes()), path), root))
 
 
 def scripts_sha256(scripts: Sequence[Path], root: Path) -> dict[Path, str]:
@@ -35,7 +32,10 @@ def scripts_sha256(scripts: Sequence[Path], root: Path) -> dict[Path, str]:
     A file beside a module, or in a folder beside it, is one of these where the module has its name as a string; a link
     is none. What is parsed is kept in `KNOWN` below `root`, so that only changed texts are parsed again.
     """
-    known, changed = _read_known(root / KNOWN), False
+    known: dict[str, list[str]] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = dict(json.loads((root / KNOWN).read_text(encoding="utf-8")))
+    changed = False
     modules: dict[Path, list[Path]] = {}
     digests: dict[Path, str] = {}
 
@@ -64,13 +64,6 @@ _RULES = Path(__file__).read_bytes()
 
 def _digest(*parts: bytes) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
-
-
-def _read_known(path: Path) -> dict[str, list[str]]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
 
 
 def _reached(script: Path, direct: Callable[[Path], Sequence[Path]]) -> list[Path]:

@@ -1,5 +1,6 @@
 """Load the weights that a model starts from: torchvision's, or a state_dict on disk."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from quantstudy.network.architectures import build, check_logits, torchvision_na
 from quantstudy.network.attention import opened_names
 from quantstudy.network.checkpoint import load_tensors
 
+_KEYS = ("architecture", "image_size")
 AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 """Tensors of GoogLeNet and Inception that only their own training needs."""
 
@@ -70,10 +72,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str, key: str
         first = strange[0]
         found = f"holds {first}" + (f" of shape {tuple(state[first].shape)}" if first in own else "")
         wanted = f"of shape {tuple(own[first].shape)} here" if first in own else "which it lacks"
-        raise UserError(
-            f"{key}: {source!r} is not of architecture {architecture}: "
-            f"it {found}, {wanted} ({len(strange)} of {len(state)} tensors do not fit)"
-        )
+        found += f", {wanted} ({len(strange)} of {len(state)} tensors do not fit)"
+        raise UserError(f"{key}: {source!r} is not of architecture {architecture}: it {found}")
     usable = {name: tensor for name, tensor in state.items() if tensor.shape == own[name].shape}
     model.load_state_dict(usable, strict=False)
     return LoadReport(source, list(usable), [name for name in own if name not in usable])
@@ -95,10 +95,8 @@ def _imagenet(architecture: str) -> dict[str, torch.Tensor]:
     try:
         return dict(get_model_weights(architecture).DEFAULT.get_state_dict(progress=True, check_hash=True))
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"model.weights: imagenet weights of {architecture} could not be downloaded ({error}); "
-            "put a state_dict on disk and name its path instead"
-        ) from None
+        what = f"imagenet weights of {architecture} could not be downloaded ({error})"
+        raise UserError(f"model.weights: {what}; put a state_dict on disk and name its path instead") from None
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
@@ -122,13 +120,9 @@ def head_name(model: nn.Module) -> str:
 
 
 def network_of_state(
-    state: dict[str, Tensor],
-    source: str,
-    architecture: str,
-    image_size: int,
-    keys: tuple[str, str] = ("architecture", "image_size"),
-) -> nn.Module:
-    """Return the network that a whole state_dict is of, as many classes as its head has.
+    state: dict[str, Tensor], source: str, architecture: str, image_size: int, keys: Sequence[str] = _KEYS
+) -> tuple[nn.Module, int]:
+    """Return the network that a whole state_dict is of, and its classes: as many as its head has.
 
     `source` is what errors call the state, `keys` what they call the architecture and the image size.
 
@@ -144,4 +138,4 @@ def network_of_state(
     missing = load_state(model, state, source, "model", architecture).missing
     if missing:
         raise UserError(f"{source}: not of architecture {architecture}: it lacks {len(missing)} tensors, {missing[0]}")
-    return model
+    return model, weight.shape[0]

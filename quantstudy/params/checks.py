@@ -23,8 +23,18 @@ def check_sections(params: "Params") -> None:
         if name in params.methods:
             raise UserError(f"methods.{name}: this name is taken; choose another")
     _check_lists(params)
-    _check_overrides(params)
-    _check_percentiles(params)
+    learned = [name for name, row in params.methods.items() if isinstance(row, QatWithScales)]
+    for study, row in params.studies.items():
+        for name in row.qat.methods:
+            if name not in learned:
+                raise unknown(f"studies.{study}.qat.methods", name, learned)
+    listed = params.outliers.percentiles
+    for name, method in params.methods.items():
+        percentile = getattr(method, "clip_percentile", None)
+        if percentile is not None and percentile not in listed:
+            choices = ", ".join(map(str, listed))
+            key = f"methods.{name}.clip_percentile"
+            raise UserError(f"{key}: {percentile} is not in outliers.percentiles; choose one of {choices} or add it")
     unmeasured = [study for study in params.run if study not in params.budget.studies]
     if params.budget.methods and unmeasured:
         raise UserError(f"budget.studies: {', '.join(unmeasured)} is missing; budget.methods run in every study of run")
@@ -51,21 +61,3 @@ def _check_lists(params: "Params") -> None:
                 raise unknown(key, name, choices)
         if len(set(names)) < len(names):
             raise UserError(f"{key}: {names} lists a name twice")
-
-
-def _check_overrides(params: "Params") -> None:
-    learned = [name for name, row in params.methods.items() if isinstance(row, QatWithScales)]
-    for study, row in params.studies.items():
-        for name in row.qat.methods:
-            if name not in learned:
-                raise unknown(f"studies.{study}.qat.methods", name, learned)
-
-
-def _check_percentiles(params: "Params") -> None:
-    listed = params.outliers.percentiles
-    for name, row in params.methods.items():
-        percentile = getattr(row, "clip_percentile", None)
-        if percentile is not None and percentile not in listed:
-            choices = ", ".join(map(str, listed))
-            key = f"methods.{name}.clip_percentile"
-            raise UserError(f"{key}: {percentile} is not in outliers.percentiles; choose one of {choices} or add it")

@@ -62,13 +62,6 @@ class Rounding(Section):
     finetune: bool = False
     """Whether weights, scales and biases then learn together to predict what fp32 does on the calibration images."""
 
-    def _refuse(self, *keys: str) -> None:
-        """Raise `ValueError` if one of `keys` is not its default."""
-        if any(getattr(self, key) != type(self).model_fields[key].default for key in keys):
-            kind = getattr(self, "kind", "")
-            *most, last = keys
-            raise ValueError(f"kind {kind} takes no {', '.join(most)}{' or ' if most else ''}{last}; remove them")
-
     @field_validator("group_size")
     @classmethod
     def _group_size_divides(cls, value: int | None) -> int | None:
@@ -89,12 +82,10 @@ class Scheme(Rounding, MethodRow):
 
     @property
     def bits(self) -> int:
-        """Bits of the weights."""
         return self.weight_bits
 
     @property
     def widths(self) -> str:
-        """Bits of weights and activations."""
         return f"{self.weight_bits}/{getattr(self, 'activation_bits', '-')}"
 
 
@@ -106,12 +97,10 @@ class Cast(MethodRow):
 
     @property
     def bits(self) -> int:
-        """Bits of the weights."""
         return 16
 
     @property
     def widths(self) -> str:
-        """Bits of weights and activations."""
         return "16/16"
 
 
@@ -155,9 +144,8 @@ class Static(IntegerProducts):
     @model_validator(mode="after")
     def _clips_one_way(self) -> "Static":
         if self.clip_percentile is not None and self.activation_range != "minmax":
-            raise ValueError(
-                f"clip_percentile cuts the range minmax, not {self.activation_range}; remove one of the keys"
-            )
+            how = self.activation_range
+            raise ValueError(f"clip_percentile cuts the range minmax, not {how}; remove one of the keys")
         return self
 
 
@@ -169,7 +157,6 @@ class Mixed(Scheme):
 
     @property
     def widths(self) -> str:
-        """Bits of weights and activations."""
         return f"{self.weight_bits},16/16"
 
 
@@ -209,26 +196,33 @@ class MixedBudget(Rounding, MethodRow):
 
     @property
     def widths(self) -> str:
-        """Bits of weights and activations."""
         return "2-16/16"
 
 
-class QatStatic(Static):
-    """The static scheme, fine-tuned."""
+class TrainedStatic(Static):
+    """What the methods share that train a static scheme."""
 
     trains: ClassVar[bool] = True
-    kind: Literal["qat_static"]  # type: ignore[assignment]
+    refused: ClassVar[tuple[str, ...]]
+    """Keys that must be what they are by default."""
 
     @model_validator(mode="after")
-    def _is_plain(self) -> "QatStatic":
-        self._refuse("equalize", "weight_range", "rounding", "gain_correction", "bias_correction", "finetune")
+    def _takes_its_keys(self) -> "TrainedStatic":
+        if any(getattr(self, key) != type(self).model_fields[key].default for key in self.refused):
+            *most, last = self.refused
+            raise ValueError(f"kind {self.kind} takes no {', '.join(most)}{' or ' if most else ''}{last}; remove them")
         return self
 
 
-class QatWithScales(Static):
-    """What the two methods share that train a static scheme with its scales, with numbers of their own."""
+class QatStatic(TrainedStatic):
+    """The static scheme, fine-tuned."""
 
-    trains: ClassVar[bool] = True
+    refused = ("equalize", "weight_range", "rounding", "gain_correction", "bias_correction", "finetune")
+    kind: Literal["qat_static"]  # type: ignore[assignment]
+
+
+class QatWithScales(TrainedStatic):
+    """What the two methods share that train a static scheme with its scales, with numbers of their own."""
 
     weight_range: Literal["minmax", "mse"] = "mse"
     activation_range: Literal["minmax", "moving_average", "mse", "entropy"] = "mse"
@@ -239,7 +233,6 @@ class QatWithScales(Static):
     """None: the study's, as `epochs`; a study's `qat.methods` goes before both."""
 
     def training(self, row: Qat, name: str) -> Qat:
-        """Return a study's row with the numbers of the method in it."""
         here = row.methods.get(name, QatOverrides()).model_dump()
         own = here | {"schedule": self.schedule}
         for key in ("epochs", "learning_rate"):
@@ -250,14 +243,10 @@ class QatWithScales(Static):
 class QatLsq(QatWithScales):
     """The static scheme, fine-tuned with learned scales; BatchNorm is folded after training."""
 
+    refused = ("equalize", "rounding", "gain_correction", "bias_correction", "finetune", "saturation_free")
     kind: Literal["qat_lsq"]  # type: ignore[assignment]
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The share of the fp32 model's predictions in what is learned, beside the labels."""
-
-    @model_validator(mode="after")
-    def _is_trained(self) -> "QatLsq":
-        self._refuse("equalize", "rounding", "gain_correction", "bias_correction", "finetune", "saturation_free")
-        return self
 
 
 class QatJoint(QatWithScales):
@@ -266,14 +255,10 @@ class QatJoint(QatWithScales):
     It starts from what its keys make of the model after training, and needs no labels but to choose the best epoch.
     """
 
+    refused = ("saturation_free",)
     kind: Literal["qat_joint"]  # type: ignore[assignment]
     learning_rate: Annotated[float, Field(gt=0)] = 0.03
     """Of the codes, in steps of the grid."""
-
-    @model_validator(mode="after")
-    def _moves_codes(self) -> "QatJoint":
-        self._refuse("saturation_free")
-        return self
 
 
 class QatCast(Cast):
@@ -283,20 +268,8 @@ class QatCast(Cast):
     kind: Literal["qat_cast"]  # type: ignore[assignment]
 
 
-Method = Annotated[
-    Cast
-    | WeightOnly
-    | Dynamic
-    | Static
-    | MixedLinear
-    | MixedVariance
-    | MixedBudget
-    | QatStatic
-    | QatLsq
-    | QatJoint
-    | QatCast,
-    Field(discriminator="kind"),
-]
+_PostTraining = Cast | WeightOnly | Dynamic | Static | MixedLinear | MixedVariance | MixedBudget
+Method = Annotated[_PostTraining | QatStatic | QatLsq | QatJoint | QatCast, Field(discriminator="kind")]
 METHOD_ROWS: dict[str, type[MethodRow]] = {
     get_args(row.model_fields["kind"].annotation)[0]: row for row in get_args(get_args(Method)[0])
 }

@@ -14,7 +14,8 @@ from quantstudy.params.studies import Study
 def first_mistake(error: ValidationError, raw: dict[str, Any], whole: type[Section]) -> str:
     """Return one line about `raw`, which is no valid `whole`, the class of all params or of a part."""
     first = error.errors()[0]
-    loc = _real_location(first["loc"], raw)
+    place = first["loc"]
+    loc = [part for index, part in enumerate(place) if index != 2 or place[0] != "methods"]  # there is a union's tag
     key = ".".join(str(part) for part in loc) or "params.yaml"
     value = first["input"]
     kind, context = first["type"], first.get("ctx", {})
@@ -45,27 +46,10 @@ def _bad_name(value: str, raw: dict[str, Any]) -> str:
     return f"{value!r}: a study's or method's name is made of a-z, 0-9 and _ only"
 
 
-def _real_location(loc: tuple[int | str, ...], raw: Any) -> list[int | str]:
-    """Drop the union tags that pydantic puts into a location, which are not keys of the file."""
-    kept: list[int | str] = []
-    for index, part in enumerate(loc):
-        is_tag = len(kept) == 2 and kept[0] == "methods" and index == 2
-        if not is_tag:
-            kept.append(part)
-    return kept
-
-
-def _model_at(loc: list[int | str], raw: dict[str, Any], whole: type[Section]) -> type[Section]:
+def _model_at(loc: list[Any], raw: dict[str, Any], whole: type[Section]) -> Any:
     """Return the section that a location of the file belongs to."""
-    if not loc:
-        return whole
-    if loc[0] == "methods":
+    if loc[:1] == ["methods"]:
         return METHOD_ROWS[raw["methods"][loc[1]]["kind"]]
-    if loc[0] == "studies":
-        return Study if len(loc) == 2 else _section(Study, str(loc[2]))
-    return _section(whole, str(loc[0]))
-
-
-def _section(owner: type[Section], key: str) -> type[Section]:
-    section: Any = owner.model_fields[key].annotation
-    return section
+    if loc[:1] == ["studies"]:
+        whole, loc = Study, loc[2:]
+    return whole.model_fields[loc[0]].annotation if loc else whole

@@ -98,7 +98,8 @@ class _QuantLayer(nn.Module):
     int_weight: Tensor
     dense_weight: Tensor
 
-    def _init_quantization(self, layer: Any, scheme: LayerScheme) -> None:
+    def __init__(self, layer: Any, scheme: LayerScheme) -> None:
+        super().__init__()
         self.scheme = scheme
         self.shape = layer.weight.shape
         self.dtype = torch.float32  # of the network around it; `cast` changes it
@@ -121,11 +122,6 @@ class _QuantLayer(nn.Module):
         weight = self.weight.detach()  # type: ignore[union-attr]
         scale = self.scheme.weight.choose_scale(weight)
         self.set_codes(self.scheme.weight.quantize(weight, scale), scale)
-
-    def float_weight(self) -> Tensor:
-        """Return the float weight of a layer that is not frozen, detached."""
-        assert self.weight is not None, "the layer is frozen"
-        return self.weight.detach()
 
     def set_codes(self, codes: Tensor, scale: Tensor) -> None:
         """Store int8 codes of the weight's shape and float32 scales [O, groups]; the layer is frozen after."""
@@ -206,16 +202,11 @@ class QuantConv2d(_QuantLayer):
     """A Conv2d with quantized weight and input; any groups, so depthwise too. Input and output [N, C, H, W]."""
 
     def __init__(self, layer: nn.Conv2d, scheme: LayerScheme) -> None:
-        super().__init__()
         if layer.padding_mode != "zeros":
             raise NotImplementedError(f"padding_mode {layer.padding_mode!r}; only zeros can be quantized")
-        self.stride, self.padding, self.dilation, self.groups = (
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-        )
-        self._init_quantization(layer, scheme)
+        super().__init__(layer, scheme)
+        self.stride, self.padding = layer.stride, layer.padding
+        self.dilation, self.groups = layer.dilation, layer.groups
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve the quantized input with the quantized weight."""
@@ -226,10 +217,6 @@ class QuantConv2d(_QuantLayer):
 
 class QuantLinear(_QuantLayer):
     """A Linear with quantized weight and input. Input [..., in_features], output [..., out_features]."""
-
-    def __init__(self, layer: nn.Linear, scheme: LayerScheme) -> None:
-        super().__init__()
-        self._init_quantization(layer, scheme)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply the quantized input with the quantized weight."""
@@ -262,12 +249,10 @@ def quantize_layers(model: nn.Module, schemes: dict[str, LayerScheme]) -> dict[s
 
 def put_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Put each of `layers` in the place of the module of that name, and wherever else that module stands."""
-    places: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        places.setdefault(id(module), []).append(name)
-    for layer, found in [(layer, places[id(model.get_submodule(name))]) for name, layer in layers.items()]:
-        for place in found:
-            model.set_submodule(place, layer)
+    replaced = {model.get_submodule(name): layer for name, layer in layers.items()}
+    for place, module in list(model.named_modules(remove_duplicate=False)):
+        if module in replaced:
+            model.set_submodule(place, replaced[module])
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:

@@ -5,6 +5,7 @@ histogram of fixed bins between them, so nothing is approximated by merging. Eve
 (`quantization.ranges`) and the outlier report read the same histograms.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -69,16 +70,12 @@ def run_watched(
     model: nn.Module, layers: dict[str, nn.Module], images: Iterable[Tensor], watch: Callable[[str, Tensor], None]
 ) -> None:
     """Run `model` on batches of images, calling `watch` with the name and the input of each of `layers` on its way."""
-    handles = [
-        layer.register_forward_pre_hook(lambda _, inputs, name=name: watch(name, inputs[0]))  # type: ignore[misc]
-        for name, layer in layers.items()
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, layer in layers.items():
+            hook = layer.register_forward_pre_hook(lambda _, inputs, name=name: watch(name, inputs[0]))  # type: ignore[misc]
+            hooks.enter_context(hook)
         for batch in images:
             model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _span(low: float, high: float) -> tuple[float, float]:

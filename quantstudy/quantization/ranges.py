@@ -11,7 +11,6 @@
 The last two search one end after the other, twice, each end from 1 to 1/100 of what calibration saw.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -38,8 +37,19 @@ def activation_range(
         if percentile is None or percentile == 100:
             return statistics["min"], statistics["max"]
         return histogram_percentile(statistics["edges"], statistics["counts"], percentile)
-    error = {"mse": squared_error, "entropy": divergence}[how]
-    return _search(statistics, scheme, error)
+    edges, counts = statistics["edges"].double(), statistics["counts"]
+    centers = (edges[1:] + edges[:-1]) / 2
+    low, high = statistics["min"], statistics["max"]
+
+    def cost(bounds: tuple[float, float]) -> float:
+        return (squared_error if how == "mse" else divergence)(centers, counts, bounds, scheme)
+
+    best = (low, high)
+    for _ in range(2):
+        best = min(((best[0], share * high) for share in _SHARES), key=cost)
+        if low < 0:
+            best = min(((share * low, best[1]) for share in _SHARES), key=cost)
+    return best
 
 
 def squared_error(centers: Tensor, counts: Tensor, bounds: tuple[float, float], scheme: ActivationScheme) -> float:
@@ -69,23 +79,3 @@ def divergence(centers: Tensor, counts: Tensor, bounds: tuple[float, float], sch
 def _codes(centers: Tensor, bounds: tuple[float, float], scheme: ActivationScheme) -> Tensor:
     scale, zero_point = scheme.choose_qparams(*bounds)
     return (centers / scale).round_().add_(zero_point).clamp_(0, scheme.highest)
-
-
-def _search(
-    statistics: dict[str, Any],
-    scheme: ActivationScheme,
-    error: Callable[[Tensor, Tensor, tuple[float, float], ActivationScheme], float],
-) -> tuple[float, float]:
-    edges, counts = statistics["edges"].double(), statistics["counts"]
-    centers = (edges[1:] + edges[:-1]) / 2
-    low, high = statistics["min"], statistics["max"]
-
-    def cost(bounds: tuple[float, float]) -> float:
-        return error(centers, counts, bounds, scheme)
-
-    best = (low, high)
-    for _ in range(2):
-        best = min(((best[0], share * high) for share in _SHARES), key=cost)
-        if low < 0:
-            best = min(((share * low, best[1]) for share in _SHARES), key=cost)
-    return best

@@ -23,11 +23,9 @@ def sqnr_db(reference: NDArray[np.floating], other: NDArray[np.floating]) -> flo
     signal = np.asarray(reference, dtype=np.float64)
     noise = signal - np.asarray(other, dtype=np.float64)
     signal_norm, noise_norm = float(np.linalg.norm(signal)), float(np.linalg.norm(noise))
-    if not math.isfinite(noise_norm):
-        return -SQNR_LIMIT_DB
     if noise_norm == 0.0:
         return SQNR_LIMIT_DB
-    if signal_norm == 0.0:
+    if signal_norm == 0.0 or not math.isfinite(noise_norm):
         return -SQNR_LIMIT_DB
     decibels = 20 * (math.log10(signal_norm) - math.log10(noise_norm))
     return max(-SQNR_LIMIT_DB, min(SQNR_LIMIT_DB, decibels))

@@ -37,7 +37,10 @@ class Variant(nn.Module):
 
 def save_variant(path: Path, variant: Variant, fp32: dict[str, Any], name: str) -> None:
     """Write a variant whose quantized layers are all frozen; `fp32` is the checkpoint of the model it came from."""
-    layers = {layer: _describe(module) for layer, module in quantized_layers(variant.network).items()}
+    layers = {
+        layer: asdict(module.scheme) | {"scale": module.activation.scale, "zero_point": module.activation.zero_point}
+        for layer, module in quantized_layers(variant.network).items()
+    }
     facts = {
         **network_facts(fp32),
         "variant": name,
@@ -54,7 +57,10 @@ def load_variant(path: Path) -> Variant:
     checkpoint = load_checkpoint(path)
     dtype: torch.dtype = getattr(torch, checkpoint["dtype"])
     network = skeleton_of(path)
-    schemes = {name: _scheme(row) for name, row in checkpoint["layers"].items()}
+    schemes = {
+        name: LayerScheme(WeightScheme(**row["weight"]), ActivationScheme(**row["activation"]))
+        for name, row in checkpoint["layers"].items()
+    }
     for name, layer in quantize_layers(network, schemes).items():
         layer.empty_codes()
         if layer.bias is None and f"{name}.bias" in checkpoint["state_dict"]:  # bias correction gave it one
@@ -75,29 +81,11 @@ def load_any(path: Path) -> nn.Module:
     return load_fp32(path) if load_checkpoint(path)["variant"] == "fp32" else load_variant(path)
 
 
-def _describe(layer: Any) -> dict[str, Any]:
-    return {
-        "weight": asdict(layer.scheme.weight),
-        "activation": asdict(layer.scheme.activation),
-        "scale": layer.activation.scale,
-        "zero_point": layer.activation.zero_point,
-    }
-
-
-def _scheme(row: dict[str, Any]) -> LayerScheme:
-    return LayerScheme(WeightScheme(**row["weight"]), ActivationScheme(**row["activation"]))
-
-
 def cast(network: nn.Module, dtype: torch.dtype, skipped: Skipped | None = None) -> Variant:
     """Return a copy of `network` with every floating-point parameter in `dtype`; packed codes and scales stay."""
     network = copy.deepcopy(network)
-    for layer in quantized_layers(network).values():
-        layer.dtype = dtype
-    for module in network.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_floating_point():
-                setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_floating_point() and name != "weight_scale":
-                module._buffers[name] = buffer.to(dtype)
+    scales = {layer: layer.weight_scale for layer in quantized_layers(network).values()}
+    network.requires_grad_(False).to(dtype)
+    for layer, scale in scales.items():
+        layer.dtype, layer.weight_scale = dtype, scale
     return Variant(network, dtype, skipped)

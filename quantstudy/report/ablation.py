@@ -19,20 +19,11 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         names = row["techniques"]
         same = len(above[1]) if above == (row["scheme"], names[: len(above[1])]) else 0
         above = (row["scheme"], names)
+        added = "+ " * (same > 0) + " + ".join(names[same:])
         spread = "" if row["top1_drop_std"] is None else f" ± {row['top1_drop_std']:.2f}"
+        accuracy = (signed(row["top1_drop"]) + spread, f"{row['top1']:.2f} ± {row['top1_ci95']:.2f}")
         p = row["p_above"] if same and len(names) == same + 1 else None
-        cells.append(
-            (
-                row["scheme"],
-                "+ " * (same > 0) + " + ".join(names[same:]),
-                signed(row["top1_drop"]) + spread,
-                f"{row['top1']:.2f} ± {row['top1_ci95']:.2f}",
-                str(row["seeds"]),
-                str(row["images"]),
-                "" if p is None else p_value(p),
-                f"{row['mean_bits']:.2f}",
-                f"{row['size_mb']:.2f}",
-                f"{row['seconds']:.0f}",
-            )
-        )
+        drawn = (str(row["seeds"]), str(row["images"]), "" if p is None else p_value(p))
+        cost = (f"{row['mean_bits']:.2f}", f"{row['size_mb']:.2f}", f"{row['seconds']:.0f}")
+        cells.append((row["scheme"], added, *accuracy, *drawn, *cost))
     return plain_table(_HEADER, cells, words=2)

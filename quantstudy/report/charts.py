@@ -35,17 +35,11 @@ FADED_UNLESS_CHOSEN = alt.condition("datum.chosen", alt.value(1), alt.value(0.55
 
 def specifications() -> dict[str, dict[str, Any]]:
     """Return every chart of the page by the name of its place there."""
-    charts = {
-        "scaling": scaling_law(),
-        "size": trade_off("size of the model file, MB"),
-        "latency": trade_off("latency, ms a batch"),
-        "operations": trade_off("bit-operations an image, 10⁹"),
-        "shares": layer_shares(),
-        "sqnr": layer_sqnr(),
-        "sensitivity": sensitivity(),
-        "histogram": histogram(),
-        "classes": classes(),
-    }
+    costs = {"size": "size of the model file, MB", "latency": "latency, ms a batch"}
+    costs["operations"] = "bit-operations an image, 10⁹"
+    charts = {"scaling": scaling_law()} | {name: trade_off(cost) for name, cost in costs.items()}
+    charts |= {"shares": layer_shares(), "sqnr": layer_sqnr(), "sensitivity": sensitivity()}
+    charts |= {"histogram": histogram(), "classes": classes()}
     specifications = {name: chart.properties(width="container").to_dict() for name, chart in charts.items()}
     for specification in specifications.values():
         del specification["config"]  # the page's theme sets it

@@ -19,12 +19,9 @@ SERIES = {
 
 
 def plot_budget_front(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Draw top-1 with its 95 % interval, and the SQNR of the logits, over the bytes of the model file.
+    """Draw top-1 with its 95 % interval, and the SQNR of the logits, over the bytes of the model file, as a PNG.
 
-    Args:
-        path: the PNG to write.
-        title: the study's name.
-        rows: `series`, `label`, `size_mb`, `top1`, `top1_low`, `top1_high`, `sqnr_db`; the series fp32 is a band.
+    `rows` have `series`, `label`, `size_mb`, `top1`, `top1_low`, `top1_high`, `sqnr_db`; the series fp32 is a band.
     """
     with plot_style():
         figure = Figure(figsize=(14, 6), layout="constrained")

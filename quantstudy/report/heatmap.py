@@ -21,12 +21,9 @@ BRIGHTEST_DB = 60.0
 
 
 def plot_sensitivity(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Draw one panel a measure, a line a layer in the order of `rows` and a column a width.
+    """Draw one panel a measure as a PNG, a line a layer in the order of `rows` and a column a width.
 
-    Args:
-        path: the PNG to write.
-        title: the study's name.
-        rows: those of sensitivity.json, every layer at the same widths.
+    `rows` are those of sensitivity.json, every layer at the same widths.
     """
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     widths = sorted({row["bits"] for row in rows})
@@ -41,8 +38,8 @@ def plot_sensitivity(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) 
             axes.set_xticks(range(len(widths)), [str(bits) for bits in widths])
             axes.set_xlabel("bits of the one layer")
         panels[0].set_yticks(range(len(layers)), layers, fontsize=7)
-        images = rows[0]["images"]
-        figure.suptitle(f"{title}: one layer quantized, {images} calibration images", fontsize=11, color=INK)
+        text = f"{title}: one layer quantized, {rows[0]['images']} calibration images"
+        figure.suptitle(text, fontsize=11, color=INK)
         save(figure, path)
 
 

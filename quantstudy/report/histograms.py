@@ -35,15 +35,11 @@ def check_calibration(calibration: Any, path: Path) -> dict[str, dict[str, Any]]
 def layer_statistics(layer: Mapping[str, Any], percentiles: Sequence[float]) -> dict[str, Any]:
     """Return the numbers of one layer's input, as plain JSON values.
 
-    Args:
-        layer: min, max, mean and std as numbers, `edges` float32 [bins + 1], `counts` [bins].
-        percentiles: those of the params' `outliers` section.
-
-    Returns:
-        `min`, `max`, `mean`, `std`, `kurtosis` (of the histogram, 3 for a normal distribution, null for a constant
-        input), and `percentiles`: per percentile p the two-sided range `low`, `high` that leaves (100 - p) % of the
-        values out at each end, `outlier_fraction` (the share of values outside it) and `range_ratio` (the whole
-        range over it: how much finer the quantization step becomes by clipping there).
+    `layer` has min, max, mean and std as numbers, `edges` float32 [bins + 1], `counts` [bins]. Returned are these four,
+    `kurtosis` (of the histogram, 3 for a normal distribution, null for a constant input), and `percentiles`: per
+    percentile p the two-sided range `low`, `high` that leaves (100 - p) % of the values out at each end,
+    `outlier_fraction` (the share of values outside it) and `range_ratio` (the whole range over it: how much finer the
+    quantization step becomes by clipping there).
     """
     edges, counts = as_array(layer["edges"]), as_array(layer["counts"])
     centers = (edges[:-1] + edges[1:]) / 2

@@ -19,9 +19,8 @@ SCRIPTS = ("dom", "recommend", "state", "table", "charts", "layers", "confusion"
 def build_page(studies: Sequence[dict[str, Any]], comparison: dict[str, Any] | None = None) -> str:
     """Return the whole page.
 
-    Args:
-        studies: what `page_data` returned, one a study, in the order of `run`.
-        comparison: what `comparison.to_record` returned, to show what moved since another revision.
+    `studies` are what `page_data` returned, one a study, in the order of `run`; `comparison` is what
+    `comparison.to_record` returned, to show what moved since another revision.
     """
     data = {"studies": list(studies), "charts": specifications(), "shapes": SHAPES, "comparison": comparison}
     version = alt.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0]

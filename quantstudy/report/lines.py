@@ -20,13 +20,7 @@ Curve = list[dict[str, float]]
 
 
 def plot_scaling_law(path: Path, title: str, points: Sequence[Mapping[str, Any]]) -> None:
-    """Draw top-1 over bits, PTQ and QAT on the same schemes, with bands of the 95 % Wilson intervals.
-
-    Args:
-        path: the PNG to write.
-        title: the study's name.
-        points: rows of `tables.scaling_law`.
-    """
+    """Draw `points`, rows of `tables.scaling_law`, as a PNG: top-1 over bits, with bands of the 95 % intervals."""
     with plot_style():
         figure = Figure(figsize=(8, 5.2), layout="constrained")
         axes = figure.add_subplot()
@@ -92,9 +86,12 @@ def plot_training_curves(path: Path, title: str, finetune: Curve, qat: Mapping[s
             for method, curve in qat.items():
                 _draw_curve(grid[row][1], curve, metric, *styles[method])
         parts = (("validation", BLACK, "-"), ("training", "white", "--"))
-        handles = [_handle("o", BLACK, label, markerfacecolor=face, linestyle=line) for label, face, line in parts]
+        black: Any = {"color": BLACK, "marker": "o", "markersize": 5}
+        handles = [Line2D([], [], label=name, markerfacecolor=face, ls=line, **black) for name, face, line in parts]
         grid[0][0].legend(handles=handles)
-        grid[0][1].legend(handles=[_handle(*style, method) for method, style in styles.items()])
+        runs = [(method, *style) for method, style in styles.items()]
+        handles = [Line2D([], [], label=name, marker=mark, color=color, markersize=5) for name, mark, color in runs]
+        grid[0][1].legend(handles=handles)
         save(figure, path)
 
 
@@ -104,7 +101,3 @@ def _draw_curve(axes: Axes, curve: Curve, metric: str, marker: str, color: str) 
         x, y = [row["epoch"] for row in rows], [row[f"{part}_{metric}"] for row in rows]
         style: Any = {"marker": marker, "markersize": 5, "markerfacecolor": face}
         axes.plot(x, y, color=color, linestyle=line, alpha=alpha, **style)
-
-
-def _handle(marker: str, color: str, label: str, **more: Any) -> Line2D:
-    return Line2D([], [], color=color, marker=marker, markersize=5, label=label, **more)

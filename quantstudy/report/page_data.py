@@ -41,11 +41,7 @@ Row = dict[str, Any]
 def page_data(params: Params, study: str, results: Sequence[Result], test: Split) -> Row:
     """Return everything that the page shows of `study`.
 
-    Args:
-        params: the params that `results` were read with.
-        study: a row of `studies`.
-        results: one a variant, fp32 first.
-        test: the test split that the predictions are of.
+    `results` are one a variant of `params`, fp32 first; `test` is the split that the predictions are of.
 
     Raises:
         UserError: a file of predictions, the calibration or the outliers is missing or does not fit.

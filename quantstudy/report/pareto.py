@@ -27,10 +27,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 def on_front(results: Sequence[Result], cost: str, real_only: bool) -> list[Result]:
     """Return the variants that no other beats in both top-1 and the metric `cost`, from the cheapest up.
 
-    Args:
-        results: those of a study; one whose `cost` is null is on no front.
-        cost: a metric that is better the smaller it is.
-        real_only: whether `cost` says nothing where a kernel is simulated, so that those are left out.
+    One whose `cost` is null is on no front; with `real_only` none whose kernel is simulated.
     """
     points = {
         result.variant: (value, result.value("top1"))

@@ -10,10 +10,8 @@ from matplotlib.figure import Figure
 from quantstudy.report.style import BLUE, GREY, ORANGE, plot_style, save
 from quantstudy.report.tables import number, plain_table
 
-RECORD_KEYS = (
-    *("tool", "method", "runtime", "top1", "images", "size_mb", "quantize_s"),
-    *("latency_ms_b1", "latency_ms_b16"),
-)
+_WHAT = ("tool", "method", "runtime")
+RECORD_KEYS = (*_WHAT, "top1", "images", "size_mb", "quantize_s", "latency_ms_b1", "latency_ms_b16")
 OWN = "quantstudy"
 _HEADER = ("tool", "method", "runtime", "top-1 %", "size MB", "quantized in s", "ms, batch 1", "ms, batch 16")
 
@@ -27,7 +25,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in _sorted(rows):
         numbers = (f"{row['top1']:.1f}", number(row["size_mb"], 2), f"{row['quantize_s']:.1f}")
         latency = (number(row["latency_ms_b1"], 2), number(row["latency_ms_b16"], 1))
-        cells.append((row["tool"], row["method"], row["runtime"], *numbers, *latency))
+        cells.append((*(row[key] for key in _WHAT), *numbers, *latency))
     return plain_table(_HEADER, cells, words=3)
 
 
@@ -43,7 +41,8 @@ def plot_peers(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
             colours = [GREY if row["method"] == "fp32" else BLUE if row["tool"] == OWN else ORANGE for row in rows]
             axes.barh(names, times, color=colours)
             for place, (row, value) in enumerate(zip(rows, times, strict=True)):
-                text = f"{_milliseconds(value)}, {row['top1']:.1f} %"
+                text = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+                text += f" ms, {row['top1']:.1f} %"
                 axes.annotate(text, (value, place), (4, 0), textcoords="offset points", va="center")
             axes.set(xlim=(0, 1.6 * max(times)), ylim=(-0.7, len(rows) - 0.3))
             axes.set_xlabel(f"latency of a batch of {batch}, ms, and top-1")
@@ -54,7 +53,3 @@ def plot_peers(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
 
 def _sorted(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["latency_ms_b16"] or math.inf, -row["top1"]))
-
-
-def _milliseconds(value: float) -> str:
-    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"

@@ -116,14 +116,11 @@ def remarks(results: Sequence[Result]) -> list[str]:
     for result in results:
         for technique, layers in result.details.get("skipped", {}).items():
             for reason in dict.fromkeys(layers.values()):
-                what = f"{_listed([name for name in layers if layers[name] == reason])}: {reason}"
+                names = [name or "the whole network" for name in layers if layers[name] == reason]
+                more = f" and {len(names) - MOST_NAMES} more layers" if len(names) > MOST_NAMES else ""
+                what = f"{', '.join(names[:MOST_NAMES])}{more}: {reason}"
                 skipped.setdefault(technique, {}).setdefault(what, []).append(result.variant)
     for technique, left in skipped.items():
         parts = (f"{what} ({', '.join(variants)})" for what, variants in left.items())
         texts[f"{technique} was not applied everywhere. " + "; ".join(parts) + "."] = None
     return list(texts)
-
-
-def _listed(layers: Sequence[str]) -> str:
-    more = f" and {len(layers) - MOST_NAMES} more layers" if len(layers) > MOST_NAMES else ""
-    return ", ".join(name or "the whole network" for name in layers[:MOST_NAMES]) + more

@@ -6,6 +6,7 @@ or were removed by `dvc gc`, has its metrics all the same.
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ class Revision:
         self.name = name
         self._files = DVCFileSystem(rev=None if name == WORKSPACE else name)
         try:
-            content = self._read(str(PARAMS_FILE))
+            content = self._read(PARAMS_FILE)
         except DvcException as error:
             self.close()
             raise UserError(f"{name!r}: not a git revision or an experiment ({one_line(error)})") from None
@@ -64,17 +65,15 @@ class Revision:
         """Return a variant's metrics; None when the revision's params do not list it or it was not measured."""
         if (study, variant) not in self.variants:
             return None
-        content = self._read(layout.metrics(study, variant).as_posix())
-        return None if content is None else json.loads(content)
+        return self._read_json(layout.metrics(study, variant))
 
     def page(self, study: str) -> dict[str, Any] | None:
         """Return what the HTML report shows of a study; None when it was not written."""
-        content = self._read(layout.page(study).as_posix())
-        return None if content is None else json.loads(content)
+        return self._read_json(layout.page(study))
 
     def predictions(self, study: str, variant: str) -> NDArray[np.int16] | None:
         """Return a variant's predicted classes, int16 [images]; None where the cache has lost them."""
-        content = self._read(layout.predictions(study, variant).as_posix())
+        content = self._read(layout.predictions(study, variant))
         return None if content is None else np.load(io.BytesIO(content))
 
     def test_md5(self, study: str) -> str | None:
@@ -88,7 +87,7 @@ class Revision:
         """Return the true classes of a study's test split, int64 [images]; None where the cache has lost them."""
         import torch
 
-        content = self._read(layout.split(study, "test").as_posix())
+        content = self._read(layout.split(study, "test"))
         return None if content is None else torch.load(io.BytesIO(content), weights_only=True)["labels"].numpy()
 
     @property
@@ -97,9 +96,13 @@ class Revision:
         budget = self.params.get("budget", {}).get("methods", [])
         return [*self.params["ptq"], *budget, *self.params["qat"]]
 
-    def _read(self, path: str) -> bytes | None:
+    def _read_json(self, path: Path) -> Any:
+        content = self._read(path)
+        return None if content is None else json.loads(content)
+
+    def _read(self, path: Path) -> bytes | None:
         try:
-            with self._files.open(path) as file:
+            with self._files.open(path.as_posix()) as file:
                 return file.read()
         except FileNotFoundError:
             return None

@@ -1,47 +1,32 @@
 """The result tables of a study: JSON with the original study's names, CSV for DVC's plots, Markdown to read."""
 
-import csv
-import io
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from quantstudy import layout
-from quantstudy.files import write_json, write_text
+from quantstudy.files import write_csv, write_json, write_text
 from quantstudy.params import Params, Study
 from quantstudy.report.results import METRIC_KEYS, Result, remarks
 
 NOTHING = "–"  # noqa: RUF001 - an en dash, the typographic sign of an empty cell
 
 FACTS = ("variant", "group", "family", "kind", "widths", "bits")
-CSV_COLUMNS = (*FACTS, *METRIC_KEYS)
-
+SCALING_COLUMNS = ("training", "bits", "variant", "top1", "top1_ci95", "top1_low", "top1_high")
 HEADER = (
     *("variant", "W/A bits", "top-1 %", "drop (p)", "agreement %", "size MB", "× smaller"),  # noqa: RUF001
     *("ms, batch 1", "ms, batch 16", "speed-up", "layers", "kernel"),
 )
 
 
-def ptq_results_path(study: str, architecture: str) -> Path:
-    """Return where the post-training results go: the original study names its MobileNet file differently."""
-    mobilenet = "mobilenet_" if architecture.startswith("mobilenet") else ""
-    return layout.report(study) / "tables" / f"ptq_results_{mobilenet}torchao_final.json"
-
-
 def write_tables(params: Params, study: str, results: Sequence[Result]) -> str:
-    """Write every table of `study` and return the Markdown one.
-
-    Args:
-        params: the params that `results` were read with.
-        study: a row of `studies`.
-        results: one a variant, fp32 first.
-    """
+    """Write every table of `study` and return the Markdown one; `results` are one a variant of `params`, fp32 first."""
     row, folder = params.study(study), layout.report(study)
     untrained = [result for result in results if result.group != "qat"]
     trained = [result for result in results if result.group in ("baseline", "qat")]
-    write_json(ptq_results_path(study, row.model.architecture), [record(result) for result in untrained])
-    write_json(folder / "tables" / "qat_finetune_results.json", [record(result) for result in trained])
-    write_csv(folder / "results.csv", CSV_COLUMNS, map(record, results))
+    mobilenet = "mobilenet_" if row.model.architecture.startswith("mobilenet") else ""  # as the original study has it
+    write_json(folder / "tables" / f"ptq_results_{mobilenet}torchao_final.json", list(map(record, untrained)))
+    write_json(folder / "tables" / "qat_finetune_results.json", list(map(record, trained)))
+    write_csv(folder / "results.csv", (*FACTS, *METRIC_KEYS), map(record, results))
     write_csv(folder / "scaling_law.csv", SCALING_COLUMNS, scaling_law(params, results))
     text = markdown(results) + "\n" + note(study, row, results) + "\n"
     write_text(folder / "results.md", text)
@@ -51,18 +36,6 @@ def write_tables(params: Params, study: str, results: Sequence[Result]) -> str:
 def record(result: Result) -> dict[str, Any]:
     """Return a result as one flat row: what the variant is, then its metrics."""
     return {name: getattr(result, name) for name in FACTS} | {key: result[key] for key in METRIC_KEYS}
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write `rows` with a header of `columns`; null is an empty cell."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-
-
-SCALING_COLUMNS = ("training", "bits", "variant", "top1", "top1_ci95", "top1_low", "top1_high")
 
 
 def scaling_law(params: Params, results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -101,6 +74,7 @@ def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int
 
 
 def _cells(result: Result) -> tuple[str, ...]:
+    measured = ("size_mb", "compression", "latency_ms_b1", "latency_ms_b16")
     speedups = [number(result[f"speedup_b{batch}"], 2) for batch in (1, 16)]
     return (
         result.variant,
@@ -108,10 +82,7 @@ def _cells(result: Result) -> tuple[str, ...]:
         f"{result.value('top1'):.2f} ± {result.value('top1_ci95'):.2f}",
         _drop(result),
         number(result["agreement"], 1),
-        number(result["size_mb"], 2),
-        number(result["compression"], 2),
-        number(result["latency_ms_b1"], 2),
-        number(result["latency_ms_b16"], 2),
+        *(number(result[key], 2) for key in measured),
         NOTHING if set(speedups) == {NOTHING} else " / ".join(speedups),
         f"{number(result['layers_quantized'], 0)}/{number(result['layers_quantizable'], 0)}",
         _kernel(result),

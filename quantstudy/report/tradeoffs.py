@@ -130,19 +130,19 @@ def _names(axes: Axes, results: Sequence[Result], costs: Mapping[str, float], fr
 
 def _legend(figure: Figure, results: Sequence[Result], hollow: bool) -> None:
     handles: list[Artist] = [
-        _handle(marker, color, color, family)
+        _handle(marker, color, color, family, 11 if marker == "*" else 7)
         for family, (marker, color) in FAMILIES.items()
         if any(result.family == family for result in results)
     ]
     if any(result.group == "qat" for result in results):
-        handles.append(_handle("o", "none", INK, "ringed: with training (QAT)", size=11))
+        handles.append(_handle("o", "none", INK, "ringed: with training (QAT)", 11))
     if hollow and any(result.simulated for result in results):
-        handles.append(_handle("s", "white", GREY, "hollow: simulated kernel, the time is the simulation's"))
+        handles.append(_handle("s", "white", GREY, "hollow: simulated kernel, the time is the simulation's", 7))
     handles.append(Line2D([], [], color=GREY, linewidth=1, linestyle="--", label="Pareto front"))
     handles.append(Patch(color="#E4E4E4", label="fp32's 95 % interval"))
     figure.legend(handles=handles, loc="lower center", ncols=6, columnspacing=1.4, handletextpad=0.5)
 
 
-def _handle(marker: str, face: str, edge: str, label: str, size: float = 7) -> Line2D:
-    style: Any = {"markersize": 11 if marker == "*" else size, "markerfacecolor": face, "markeredgecolor": edge}
+def _handle(marker: str, face: str, edge: str, label: str, size: float) -> Line2D:
+    style: Any = {"markersize": size, "markerfacecolor": face, "markeredgecolor": edge}
     return Line2D([], [], linestyle="none", marker=marker, label=label, **style)

@@ -4,12 +4,9 @@ from quantstudy.report.results import Result
 
 
 def sentence(result: Result, drop_ci95: float, batch_size: int) -> str:
-    """Return how many times smaller and faster a variant is, and the points of accuracy that it loses.
+    """Return how many times smaller and faster (at batch 1 or 16) a variant is, and the points of accuracy it loses.
 
-    Args:
-        result: a variant.
-        drop_ci95: half the width of the 95 % interval of its drop, in percentage points.
-        batch_size: 1 or 16, the one that the speed-up is of.
+    `drop_ci95` is half the width of the 95 % interval of its drop, in percentage points.
     """
     if result.group == "baseline":
         return "what the others are compared with"

@@ -66,7 +66,14 @@ def build_executable(model: nn.Module, runtime: str, device: torch.device) -> Ex
         return Executable(runtime, _compiled(model, device), layers)
     if int8_kernels_available(device):
         model = use_int8_kernels(model)
-    return Executable(runtime, model if _is_native(network_of(model)[1], device) else _widened(model), layers)
+    if _is_native(network_of(model)[1], device):
+        return Executable(runtime, model, layers)
+
+    def run(images: Tensor) -> Tensor:
+        with _WideConvolutions():
+            return model(images)
+
+    return Executable(runtime, run, layers)
 
 
 def open_executable(model: nn.Module, exported: "onnx.ModelProto", runtime: str) -> Executable:
@@ -84,10 +91,7 @@ def open_executable(model: nn.Module, exported: "onnx.ModelProto", runtime: str)
 
 
 class _WideConvolutions(TorchFunctionMode):
-    """16-bit convolutions in float32, rounded to 16 bits: the same sums, and faster than PyTorch emulates them.
-
-    A batch of 16 took with AVX512, in float16, MobileNetV2 at 32 px 12 ms instead of 94 and VGG-11 118 instead of 210.
-    """
+    """16-bit convolutions in float32, rounded to 16 bits: the same sums, and faster than PyTorch emulates them."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -98,21 +102,10 @@ class _WideConvolutions(TorchFunctionMode):
         return function(*args, **kwargs).to(dtype)
 
 
-def _widened(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    def run(images: Tensor) -> Tensor:
-        with _WideConvolutions():
-            logits: Tensor = model(images)
-        return logits
-
-    return run
-
-
 def worth_compiling(model: nn.Module, device: torch.device) -> bool:
-    """Whether inductor is tried for `model`: if it runs in its stated types there.
+    """Whether inductor is tried for `model`: if it runs in its stated types there, or some layers read codes on a GPU.
 
-    A simulated model gains nothing that could be reported, and a range found at run time keeps convolutions out of
-    inductor's int8 patterns. On a GPU a model is tried too when some of its layers read their codes: in eager mode
-    launching its kernels takes longer than running them.
+    A range found at run time keeps convolutions out of inductor's int8 patterns.
     """
     reads = _reads_codes("inductor", device) and any(has_kernel(x, device) for x in quantized_layers(model).values())
     return reads or all(real_layers(model, "inductor", device).values())
@@ -150,11 +143,7 @@ def _is_int8(layer: Any) -> bool:
 
 
 def use_int8_kernels(model: nn.Module) -> nn.Module:
-    """Return `model` on int8 kernels, one after another without float32 where `torch.fx` can trace it.
-
-    A network that cannot be traced gets them layer by layer, and so does what lies inside a module that is not
-    traced. Widths below 8 bits are widened.
-    """
+    """Return `model` on int8 kernels, without float32 between them where `torch.fx` can trace it, else one by one."""
     if not isinstance(model, Variant) or not quantized_layers(model):
         return model
     with contextlib.suppress(fx.proxy.TraceError):

@@ -9,17 +9,12 @@ that is the simulated layer, so accuracy measured on either holds for the other.
 A layer whose output only feeds layers with one known input grid can write that grid's codes itself (`output`), and
 those layers then read uint8: no float32 image is written or read in between. `lowering.py` decides where.
 
-What makes it fast:
-- `uint8.py` quantizes the input in one pass.
-- oneDNN is always told a zero point of 0: the part of the sums that it contributes goes into the bias, and an
-  image that needs padding is padded with it. oneDNN's own correction term is computed anew in each call, which for
-  a small image and many channels costs more than the convolution, and is wrong for some geometries (a window
-  that lies in the padding altogether, a group of 33 output channels).
-- A 1x1 convolution of stride 1 is computed as a linear layer over the channels, which is faster and has no such cost.
+oneDNN is always told a zero point of 0: the part of the sums that it contributes goes into the bias, and an image that
+needs padding is padded with it. oneDNN's own correction term is computed anew in each call, and is wrong for some
+geometries. A 1x1 convolution of stride 1 is computed as a linear layer over the channels.
 
 An x86 CPU without VNNI adds pairs of u8 * s8 products in saturating int16 (`vpmaddubsw`), so there the kernels refuse
-weights whose sums may saturate (`quantization.saturation`). `int8_kernels_available` wants an x86 CPU and a convolution
-with the largest codes it takes that comes out exact.
+weights whose sums may saturate (`quantization.saturation`).
 """
 
 import functools
@@ -34,7 +29,7 @@ from torch import Tensor, nn
 from quantstudy.machine.hardware import int8_sums_saturate, is_x86
 from quantstudy.quantization.saturation import LARGEST_PAIR, may_saturate
 from quantstudy.runtimes.onednn_geometry import as_pair, is_right, padding_of
-from quantstudy.runtimes.uint8 import choose_dynamic_qparams, pad_codes, quantize_to_uint8
+from quantstudy.runtimes.uint8 import choose_dynamic_qparams, quantize_to_uint8
 
 PostOp = Literal["none", "relu", "relu6"]
 
@@ -161,9 +156,8 @@ class Int8Conv2d(_Int8Layer):
     ) -> None:
         super().__init__(weight_codes, weight_scale, bias, activation, groups=groups, **fused)
         if not is_right(weight_codes.shape, stride, padding, dilation, groups):
-            raise ValueError(
-                f"a kernel of {list(weight_codes.shape)}, stride {stride}, padding {padding} comes out wrong"
-            )
+            shape = list(weight_codes.shape)
+            raise ValueError(f"a kernel of {shape}, stride {stride}, padding {padding} comes out wrong")
         self.stride, self.dilation, self.groups = as_pair(stride), as_pair(dilation), groups
         size = weight_codes.shape[2:]
         self.padding = padding_of(padding, [step * (side - 1) for step, side in zip(self.dilation, size, strict=True)])
@@ -183,7 +177,8 @@ class Int8Conv2d(_Int8Layer):
             return self._multiply(codes.permute(0, 2, 3, 1), scale, zero_point).permute(0, 3, 1, 2)
         padding = self.padding
         if zero_point and any(padding):
-            codes = pad_codes(codes, [padding[1], padding[1], padding[0], padding[0]], zero_point)
+            sides = [padding[1], padding[1], padding[0], padding[0]]
+            codes = nn.functional.pad(codes, sides, value=zero_point).contiguous(memory_format=torch.channels_last)
             padding = [0, 0]
         bias = self._shifted_bias(scale, zero_point)
         return torch.ops.onednn.qconv2d_pointwise(

@@ -16,7 +16,7 @@ from quantstudy.methods.calibration import Calibration
 from quantstudy.network.checkpoint import FORMAT, load_checkpoint, load_tensors
 from quantstudy.network.folding import fold_batchnorm
 from quantstudy.network.fp32 import network_facts
-from quantstudy.network.weights import head_name, network_of_state, read_state_dict
+from quantstudy.network.weights import network_of_state, read_state_dict
 from quantstudy.quantization.variant import Variant, load_any, save_variant
 from quantstudy.runtimes.executables import Executable, build_executable, open_executable
 
@@ -57,19 +57,18 @@ class Model:
         """Return the model ready to run on a runtime of `RUNTIMES`; it is made once."""
         if runtime not in RUNTIMES:
             raise unknown("runtime", runtime, RUNTIMES)
-        if (runtime, device) not in self._executables:
-            self._executables[runtime, device] = self._opened(runtime, device)
-        return self._executables[runtime, device]
-
-    def _opened(self, runtime: str, device: torch.device) -> Executable:
+        if (runtime, device) in self._executables:
+            return self._executables[runtime, device]
         if runtime in ("eager", "inductor"):
-            return build_executable(copy.deepcopy(self.network), runtime, device)
-        from quantstudy.runtimes.onnx_tuning import exported_model
-        from quantstudy.runtimes.sessions import why_missing
+            made = build_executable(copy.deepcopy(self.network), runtime, device)
+        else:
+            from quantstudy.runtimes.onnx_tuning import exported_model
+            from quantstudy.runtimes.sessions import why_missing
 
-        if reason := why_missing(runtime):
-            raise UserError(f"runtime: {runtime!r} cannot be used: {reason}")
-        return open_executable(self.network, exported_model(self.network, self.graph, runtime), runtime)
+            if reason := why_missing(runtime):
+                raise UserError(f"runtime: {runtime!r} cannot be used: {reason}")
+            made = open_executable(self.network, exported_model(self.network, self.graph, runtime), runtime)
+        return self._executables.setdefault((runtime, device), made)
 
 
 def load_model(
@@ -96,14 +95,12 @@ def load_model(
     if architecture is None:
         content = load_tensors(path)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise UserError(
-                f"{path}: a state_dict does not say its architecture; pass architecture, 'resnet18' for one"
-            )
+            what = "a state_dict does not say its architecture; pass architecture, 'resnet18' for one"
+            raise UserError(f"{path}: {what}")
         checkpoint = load_checkpoint(path)
         return Model(load_any(path), network_facts(checkpoint), checkpoint["variant"])
-    network = network_of_state(read_state_dict(path), str(path), architecture, image_size)
+    network, classes = network_of_state(read_state_dict(path), str(path), architecture, image_size)
     preprocessing = P.Preprocessing(image_size=image_size, mean=tuple(mean), std=tuple(std))  # type: ignore[arg-type]
-    classes = network.get_parameter(f"{head_name(network)}.weight").shape[0]
     facts = {"architecture": architecture, "classes": classes, "preprocessing": preprocessing.model_dump()}
     return Model(fold_batchnorm(network).to(memory_format=torch.channels_last), facts)  # type: ignore[call-overload]
 

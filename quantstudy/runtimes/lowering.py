@@ -8,9 +8,8 @@
    grid, the first layer writes the codes of that grid and the readers take them. No float32 image exists there;
    the pooling and flattening run on uint8.
 
-Sums of residual blocks, average pooling and concatenation stay in float32. A layer with run-time ranges needs a
-float32 input, so that a dynamic network gains 1 and 2 only. Against the simulation a fused code can differ by one
-where float32 rounding falls on the other side of a half: about one code in 100,000.
+The rest stays in float32, and so does the input of a layer with run-time ranges. Against the simulation a fused code
+can differ by one where float32 rounding falls on the other side of a half.
 """
 
 from collections import Counter
@@ -22,26 +21,14 @@ from torch import fx, nn
 from quantstudy.errors import one_line
 from quantstudy.machine.hardware import int8_sums_saturate
 from quantstudy.quantization.layers import QuantConv2d, QuantLinear
-from quantstudy.runtimes.kernels import (
-    Activation,
-    DynamicActivation,
-    Int8Conv2d,
-    Int8Linear,
-    PostOp,
-    StaticActivation,
-)
+from quantstudy.runtimes.kernels import Activation, DynamicActivation, Int8Conv2d, Int8Linear, PostOp, StaticActivation
 from quantstudy.runtimes.onednn_geometry import is_right
 from quantstudy.runtimes.uint8 import CodeMaxPool2d
 
 Kernel = Int8Conv2d | Int8Linear
 _POST_OPS: dict[type[nn.Module], PostOp] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
-_POST_FUNCTIONS: dict[Any, PostOp] = {
-    torch.relu: "relu",
-    nn.functional.relu: "relu",
-    nn.functional.relu6: "relu6",
-    "relu": "relu",
-    "relu_": "relu",
-}
+_POST_FUNCTIONS: dict[Any, PostOp] = dict.fromkeys([torch.relu, nn.functional.relu, "relu", "relu_"], "relu")
+_POST_FUNCTIONS[nn.functional.relu6] = "relu6"
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d)
 _ORDER_KEEPING = (CodeMaxPool2d, nn.Flatten)
 _ORDER_KEEPING_CALLS = (torch.flatten, "flatten")
@@ -56,8 +43,7 @@ def lower_int8(model: nn.Module) -> fx.GraphModule:
     """Return an int8 network for CPU inference that computes what `model` simulates; `model` stays as it is.
 
     `model` is in eval mode, on the CPU, float32, its quantized layers frozen, and `torch.fx` can trace it. Layers
-    that the kernels cannot run (`runs_in_int8`) stay simulated. The result shares tensors with
-    `model` and cannot be pickled.
+    that the kernels cannot run (`runs_in_int8`) stay simulated. The result shares tensors with `model`.
 
     Raises:
         RuntimeError: `int8_kernels_available` is False, or the model is in training mode.

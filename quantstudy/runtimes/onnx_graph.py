@@ -19,7 +19,6 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 from quantstudy.errors import UserError
-from quantstudy.files import atomic
 from quantstudy.network.fp32 import skeleton
 
 OPSET = 21
@@ -51,14 +50,8 @@ def network_graph(architecture: str, classes: int, image_size: int) -> onnx.Mode
     return model
 
 
-def save_graph(path: Path, graph: onnx.ModelProto) -> None:
-    """Write a graph that `network_graph` made, atomically."""
-    with atomic(path) as temporary:
-        temporary.write_bytes(graph.SerializeToString(deterministic=True))
-
-
 def load_graph(path: Path) -> onnx.ModelProto:
-    """Read what `save_graph` wrote; raise `UserError` when it is not there."""
+    """Read the graph that the stage `trace` wrote; raise `UserError` when it is not there."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; run the stage trace")
     return onnx.load_model_from_string(path.read_bytes())
@@ -77,30 +70,22 @@ def _untie(network: nn.Module) -> None:
 def _exported(network: nn.Module, image_size: int, weights: frozenset[str]) -> onnx.ModelProto:
     from onnxscript.optimizer import optimize_ir
 
-    images = torch.randn(2, 3, image_size, image_size)
-    shapes: Any = ({0: torch.export.Dim(BATCH)},)
+    def should_fold(node: Any) -> bool | None:
+        return False if any(value is not None and value.name in weights for value in node.inputs) else None
 
-    def reads_a_weight(node: Any) -> bool:
-        return any(value is not None and value.name in weights for value in node.inputs)
-
+    images = (torch.randn(2, 3, image_size, image_size),)
+    names: Any = {"input_names": [INPUT], "output_names": [OUTPUT]}
+    names["dynamic_shapes"] = ({0: torch.export.Dim(BATCH)},)
     level = logging.getLogger("torch.onnx").level
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
-            network,
-            (images,),
-            dynamo=True,
-            opset_version=OPSET,
-            dynamic_shapes=shapes,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            verbose=False,
-            optimize=False,
+            network, images, dynamo=True, opset_version=OPSET, verbose=False, optimize=False, **names
         )
         logging.getLogger("torch.onnx").setLevel(level)
     assert program is not None
-    optimize_ir(program.model, should_fold=lambda node: False if reads_a_weight(node) else None)
+    optimize_ir(program.model, should_fold=should_fold)
     return program.model_proto
 
 
@@ -116,11 +101,8 @@ def _strip(model: onnx.ModelProto) -> None:
 def _drop_poolings_of_one_pixel(graph: onnx.GraphProto) -> None:
     for node in [node for node in graph.node if node.op_type in ("AveragePool", "MaxPool")]:
         window = {attribute.name: list(attribute.ints) for attribute in node.attribute}
-        if (
-            window["kernel_shape"] == [1, 1]
-            and window.get("strides", [1, 1]) == [1, 1]
-            and not any(window.get("pads", []))
-        ):
+        is_padded = any(window.get("pads", []))
+        if window["kernel_shape"] == window.get("strides", [1, 1]) == [1, 1] and not is_padded:
             for reader in graph.node:
                 reader.input[:] = [node.input[0] if name == node.output[0] else name for name in reader.input]
             graph.node.remove(node)

@@ -10,6 +10,7 @@ The grids are those of the quantized layers, so a runtime computes what the vari
 operators' pages at https://onnx.ai/onnx/operators/.
 """
 
+import copy
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ PRODUCER = "quantstudy"
 CALL = "@"
 """Between a layer's name and the number of a call of it that is not the first, in a node's name."""
 _MULTIPLIES = ("Conv", "Gemm", "MatMul")
-_SIXTEEN_BITS = {torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16}
+_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
 def to_onnx(model: nn.Module, graph: onnx.ModelProto) -> onnx.ModelProto:
@@ -44,10 +45,8 @@ def to_onnx(model: nn.Module, graph: onnx.ModelProto) -> onnx.ModelProto:
     """
     network = model.network if isinstance(model, Variant) else model
     if any(isinstance(module, ChannelReLU) for module in network.modules()):
-        raise UserError(
-            "equalize: the network's ReLU6 have bounds per channel now, which the ONNX graph lacks; export "
-            "a method without equalize"
-        )
+        what = "the network's ReLU6 have bounds per channel now, which the ONNX graph lacks"
+        raise UserError(f"equalize: {what}; export a method without equalize")
     return _Builder(network, graph).build()
 
 
@@ -88,8 +87,7 @@ class _Builder:
             self._fill(initializer)
         for node in self.source.graph.node:
             self._append(node)
-        result = onnx.ModelProto()
-        result.CopyFrom(self.source)
+        result = copy.deepcopy(self.source)
         del result.graph.initializer[:], result.graph.node[:]
         result.graph.initializer.extend(self.initializers.values())
         result.graph.node.extend(self.nodes)
@@ -101,7 +99,9 @@ class _Builder:
         return output
 
     def _constant(self, name: str, value: Any) -> str:
-        self.initializers.setdefault(name, numpy_helper.from_array(np.asarray(value), name))
+        if name not in self.initializers:
+            is_tensor = isinstance(value, Tensor)
+            self.initializers[name] = _tensor(name, value) if is_tensor else numpy_helper.from_array(value, name)
         return name
 
     def _fill(self, initializer: TensorProto) -> None:
@@ -114,11 +114,9 @@ class _Builder:
         elif name not in self.state:
             self.initializers[name] = initializer
         elif self.state[name].dtype in _SIXTEEN_BITS:
-            stored = f"{name}.stored"
-            self.initializers[stored] = _tensor(stored, self.state[name])
-            self._add("Cast", [stored], name, to=TensorProto.FLOAT)
+            self._add("Cast", [self._constant(f"{name}.stored", self.state[name])], name, to=TensorProto.FLOAT)
         else:
-            self.initializers[name] = _tensor(name, self.state[name])
+            self._constant(name, self.state[name])
 
     def _dequantize_weight(self, name: str, layer: Any) -> None:
         scheme = layer.scheme.weight
@@ -126,7 +124,7 @@ class _Builder:
             has_odd_rows = len(layer.shape) == 2 and layer.shape[1] % 2  # OpenVINO 2026.4 misreads those in 4 bits
             bits = max(scheme.bits, 8 if has_odd_rows else 0)
             codes = self._constant_codes(f"{name}.codes", layer.weight_codes(), bits)
-            scale = self._constant(f"{name}.scale", layer.weight_scale.flatten().float().numpy())
+            scale = self._constant(f"{name}.scale", layer.weight_scale.flatten().float())
             inputs = [codes, scale]
             if scheme.bits > 4 and len(layer.shape) == 2:  # without it, ONNX Runtime multiplies in float32
                 inputs.append(self._constant(f"{name}.zero_point", np.zeros(layer.shape[0], np.int8)))
@@ -146,18 +144,16 @@ class _Builder:
         start = groups.start * layer.scheme.weight.group_size
         codes = layer.weight_codes().flatten(1)[:, start : start + (groups.stop - groups.start) * block]
         stored = self._constant_codes(f"{name}.codes", codes, layer.scheme.weight.bits)
-        scale = f"{name}.stored_scale"
-        self.initializers[scale] = _tensor(scale, layer.weight_scale[:, groups])
+        scale = self._constant(f"{name}.stored_scale", layer.weight_scale[:, groups])
         scale = self._add("Cast", [scale], f"{name}.scale", to=TensorProto.FLOAT)
         return self._add("DequantizeLinear", [stored, scale], name, axis=1, block_size=block)
 
     def _constant_codes(self, name: str, codes: Tensor, bits: int) -> str:
         """Store codes as int4, two to a byte as ONNX and this project pack them, or int8 where they are wider."""
         if bits > 4:
-            return self._constant(name, codes.numpy())
+            return self._constant(name, codes)
         data = (pack(codes, 4).numpy() ^ 0x88).tobytes()  # two's complement instead of an offset of 8
-        tensor = TensorProto(name=name, dims=list(codes.shape), data_type=TensorProto.INT4, raw_data=data)
-        self.initializers[name] = tensor
+        self.initializers[name] = TensorProto(name=name, dims=codes.shape, data_type=TensorProto.INT4, raw_data=data)
         return name
 
     def _append(self, node: onnx.NodeProto) -> None:
@@ -179,12 +175,11 @@ class _Builder:
 
     def _copied(self, node: onnx.NodeProto, name: str | None) -> onnx.NodeProto:
         """Copy a node, give it its layer's name, and a bias that only the quantized layer has."""
-        copied = onnx.NodeProto()
-        copied.CopyFrom(node)
+        copied = copy.deepcopy(node)
         if name is not None:
             copied.name = self._call(name)
         if name is not None and node.op_type == "Conv" and len(node.input) < 3 and self.layers[name].bias is not None:
-            copied.input.append(self._constant(f"{name}.bias", self.layers[name].bias.detach().float().numpy()))
+            copied.input.append(self._constant(f"{name}.bias", self.layers[name].bias.detach().float()))
         return copied
 
     def _call(self, name: str) -> str:
@@ -196,11 +191,11 @@ class _Builder:
         grid = (layer.activation.scale, layer.activation.zero_point, layer.scheme.activation.highest)
         if (value, *grid) not in self.quantized_inputs:
             prefix = f"{value}.q{len(self.quantized_inputs)}"
-            scale = self._constant(f"{prefix}.scale", np.float32(grid[0]))
-            zero_point = self._constant(f"{prefix}.zero_point", np.uint8(grid[1]))
+            scale = self._constant(f"{prefix}.scale", np.array(grid[0], np.float32))
+            zero_point = self._constant(f"{prefix}.zero_point", np.array(grid[1], np.uint8))
             codes = self._add("QuantizeLinear", [value, scale, zero_point], f"{prefix}.codes")
             if grid[2] < 255:
-                bounds = [self._constant(f"code.{bound}", np.uint8(bound)) for bound in (0, grid[2])]
+                bounds = [self._constant(f"code.{bound}", np.array(bound, np.uint8)) for bound in (0, grid[2])]
                 codes = self._add("Clip", [codes, *bounds], f"{prefix}.clipped")
             dequantized = self._add("DequantizeLinear", [codes, scale, zero_point], prefix)
             self.quantized_inputs[(value, *grid)] = dequantized
@@ -217,8 +212,8 @@ class _Builder:
         weight = layer.weight_codes()
         weight = weight.contiguous() if is_conv else weight.T.contiguous()
         spread = (-1, *[1] * (weight.ndim - 2)) if is_conv else (-1,)
-        stored = self._constant(f"{name}.weight.codes", weight.numpy())
-        scales = self._constant(f"{name}.weight.scale", layer.weight_scale.float().numpy().reshape(spread))
+        stored = self._constant(f"{name}.weight.codes", weight)
+        scales = self._constant(f"{name}.weight.scale", layer.weight_scale.float().reshape(spread))
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute} if is_conv else {}
         operator = "ConvInteger" if is_conv else "MatMulInteger"
         self.nodes.append(helper.make_node(operator, [codes, stored, zero_point], [f"{call}.sums"], call, **attributes))
@@ -230,7 +225,7 @@ class _Builder:
         product = self._add("Mul", [sums, both], f"{call}.product")
         for unused in list(node.input)[2:]:
             self.initializers.pop(unused, None)
-        bias = self._constant(f"{name}.spread_bias", layer.bias.detach().float().numpy().reshape(spread))
+        bias = self._constant(f"{name}.spread_bias", layer.bias.detach().float().reshape(spread))
         self._add("Add", [product, bias], node.output[0])
 
 
@@ -238,5 +233,5 @@ def _tensor(name: str, tensor: Tensor) -> TensorProto:
     tensor = tensor.contiguous()
     if tensor.dtype == torch.bfloat16:
         data = tensor.view(torch.int16).numpy().tobytes()
-        return TensorProto(name=name, dims=list(tensor.shape), data_type=TensorProto.BFLOAT16, raw_data=data)
+        return TensorProto(name=name, dims=tensor.shape, data_type=TensorProto.BFLOAT16, raw_data=data)
     return numpy_helper.from_array(tensor.numpy(), name)

@@ -1,8 +1,8 @@
 """ONNX models on the runtimes that people deploy to: ONNX Runtime and OpenVINO, on a CPU.
 
-Both decide themselves which layers they compute in int8. They are asked afterwards: ONNX Runtime for the graph it
-made of the model, OpenVINO for the one it executes. Both compute the rest in float32; OpenVINO would take bfloat16
-where the CPU has it, which is then no longer the model that was asked for.
+Both decide themselves which layers they compute in int8, and are asked afterwards: ONNX Runtime for the graph it made
+of the model, OpenVINO for the one it executes. Both compute the rest in float32, OpenVINO where it would take bfloat16
+too.
 """
 
 import functools
@@ -47,9 +47,7 @@ class Session:
 
 def why_missing(runtime: str) -> str | None:
     """Return why a runtime cannot be used, None when it can."""
-    if importlib.util.find_spec(runtime) is None:
-        return f"not installed: pip install '.[{runtime}]'"
-    return None
+    return None if importlib.util.find_spec(runtime) else f"not installed: pip install '.[{runtime}]'"
 
 
 def open_session(model: onnx.ModelProto, runtime: str, threads: int) -> Session:
@@ -101,11 +99,11 @@ def _openvino(model: onnx.ModelProto, threads: int) -> Session:
     import openvino
 
     compiled = OpenVino(openvino.Core().read_model(model.SerializeToString()), threads)
-    return Session(compiled, lambda: _integer_layers(compiled, model))
+    return Session(compiled, lambda: _integer_layers(compiled.request(1), model))
 
 
-def _integer_layers(compiled: "OpenVino", model: onnx.ModelProto) -> frozenset[str]:
-    executed = compiled.request(1).get_compiled_model().get_runtime_model().get_ordered_ops()
+def _integer_layers(request: Any, model: onnx.ModelProto) -> frozenset[str]:
+    executed = request.get_compiled_model().get_runtime_model().get_ordered_ops()
     facts = [{key: value.value for key, value in node.get_rt_info().items()} for node in executed]
     multiplying = [fact for fact in facts if fact["layerType"] in _EXECUTED]
     integer = [fact for fact in multiplying if fact["runtimePrecision"] in ("u8", "i8")]

@@ -2,10 +2,8 @@
 
 On a CPU with AVX512 PyTorch's `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu` widen the codes in registers, on
 CUDA tinygemm (`_weight_int4pack_mm`) does so with 4 bits. The input is rounded to bfloat16, sums are float32, the
-output is rounded to bfloat16 again: with a float32 input the kernels are several times slower than a float32 product.
-At batch 1 VGG-11's first linear layer took a third of bfloat16's time on a CPU with 8-bit weights, and less than two
-thirds with 4-bit ones. Scales of channels stay float32, outside the kernels; scales of groups are bfloat16 in the file
-already. Elsewhere, on a CPU without AVX512 for one, such layers are simulated.
+output is rounded to bfloat16 again. Scales of channels stay float32, outside the kernels; scales of groups are bfloat16
+in the file already. Elsewhere, on a CPU without AVX512 for one, such layers are simulated.
 """
 
 import functools

@@ -39,7 +39,7 @@ def train(model: nn.Module, training: Batches, validation: Batches, run: Run) ->
     """
     if not run.settings.epochs:
         state = State()
-        _score_start(state, model, validation, run)
+        _score(state, model, validation, run, {"epoch": 0})
         if not parallel.rank():
             write_curve(run.curve, state.rows)
         return state
@@ -53,16 +53,12 @@ def train(model: nn.Module, training: Batches, validation: Batches, run: Run) ->
     saved_at = time.perf_counter()
     save_seconds = 0.0
     if run.score_start and not state.rows:
-        _score_start(state, model, validation, run)
+        _score(state, model, validation, run, {"epoch": 0})
     for epoch in range(state.epoch + 1, run.settings.epochs + 1):
         training.set_epoch(epoch)
         row = _one_epoch(averaging, training, optimizer, schedule, scaler, run, epoch)
-        if run.before_validation:
-            run.before_validation(model)
-        parallel.share_buffers(model)
-        row["validation_loss"], row["validation_top1"] = evaluate(model, validation, run.dtype)
+        _score(state, model, validation, run, row)
         state.epoch = epoch
-        keep(state, model, row)
         elapsed = time.perf_counter() - saved_at
         if parallel.rank():
             continue
@@ -77,11 +73,12 @@ def train(model: nn.Module, training: Batches, validation: Batches, run: Run) ->
     return state
 
 
-def _score_start(state: State, model: nn.Module, validation: Batches, run: Run) -> None:
+def _score(state: State, model: nn.Module, validation: Batches, run: Run, row: dict[str, float]) -> None:
     if run.before_validation:
         run.before_validation(model)
-    loss, top1 = evaluate(model, validation, run.dtype)
-    keep(state, model, {"epoch": 0, "validation_loss": loss, "validation_top1": top1})
+    parallel.share_buffers(model)
+    row["validation_loss"], row["validation_top1"] = evaluate(model, validation, run.dtype)
+    keep(state, model, row)
 
 
 @torch.no_grad()
@@ -118,9 +115,8 @@ def _one_epoch(
         for images, labels in batches:
             with autocast(device, run.dtype):
                 logits = model(images).float()
-                loss = training_loss(
-                    logits, labels, run.settings.label_smoothing, _taught(run, images), run.distillation
-                )
+                taught = _taught(run, images)
+                loss = training_loss(logits, labels, run.settings.label_smoothing, taught, run.distillation)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -172,17 +168,8 @@ def training_and_validation(
         kept = kept[order[: settings.max_images]]
     if parallel.world() > 1 and min(settings.batch_size, len(kept)) < 2 * parallel.world():
         raise UserError(f"batch_size: {settings.batch_size} is less than two images for each of the processes")
-    training = Batches(
-        split,
-        preprocessing,
-        settings.batch_size,
-        device,
-        indices=kept,
-        shuffle=True,
-        augmentation=settings.augmentation,
-        seed=seed,
-        share=(parallel.rank(), parallel.world()),
-    )
+    drawn: Any = {"augmentation": settings.augmentation, "seed": seed, "share": (parallel.rank(), parallel.world())}
+    training = Batches(split, preprocessing, settings.batch_size, device, indices=kept, shuffle=True, **drawn)
     return training, Batches(split, preprocessing, 2 * settings.batch_size, device, indices=held_out)
 
 

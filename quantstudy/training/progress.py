@@ -1,7 +1,5 @@
 """A training run as files: its curve, and the state that it resumes from."""
 
-import csv
-import io
 import math
 import time
 from collections.abc import Callable
@@ -14,17 +12,11 @@ from torch import nn
 from tqdm import tqdm
 
 from quantstudy import params as P
-from quantstudy.files import save_tensors, write_text
+from quantstudy.files import save_tensors, write_csv
 
 COLUMNS = (
-    "epoch",
-    "train_loss",
-    "train_top1",
-    "validation_loss",
-    "validation_top1",
-    "learning_rate",
-    "images_per_second",
-    "waiting_percent",
+    *("epoch", "train_loss", "train_top1", "validation_loss", "validation_top1"),
+    *("learning_rate", "images_per_second", "waiting_percent"),
 )
 
 
@@ -73,12 +65,7 @@ def keep(state: State, model: nn.Module, row: dict[str, float]) -> None:
 
 def write_curve(path: Path, rows: list[dict[str, float]]) -> None:
     """Write the curve, one row an epoch, as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: f"{row[name]:.6g}" if name in row else "" for name in COLUMNS})
-    write_text(path, text.getvalue())
+    write_csv(path, COLUMNS, [{name: f"{value:.6g}" for name, value in row.items()} for row in rows])
 
 
 def save(run: Run, parts: dict[str, Any], state: State) -> float:

@@ -47,6 +47,9 @@ def test_evaluation_batches_are_normalized_and_in_order() -> None:
     assert [len(labels) for _, labels in batches] == [8, 8, 8, 1]
     assert torch.equal(labels, torch.arange(25))
     torch.testing.assert_close(images, split.images / 127.5 - 1)
+    chosen = torch.tensor([7, 3, 20])
+    batches = Batches(decoded_split(), data(16), 2, "cpu", indices=chosen)
+    assert batches.images == 3 and torch.equal(epoch(batches)[1], chosen)
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
@@ -74,18 +77,11 @@ def test_shuffled_batches_hold_every_image_once_in_equal_batches() -> None:
     batches = Batches(decoded_split(), data(16), 8, "cpu", shuffle=True)
     assert epoch(batches)[1].sort().values.tolist() == list(range(25))
     assert sorted(len(labels) for _, labels in batches) == [6, 6, 6, 7]
-
-
-def test_indices_choose_the_images() -> None:
-    chosen = torch.tensor([7, 3, 20])
-    batches = Batches(decoded_split(), data(16), 2, "cpu", indices=chosen)
-    assert batches.images == 3 and torch.equal(epoch(batches)[1], chosen)
-
-
-def test_no_images_give_no_batches() -> None:
     nothing = torch.arange(0)
     assert not list(Batches(decoded_split(), data(16), 8, "cpu", indices=nothing))
     assert not list(Batches(decoded_split(), data(16), 8, "cpu", indices=nothing, shuffle=True))
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 2))
+    assert run_on_split(network, decoded_split(), data(8), 8, torch.device("cpu")).shape == (25, 2)
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
@@ -97,20 +93,12 @@ def test_everything_after_decoding_happens_on_the_device(make, image_size: int, 
         assert images.device.type == labels.device.type == "meta"
 
 
-def test_a_model_that_trains_runs_on_a_split_too() -> None:
-    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 2))
-    assert run_on_split(network, decoded_split(), data(8), 8, torch.device("cpu")).shape == (25, 2)
-
-
-def test_encoded_images_are_decoded_in_order() -> None:
+def test_encoded_images_are_decoded_in_order_and_waiting_is_counted() -> None:
     split = encoded_split()
     images, labels = epoch(Batches(split, data(16), 4, "cpu"))
     torch.testing.assert_close(images, split.decode(torch.arange(25)) / 127.5 - 1)
     assert torch.equal(labels, torch.arange(25))
-
-
-def test_waiting_is_counted_and_an_abandoned_epoch_ends() -> None:
-    batches = Batches(encoded_split(), data(16), 4, "cpu")
+    batches = Batches(split, data(16), 4, "cpu")
     next(iter(batches))
     once = batches.seconds_waiting
     assert once > 0
@@ -118,24 +106,18 @@ def test_waiting_is_counted_and_an_abandoned_epoch_ends() -> None:
     assert batches.seconds_waiting > once
 
 
-def test_shift_moves_by_up_to_an_eighth_and_pads_with_black() -> None:
+def test_shift_flip_and_resized_crop() -> None:
     dot = torch.zeros(200, 3, 32, 32, dtype=torch.uint8)
     dot[:, :, 16, 16] = 255
     where = shift(dot, torch.Generator().manual_seed(0))[:, 0].nonzero()[:, 1:] - 16
     assert len(where) == 200 and where.min() == -4 and where.max() == 4
     white = shift(torch.full((50, 3, 8, 8), 255, dtype=torch.uint8), torch.Generator().manual_seed(0))
     assert set(white.unique().tolist()) == {0, 255}
-
-
-def test_flip_mirrors_about_half() -> None:
     images = decoded_split(200).images
     flipped = flip(images, torch.Generator().manual_seed(0))
     mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
     assert ((flipped == images).flatten(1).all(1) ^ mirrored).all()
     assert 70 < mirrored.sum() < 130
-
-
-def test_resized_crop_stays_inside_the_image_and_varies() -> None:
     ramp = torch.arange(96.0).expand(64, 3, 96, 96)
     crops = resized_crop(ramp, 80, torch.Generator().manual_seed(0))
     assert crops.min() >= 0 and crops.max() <= 95

@@ -5,7 +5,6 @@ import os
 import subprocess
 import tarfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,10 +17,7 @@ from quantstudy.data.folder import tree_sha256
 from quantstudy.data.prepare import prepare
 from quantstudy.errors import UserError
 from quantstudy.files import sha256
-from tests.data.conftest import folder_data
-
-MakeTree = Callable[..., Path]
-Pack = Callable[[Path, str], Path]
+from tests.data.conftest import MakeTree, Pack, folder_data
 
 
 def read(path: Path, image_size: int = 16, **keys: object) -> tuple[Split, Split]:
@@ -64,17 +60,13 @@ def test_archive_gives_the_folders_images(make_tree: MakeTree, pack: Pack, suffi
         assert ours.classes == theirs.classes == ("ant", "bee")
 
 
-def test_hidden_files_and_files_beside_the_classes_are_left_out(make_tree: MakeTree) -> None:
+def test_linked_class_folders_are_read_and_files_beside_the_images_left_out(make_tree: MakeTree) -> None:
     tree = make_tree()
     for name in ("README.txt", "train/labels.csv", "train/ant/.DS_Store", ".cache/x"):
         (tree / name).parent.mkdir(exist_ok=True)
         (tree / name).write_text("x")
     train, test = read(tree)
     assert (len(train), len(test)) == (8, 4)
-
-
-def test_linked_class_folders_are_read(make_tree: MakeTree) -> None:
-    tree = make_tree()
     moved = tree.parent / "elsewhere"
     (tree / "train" / "bee").rename(moved)
     (tree / "train" / "bee").symlink_to(moved)
@@ -89,23 +81,12 @@ def test_caps_are_balanced_and_deterministic(make_tree: MakeTree) -> None:
     assert torch.equal(train.images, read(tree, max_train=5)[0].images)
 
 
-@pytest.mark.parametrize(
-    ("name", "why"),
-    [
-        pytest.param("../evil.png", "would escape", id="parent"),
-        pytest.param("train/../../evil.png", "would escape", id="parent-inside"),
-        pytest.param("/evil.png", "would escape", id="absolute"),
-        pytest.param("C:\\evil.png", "would escape", id="drive"),
-        pytest.param("..\\evil.png", "would escape", id="backslash"),
-    ],
-)
+@pytest.mark.parametrize("name", ["../evil.png", "train/../../evil.png", "/evil.png", "C:\\evil.png", "..\\evil.png"])
 @pytest.mark.parametrize("suffix", [".tar", ".zip"])
-def test_escaping_member_is_refused_by_name(
-    make_tree: MakeTree, pack: Pack, tmp_path: Path, suffix: str, name: str, why: str
-) -> None:
+def test_escaping_member_is_refused(make_tree: MakeTree, pack: Pack, tmp_path: Path, suffix: str, name: str) -> None:
     archive = with_member(pack(make_tree(), suffix), name)
     before = sorted(tmp_path.rglob("*"))
-    assert message(archive).startswith(f"PATH: member {name} {why}")
+    assert message(archive).startswith(f"PATH: member {name} would escape")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -115,26 +96,22 @@ def test_link_is_refused_by_name(make_tree: MakeTree, pack: Pack, suffix: str) -
     assert message(archive) == ("PATH: member train/ant/9.png is a link to ../../../secret; archive the file itself")
 
 
-def test_missing_path(tmp_path: Path) -> None:
-    assert message(tmp_path / "none.tar") == (
-        "PATH: no such file (named by the params beside studies.tiny.data.sha256); put or link it there"
-    )
+def test_a_path_that_is_no_archive(tmp_path: Path) -> None:
+    assert message(tmp_path / "none.tar").startswith("PATH: no such file (named by the params beside studies.tiny")
+    path = tmp_path / "images.rar"
+    path.write_bytes(b"Rar!")
+    assert message(path).startswith("PATH: not an archive that can be read; use a folder or one of .tar, ")
 
 
 def test_wrong_checksum_shows_the_one_found(make_tree: MakeTree, pack: Pack) -> None:
     archive = pack(make_tree(), ".tar")
     text = message(archive, sha256="0" * 64)
     assert text.startswith("studies.tiny.data.sha256: '000") and text.endswith(sha256(archive))
+    text = message(archive, sha256=None)
+    assert text.startswith("studies.tiny.data.sha256: None is not") and text.endswith(sha256(archive))
 
 
-def test_archive_needs_a_checksum(make_tree: MakeTree, pack: Pack) -> None:
-    archive = pack(make_tree(), ".tar")
-    assert message(archive, sha256=None) == (
-        f"studies.tiny.data.sha256: None is not the SHA-256 of PATH; the one found is {sha256(archive)}"
-    )
-
-
-def test_a_changed_tree_has_another_checksum(make_tree: MakeTree) -> None:
+def test_a_tree_s_checksum_is_that_of_sha256sum_and_of_a_changed_tree_another(make_tree: MakeTree) -> None:
     tree = make_tree()
     before = tree_sha256(open_files(tree))
     (tree / ".hidden").write_text("left out")
@@ -143,85 +120,56 @@ def test_a_changed_tree_has_another_checksum(make_tree: MakeTree) -> None:
     image.rename(image.with_name("100.png"))
     found = tree_sha256(open_files(tree))
     assert found != before
-    assert message(tree, sha256=before) == (
-        f"studies.tiny.data.sha256: {before!r} is not the SHA-256 of PATH; the one found is {found}"
-    )
-
-
-def test_a_tree_s_checksum_is_that_of_sha256sum(make_tree: MakeTree) -> None:
-    tree = make_tree()
+    line = f"studies.tiny.data.sha256: {before!r} is not the SHA-256 of PATH; the one found is {found}"
+    assert message(tree, sha256=before) == line
+    tree = make_tree(name="other")
     script = "find . -type f | LC_ALL=C sort | sed 's|^./||' | xargs sha256sum | sha256sum"
     printed = subprocess.run(["sh", "-c", script], cwd=tree, capture_output=True, text=True, check=True).stdout
     assert tree_sha256(open_files(tree)) == printed.split()[0]
 
 
-def test_unknown_type_of_archive(tmp_path: Path) -> None:
-    path = tmp_path / "images.rar"
-    path.write_bytes(b"Rar!")
-    assert message(path) == (
-        "PATH: not an archive that can be read; use a folder or one of .tar, .tar.gz, .tgz, .tar.bz2, .tar.xz, .zip"
-    )
-
-
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".zip"])
-@pytest.mark.parametrize("keep", [0.0, 0.3, 0.6, "blocks"])
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.6, "blocks", "garbage"])
 def test_truncated_archive(make_tree: MakeTree, pack: Pack, suffix: str, keep: float | str) -> None:
     archive = pack(make_tree(train=20), suffix)
     size = archive.stat().st_size
-    kept = size // 2 // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE if keep == "blocks" else int(keep * size)
-    os.truncate(archive, kept)
+    if keep == "garbage":
+        archive.write_bytes(b"not an archive" * 100)
+    else:
+        os.truncate(archive, size // 1024 * 512 if keep == "blocks" else int(keep * size))
     assert message(archive).startswith("PATH: truncated or corrupt (")
 
 
-def test_tar_cut_between_members_is_seen(make_tree: MakeTree, pack: Pack) -> None:
+def test_a_cut_tar_and_a_damaged_zip(make_tree: MakeTree, pack: Pack) -> None:
     archive = pack(make_tree(), ".tar")
     with tarfile.open(archive) as content:
         member = content.getmembers()[6]
     os.truncate(archive, member.offset)
     assert message(archive) == "PATH: truncated or corrupt (no end of archive after 2 files); fetch it again"
-
-
-@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".zip"])
-def test_garbage_archive(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"garbage{suffix}"
-    path.write_bytes(b"not an archive" * 100)
-    assert message(path).startswith("PATH: truncated or corrupt (")
-
-
-def test_zip_with_a_damaged_member(make_tree: MakeTree, pack: Pack) -> None:
-    archive = pack(make_tree(), ".zip")
+    archive = pack(make_tree(name="zipped"), ".zip")
     content = bytearray(archive.read_bytes())
     content[content.index(b"IDAT") + 20] ^= 255
     archive.write_bytes(content)
     assert message(archive).startswith("PATH: truncated or corrupt (")
 
 
-def test_missing_split_says_what_was_found(make_tree: MakeTree) -> None:
+def test_a_tree_of_another_layout(make_tree: MakeTree) -> None:
     tree = make_tree()
     (tree / "test").rename(tree / "val")
     hint = "to draw the test split from folders of classes set studies.tiny.data.test_fraction"
     assert message(tree) == f"PATH: no folder test/; found train, val; {hint}"
     assert message(tree.parent).startswith("PATH: no folder test/ in tree/; found train, val")
-
-
-def test_class_without_images(make_tree: MakeTree) -> None:
-    tree = make_tree()
+    tree = make_tree(name="empty")
     (tree / "train" / "cat").mkdir()
     assert message(tree) == "PATH: no images in train/cat/; add some or remove the class"
-
-
-def test_split_without_classes(make_tree: MakeTree) -> None:
-    tree = make_tree(test=1)
+    tree = make_tree(name="other")
+    (tree / "test" / "bee").rename(tree / "test" / "wasp")
+    assert message(tree) == "PATH: train/ and test/ have different classes; only one of them has bee, wasp"
+    tree = make_tree(test=1, name="flat")
     for found in list((tree / "test").rglob("*.png")):
         found.rename(tree / "test" / f"{found.parent.name}.png")
         found.parent.rmdir()
     assert message(tree) == "PATH: test/ has no class folders with images"
-
-
-def test_classes_that_differ(make_tree: MakeTree) -> None:
-    tree = make_tree()
-    (tree / "test" / "bee").rename(tree / "test" / "wasp")
-    assert message(tree) == "PATH: train/ and test/ have different classes; only one of them has bee, wasp"
 
 
 @pytest.mark.parametrize("damage", ["garbage", "truncated"])
@@ -237,10 +185,8 @@ def test_image_that_does_not_decode_is_named(make_tree: MakeTree, pack: Pack, su
 def test_pixels_of_more_than_8_bits_are_refused(make_tree: MakeTree) -> None:
     tree = make_tree()
     Image.new("I;16", (16, 16), 40_000).save(tree / "train" / "ant" / "000.png")
-    assert message(tree) == (
-        "PATH: train/ant/000.png: not an image that can be decoded "
-        "(its pixels have more than 8 bits (mode I;16); convert it to 8 bits)"
-    )
+    line = "PATH: train/ant/000.png: not an image that can be decoded (its pixels have more than 8 bits (mode I;16)"
+    assert message(tree).startswith(line)
 
 
 def test_a_test_split_is_drawn_from_folders_of_classes(make_tree: MakeTree, pack: Pack) -> None:
@@ -253,8 +199,5 @@ def test_a_test_split_is_drawn_from_folders_of_classes(make_tree: MakeTree, pack
     assert len(set(seen)) == 16
     again = read(pack(tree / "train", ".zip"), test_fraction=0.25)[1].images
     assert again is not None and torch.equal(again, test.images)
-
-
-def test_a_drawn_test_split_beside_a_given_one_is_refused(make_tree: MakeTree) -> None:
-    line = message(make_tree(), test_fraction=0.25)
+    line = message(tree, test_fraction=0.25)
     assert line == "studies.tiny.data.test_fraction: PATH has a folder test/; remove the key"

@@ -1,8 +1,8 @@
 """How sets of each size are stored, and that what is stored is the image."""
 
 import io
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +13,7 @@ from quantstudy.data import images
 from quantstudy.data.container import load_split, save_split
 from quantstudy.data.decoding import square
 from quantstudy.data.prepare import prepare
-from tests.data.conftest import folder_data
-
-MakeTree = Callable[..., Path]
+from tests.data.conftest import MakeTree, folder_data
 
 
 def read(path: Path, image_size: int):
@@ -45,15 +43,8 @@ def test_stored_pixels_are_the_files_pixels(make_tree: MakeTree) -> None:
     split = read(tree, 16)
     files = sorted((tree / "train").rglob("*.png"))
     assert torch.equal(split.images, torch.stack([pixels(file) for file in files]))
-
-
-def test_sets_of_mixed_sizes_are_brought_to_the_image_size(make_tree: MakeTree) -> None:
-    tree = make_tree()
     Image.new("L", (9, 30)).save(tree / "train" / "ant" / "odd.png")
     assert read(tree, 24).images.shape == (9, 3, 24, 24)
-
-
-def test_centre_is_cropped() -> None:
     image = Image.new("RGB", (60, 20), "black")
     image.paste("white", (20, 0, 40, 20))
     assert (square(image, 20) == 255).all()
@@ -68,12 +59,7 @@ def test_centre_is_cropped() -> None:
     ],
 )
 def test_large_sets_stay_encoded(
-    make_tree: MakeTree,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    size: tuple[int, int],
-    image_size: int,
-    kept: bool,
+    make_tree: MakeTree, monkeypatch: Any, tmp_path: Path, size: tuple[int, int], image_size: int, kept: bool
 ) -> None:
     monkeypatch.setattr(images, "_DECODED_BYTES", 1)
     tree = make_tree(size=size, suffix=".jpg", train=2, test=1)

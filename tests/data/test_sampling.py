@@ -37,9 +37,20 @@ def test_small_validation_leaves_every_class_a_training_image(labels: torch.Tens
         assert set(labels[train].tolist()) == set(labels.tolist())
 
 
-def test_validation_of_one_image_is_refused() -> None:
+def test_calibration_draw_is_by_seed_and_impossible_draws_are_refused() -> None:
     with pytest.raises(UserError, match="1 image cannot be split in two; raise max_train"):
         validation_indices(torch.tensor([0]), 0.1, seed=0)
+    settings = Calibration(batches=2, batch_size=16)
+    draw = calibration_indices(100, settings, 3, "tiny")
+    assert len(draw.unique()) == 32
+    assert torch.equal(draw, calibration_indices(100, settings, 3, "tiny"))
+    assert not torch.equal(draw, calibration_indices(100, settings, 4, "tiny"))
+    with pytest.raises(UserError) as error:
+        calibration_indices(100, Calibration(batches=4, batch_size=64), 0, "tiny")
+    assert str(error.value) == (
+        "studies.tiny.calibration: 4 batches of 64 need 256 images, but the training split has 100; "
+        "lower batches or batch_size, or raise data.max_train"
+    )
 
 
 @given(labels=Labels, maximum=st.integers(1, 90))
@@ -49,20 +60,3 @@ def test_cap_is_as_balanced_as_the_classes_allow(labels: torch.Tensor, maximum: 
     counts, sizes = labels[chosen].bincount(minlength=6), labels.bincount(minlength=6)
     limited = counts < sizes
     assert not limited.any() or counts.max() <= counts[limited].min() + 1
-
-
-def test_calibration_draw_is_by_seed_and_without_replacement() -> None:
-    settings = Calibration(batches=2, batch_size=16)
-    draw = calibration_indices(100, settings, 3, "tiny")
-    assert len(draw.unique()) == 32
-    assert torch.equal(draw, calibration_indices(100, settings, 3, "tiny"))
-    assert not torch.equal(draw, calibration_indices(100, settings, 4, "tiny"))
-
-
-def test_calibration_larger_than_the_training_split_is_refused() -> None:
-    with pytest.raises(UserError) as error:
-        calibration_indices(100, Calibration(batches=4, batch_size=64), 0, "tiny")
-    assert str(error.value) == (
-        "studies.tiny.calibration: 4 batches of 64 need 256 images, but the training split has 100; "
-        "lower batches or batch_size, or raise data.max_train"
-    )

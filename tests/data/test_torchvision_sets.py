@@ -113,7 +113,7 @@ def test_cifar100(project, cifar100) -> None:
         assert split.labels.tolist() == part["fine_labels"]
 
 
-def test_food101(project, food101) -> None:
+def test_food101_needs_no_network_once_downloaded(project, food101, monkeypatch: pytest.MonkeyPatch) -> None:
     choose(project, "Food101")
     download.main(["--study", "tiny"])
     train = load_split(Path("data/tiny/train.pt"))
@@ -121,20 +121,17 @@ def test_food101(project, food101) -> None:
     assert train.labels.tolist() == [0] * 4 + [1] * 4
     assert train.images.shape == (8, 3, 32, 32)
     assert len(load_split(Path("data/tiny/test.pt"))) == 4
-
-
-def test_a_set_once_downloaded_needs_no_network(project, food101, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose(project, "Food101")
-    download.main(["--study", "tiny"])
     before = Path("data/tiny/train.pt").read_bytes()
     monkeypatch.setattr(datasets.Food101, "_URL", "http://127.0.0.1:9/none")
     download.main(["--study", "tiny"])
     assert Path("data/tiny/train.pt").read_bytes() == before
+    image = Path("data/external/Food101/food-101/images/waffles/5.jpg")
+    image.unlink()
+    line = f"error: {image}: no such file; delete data/external/Food101 and run the stage again"
+    assert project.failure(download.main) == line
 
 
-def test_an_archive_put_there_by_hand_is_used(
-    project, cifar100, server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_archive_put_there_by_hand_is_used(project, cifar100, server, monkeypatch: pytest.MonkeyPatch) -> None:
     choose(project, "CIFAR100")
     root = project.root / "data" / "external" / "CIFAR100"
     root.mkdir(parents=True)
@@ -142,12 +139,14 @@ def test_an_archive_put_there_by_hand_is_used(
     monkeypatch.setattr(datasets.CIFAR100, "url", "http://127.0.0.1:9/none")
     download.main(["--study", "tiny"])
     assert len(load_split(Path("data/tiny/train.pt"))) == 40
+    choose(project, "CIFAR-100")
+    line = project.failure(download.main)
+    assert line.startswith(f"error: {KEY}.dataset: 'CIFAR-100' is unknown (did you mean CIFAR100?); choose one of ")
+    assert "Food101" in line
 
 
 @pytest.mark.parametrize("failure", ["no-server", "not-found", "wrong-checksum"])
-def test_failed_download_is_one_line_and_leaves_nothing(
-    project, food101, server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, failure: str
-) -> None:
+def test_failed_download_is_one_line(project, food101, server, monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
     choose(project, "Food101")
     if failure == "wrong-checksum":
         monkeypatch.setattr(datasets.Food101, "_MD5", "0" * 32)
@@ -158,20 +157,3 @@ def test_failed_download_is_one_line_and_leaves_nothing(
     assert line.startswith(f"error: {KEY}.dataset: Food101 could not be downloaded or read (")
     assert line.endswith("or put its archive there, and run the stage again")
     assert project.files() == []
-
-
-def test_missing_extracted_image_is_named(project, food101) -> None:
-    choose(project, "Food101")
-    download.main(["--study", "tiny"])
-    image = Path("data/external/Food101/food-101/images/waffles/5.jpg")
-    image.unlink()
-    assert project.failure(download.main) == (
-        f"error: {image}: no such file; delete data/external/Food101 and run the stage again"
-    )
-
-
-def test_unknown_set_suggests_the_nearest(project) -> None:
-    choose(project, "CIFAR-100")
-    line = project.failure(download.main)
-    assert line.startswith(f"error: {KEY}.dataset: 'CIFAR-100' is unknown (did you mean CIFAR100?); choose one of ")
-    assert "Food101" in line

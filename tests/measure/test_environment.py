@@ -23,14 +23,8 @@ def facts() -> dict[str, Any]:
     }
 
 
-def test_nothing_is_missing(facts: dict[str, Any]) -> None:
-    assert environment.missing(facts) == []
-    assert environment.remarks(facts) == [
-        "fp32 is float32: without TF32, which PyTorch lets convolutions use, and which is faster."
-    ]
-
-
 def test_each_missing_thing_says_what_it_disables(facts: dict[str, Any]) -> None:
+    assert environment.missing(facts) == []
     facts["software"]["git"] = None
     facts["compiler"]["works"] = False
     facts["kernels"]["int8_conv_onednn"]["available"] = False
@@ -38,29 +32,21 @@ def test_each_missing_thing_says_what_it_disables(facts: dict[str, Any]) -> None
     assert [row["what"] for row in rows] == ["a working C++ compiler", "int8 convolutions of oneDNN", "git"]
     assert all(row["disables"] and row["how_to_get"] for row in rows)
     assert "eager" in " ".join(environment.remarks(facts))
-
-
-def test_an_emulated_type_is_told(facts: dict[str, Any]) -> None:
     facts["gpu"]["available"] = False
     facts["native_arithmetic"]["cpu"]["float16"] = False
     assert any("float16 is emulated" in sentence for sentence in environment.remarks(facts))
-
-
-def test_int8_sums_that_saturate_are_told(facts: dict[str, Any]) -> None:
-    facts["gpu"]["available"] = False
     assert "VNNI" not in " ".join(environment.remarks(facts))
     facts["cpu"]["int8_sums_saturate"] = True
     assert any("saturation_free" in sentence for sentence in environment.remarks(facts))
 
 
-def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_tool(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert environment.compiler() == {
-        "command": "no-such-compiler",
-        "version": None,
-        "works": False,
-        "reason": "not found",
-    }
+    facts = {"command": "no-such-compiler", "version": None, "works": False, "reason": "not found"}
+    assert environment.compiler() == facts
+    monkeypatch.setenv("PATH", "")
+    versions = environment.software()
+    assert versions["git"] is None and versions["torch"] and versions["python"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="writes a shell script")
@@ -77,21 +63,12 @@ def test_a_compiler_that_cannot_compile(tmp_path: Path, monkeypatch: pytest.Monk
     assert found["reason"] == "Python.h: No such file or directory"
 
 
-def test_a_missing_tool(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    versions = environment.software()
-    assert versions["git"] is None and versions["torch"] and versions["python"]
-
-
-def test_probes_agree_with_the_machine() -> None:
+def test_probes_agree_with_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     found = probes.probe_kernels()
     assert json.loads(json.dumps(found)) == found
     assert found["int8_conv_onednn"]["available"] == int8_kernels_available()
     assert found["int4_tile_packed_to_4d_cuda"]["available"] <= torch.cuda.is_available()
     assert all(row["reason"] for row in found.values())
-
-
-def test_a_kernel_with_a_wrong_result_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(probes.PROBES, "wrong", lambda: probes.wrong(torch.ones(2), torch.full((2,), 2.0), 0.1))
     monkeypatch.setitem(probes.PROBES, "broken", lambda: torch.ops.aten._int_mm(torch.ones(1), torch.ones(1)))
     found = probes.probe_kernels()

@@ -74,43 +74,29 @@ def executable(runtime: str, real: bool = True, run: Callable[[Tensor], Tensor] 
 def timings(**medians: tuple[float, float]) -> dict[int, dict[str, Timing]]:
     """By executable, `variant__runtime`, its medians at batch 1 and 16."""
     names = {name.replace("__", " "): values for name, values in medians.items()}
-    return {
-        size: {name: Timing(values[place], 0.0, 0.0, 9) for name, values in names.items()}
-        for place, size in enumerate((1, 16))
-    }
+    sizes = enumerate((1, 16))
+    return {size: {name: Timing(row[place], 0.0, 0.0, 9) for name, row in names.items()} for place, size in sizes}
 
 
-def test_accuracy_counts_what_is_right_among_the_first_and_the_first_five() -> None:
+def test_accuracy_drop_agreement_and_sqnr_of_known_logits() -> None:
     found = accuracy(WORSE, FP32, LABELS)
     assert found["top1"] == 50 and found["images"] == 10
     assert found["top5"] == 70  # ranks 0 to 4
     assert accuracy(FP32, FP32, LABELS)["top5"] == 80
-
-
-def test_a_drop_is_positive_where_the_variant_is_worse() -> None:
     assert accuracy(WORSE, FP32, LABELS)["top1_drop"] == pytest.approx(30)
     assert accuracy(FP32, WORSE, LABELS)["top1_drop"] == pytest.approx(-30)
     assert accuracy(WORSE, FP32, LABELS)["top1_drop_p"] == 0.25  # three of three disagreements
     assert accuracy(FP32, FP32, LABELS)["top1_drop"] == 0
-
-
-def test_agreement_is_with_fp32_and_not_with_the_labels() -> None:
     assert accuracy(WORSE, FP32, LABELS)["agreement"] == 70  # both are wrong, and alike, on two
     assert accuracy(FP32, FP32, LABELS)["agreement"] == 100
-
-
-def test_sqnr_is_of_the_logits() -> None:
     assert accuracy(1.1 * FP32, FP32, LABELS)["sqnr_db"] == pytest.approx(20, abs=1e-3)
     assert accuracy(FP32, FP32, LABELS)["sqnr_db"] == SQNR_LIMIT_DB
 
 
-def test_the_runtime_with_the_smallest_sum_of_medians_is_chosen() -> None:
+def test_of_the_real_runtimes_that_with_the_smallest_sum_of_medians_is_chosen() -> None:
     both = [executable("eager"), executable("openvino")]
     assert fastest("v", both, timings(v__eager=(1, 9), v__openvino=(3, 6))).runtime == "openvino"
     assert fastest("v", both, timings(v__eager=(1, 7), v__openvino=(3, 6))).runtime == "eager"
-
-
-def test_a_real_runtime_comes_before_a_faster_one_that_is_not() -> None:
     slow, quick = executable("eager"), executable("openvino", real=False)
     times = timings(v__eager=(2, 20), v__openvino=(1, 10))
     assert fastest("v", [slow, quick], times).runtime == "eager"
@@ -118,17 +104,10 @@ def test_a_real_runtime_comes_before_a_faster_one_that_is_not() -> None:
     assert fastest("v", [simulated, quick], times).runtime == "openvino"
 
 
-def test_a_speed_up_is_over_the_best_runtime_of_fp32_and_above_1_when_faster() -> None:
+def test_a_speed_up_is_over_the_best_runtime_of_fp32_and_of_real_kernels_alone() -> None:
     times = timings(v__openvino=(2, 10), fp32__eager=(4, 40), fp32__openvino=(8, 30))
-    assert latencies("v", executable("openvino"), times) == {
-        "latency_ms_b1": 2,
-        "speedup_b1": 2,
-        "latency_ms_b16": 10,
-        "speedup_b16": 3,
-    }
-
-
-def test_a_simulated_kernel_has_no_speed_up_and_fp32_is_as_fast_as_itself() -> None:
+    wanted = {"latency_ms_b1": 2, "speedup_b1": 2, "latency_ms_b16": 10, "speedup_b16": 3}
+    assert latencies("v", executable("openvino"), times) == wanted
     times = timings(v__eager=(2, 10), fp32__eager=(4, 40))
     found = latencies("v", executable("eager", real=False), times)
     assert (found["latency_ms_b1"], found["speedup_b1"], found["speedup_b16"]) == (2, None, None)
@@ -207,6 +186,8 @@ def test_accuracy_and_latency_are_of_one_executable(evaluated: Evaluated) -> Non
     assert details["agreement_with_eager"] == {"eager": 100, "openvino": 70}
     assert {timing["executable"] for timing in details["timings"]} == {"v eager", "v openvino", "fp32 eager"}
     assert (metrics["kernel_real"], metrics["size_mb"], metrics["compression"]) == (1, 1, 4)
+    assert metrics["tbops"] == 8 * 8 + 2 * 4 * 32
+    assert [(row["weight"], row["activation"]) for row in details["layers"]] == [(8, 8), (4, 32)]
 
 
 def test_what_is_simulated_is_chosen_last_and_reported_without_a_speed_up(evaluated: Evaluated) -> None:
@@ -218,28 +199,13 @@ def test_what_is_simulated_is_chosen_last_and_reported_without_a_speed_up(evalua
     assert details["kernel"]["real"] == 1 and details["kernel"]["total"] == 2
 
 
-@pytest.mark.parametrize("real", [True, False])
-@pytest.mark.parametrize("runtime", ["eager", "inductor", "onnxruntime", "openvino"])
-def test_bit_operations_are_the_schemes_on_every_runtime(runtime: str, real: bool, evaluated: Evaluated) -> None:
-    metrics, details = evaluated(("eager", 9, FP32, real), (runtime, 1, FP32, real))
-    assert details["runtime"] == runtime
-    assert metrics["tbops"] == 8 * 8 + 2 * 4 * 32
-    assert [(row["weight"], row["activation"]) for row in details["layers"]] == [(8, 8), (4, 32)]
+BITS = {"int8-static": (8, 8), "7-bit-dynamic": (7, 8), "int4-static": (4, 8)}
+BITS |= {"int8-weight-only": (8, 32), "int4-weight-only": (4, 32), "bf16": (16, 16)}
 
 
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "no-kernels"])
 @pytest.mark.parametrize("runtime", ["eager", "inductor"])
-@pytest.mark.parametrize(
-    ("method", "bits"),
-    [
-        ("int8-static", (8, 8)),
-        ("7-bit-dynamic", (7, 8)),
-        ("int4-static", (4, 8)),
-        ("int8-weight-only", (8, 32)),
-        ("int4-weight-only", (4, 32)),
-        ("bf16", (16, 16)),
-    ],
-)
+@pytest.mark.parametrize(("method", "bits"), BITS.items())
 def test_bits_are_the_schemes_whatever_kernels_there_are(
     method: str, bits: tuple[int, int], runtime: str, kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,9 +215,8 @@ def test_bits_are_the_schemes_whatever_kernels_there_are(
     made = METHODS[method](network, torch.randn(2, 3, 8, 8))
     assert layer_bits(made) == {"0": bits, "3": bits}
     macs = 144 * 27 + 144 * 5
-    assert tera_bit_operations(count_macs(network, 8)[1], layer_bits(made)) == pytest.approx(
-        macs * bits[0] * bits[1] / 1e12
-    )
+    found = tera_bit_operations(count_macs(network, 8)[1], layer_bits(made))
+    assert found == pytest.approx(macs * bits[0] * bits[1] / 1e12)
     if not kernels:
         assert not any(real_layers(made, runtime, CPU).values())
 

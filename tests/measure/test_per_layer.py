@@ -28,7 +28,7 @@ def with_rounded(network: nn.Module, bits: dict[str, int]) -> Variant:
     return Variant(network)
 
 
-def test_layers_before_the_first_rounded_one_are_untouched_and_the_last_is_the_logits(network: nn.Module) -> None:
+def test_sqnr_and_bytes_of_each_layer(network: nn.Module) -> None:
     images, variant = torch.randn(2, 3, 8, 8), with_rounded(network, {"2": 4})
     found = layer_sqnr_db(network, variant, images)
     assert list(found) == ["0", "2", "4"]
@@ -36,13 +36,7 @@ def test_layers_before_the_first_rounded_one_are_untouched_and_the_last_is_the_l
     with torch.no_grad():
         assert found["4"] == sqnr_db(network(images).numpy(), variant(images).numpy())
     assert found["2"] < layer_sqnr_db(network, with_rounded(network, {"2": 8}), images)["2"]
-
-
-def test_bytes_are_those_of_codes_and_scales(network: nn.Module) -> None:
     found = weight_storage(with_rounded(network, {"0": 8, "4": 4}))
     assert found == {"0": (108 + 4 * 4, 108), "2": (72 * 4, 72), "4": (180 + 5 * 4, 360)}
-
-
-def test_every_layer_of_a_folded_network_has_its_bytes() -> None:
     found = weight_storage(skeleton("mobilenet_v2", 10))
     assert len(found) == 53 and all(size == 4 * weights for size, weights in found.values())

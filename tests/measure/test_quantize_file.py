@@ -1,6 +1,5 @@
 """`python -m quantstudy quantize`: a model file and a folder of images, no pipeline."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from quantstudy.quantization.layers import ChannelReLU, quantized_layers
 from quantstudy.quantization.variant import load_variant
 from tests.conftest import ROOT
 
+SEEN = P.Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 SIZES = ("--image-size", "32", "--mean", "0.5", "0.5", "0.5", "--std", "0.5", "0.5", "0.5")
 
 
@@ -45,10 +45,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def quantize(model: str = "model.pth", out: str = "out.pth", images: str = "images", **options: Any) -> None:
     given = {"method": "int8_static", "architecture": "resnet18"} | options
     flags = [text for key, value in given.items() if value for text in (f"--{key}", value)]
-    main(["quantize", model, "--images", images, "--out", out, *flags, *(SIZES if given["architecture"] else ())])
+    main(["quantize", model, "--images", images, "--out", out, *(SIZES if given["architecture"] else ()), *flags])
 
 
-def test_a_state_dict_becomes_a_variant(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_state_dict_becomes_a_variant_and_this_projects_file_onnx(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     quantize(**{"calibration-images": "16"})
     variant = load_variant(Path("out.pth"))
     assert len(quantized_layers(variant)) == 21
@@ -57,58 +59,43 @@ def test_a_state_dict_becomes_a_variant(folder: Path, capsys: pytest.CaptureFixt
     assert "21 of 21 layers in low bits" in printed
     assert "of 8 images" in printed and "calibrated on 16 others" in printed
     assert f"out.pth: {Path('out.pth').stat().st_size / 1e6:.3f} MB, fp32" in printed
-
-
-def test_this_projects_file_becomes_onnx(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    seen = P.Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    model = build("mobilenet_v2", 5)
-    save_fp32(Path("fp32.pth"), model, "mobilenet_v2", 5, seen)
+    save_fp32(Path("fp32.pth"), build("mobilenet_v2", 5), "mobilenet_v2", 5, SEEN)
     quantize("fp32.pth", "out.onnx", architecture=None, method="int4_weight_only")
     printed = capsys.readouterr().out
     assert "53 of 53 layers" in printed and "of 24 images" in printed and "calibrated on the same" in printed
     types = {tensor.data_type for tensor in onnx.load("out.onnx").graph.initializer}
     assert onnx.TensorProto.INT4 in types
     assert Path("out.onnx").stat().st_size < 0.2 * Path("fp32.pth").stat().st_size
-
-
-def test_a_method_that_equalizes_does_so(folder: Path) -> None:
-    seen = P.Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    save_fp32(Path("fp32.pth"), build("mobilenet_v2", 5), "mobilenet_v2", 5, seen)
     quantize("fp32.pth", architecture=None, method="int8_equalized")
     assert any(isinstance(module, ChannelReLU) for module in load_variant(Path("out.pth")).modules())
 
 
 def test_mistakes_are_one_line_and_leave_no_file(folder: Path) -> None:
-    def failure(call: Callable[..., None], *arguments: str, **options: Any) -> str:
+    def failure(*arguments: str, **options: Any) -> str:
         with pytest.raises(SystemExit) as stop:
-            run_stage(lambda: call(*arguments, **options))
+            run_stage(lambda: quantize(*arguments, **options))
         assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
         return stop.value.code
 
     Path("empty").mkdir()
     Path("text.pth").write_text("hello")
     before = set(folder.rglob("*"))
-    assert "gone.pth: no such file" in failure(quantize, "gone.pth")
-    assert "text.pth: truncated, corrupt or not a file of tensors" in failure(quantize, "text.pth")
-    assert "--method: 'int8_statc' is unknown (did you mean int8_static?)" in failure(quantize, method="int8_statc")
-    assert "--method: 'qat_int8' is unknown" in failure(quantize, method="qat_int8")
-    assert "add --architecture" in failure(quantize, architecture=None)
-    assert "--architecture: 'resnet19' is unknown" in failure(quantize, architecture="resnet19")
-    assert "not of architecture resnet34: it lacks 80 tensors" in failure(quantize, architecture="resnet34")
-    assert "not of architecture mobilenet_v2" in failure(quantize, architecture="mobilenet_v2")
-    assert "--images: no images in empty" in failure(quantize, images="empty")
-    assert "gone: no such file or folder" in failure(quantize, images="gone")
-    assert "--out: 'x.tflite'" in failure(quantize, out="x.tflite")
-    assert "--out: 'model.pth'" in failure(quantize, out="model.pth")
+    assert "gone.pth: no such file" in failure("gone.pth")
+    assert "text.pth: truncated, corrupt or not a file of tensors" in failure("text.pth")
+    assert "--method: 'int8_statc' is unknown (did you mean int8_static?)" in failure(method="int8_statc")
+    assert "--method: 'qat_int8' is unknown" in failure(method="qat_int8")
+    assert "add --architecture" in failure(architecture=None)
+    assert "--architecture: 'resnet19' is unknown" in failure(architecture="resnet19")
+    assert "not of architecture resnet34: it lacks 80 tensors" in failure(architecture="resnet34")
+    assert "not of architecture mobilenet_v2" in failure(architecture="mobilenet_v2")
+    assert "--image-size: 3: Input should be greater" in failure(**{"image-size": "3"})
+    assert "--images: no images in empty" in failure(images="empty")
+    assert "gone: no such file or folder" in failure(images="gone")
+    assert "--out: 'x.tflite'" in failure(out="x.tflite")
+    assert "--out: 'model.pth'" in failure(out="model.pth")
     assert set(folder.rglob("*")) == before
     quantize()
-    assert "out.pth: holds the variant int8_static" in failure(quantize, "out.pth", "again.pth", architecture=None)
-
-
-def test_an_image_size_out_of_range_is_one_line(folder: Path) -> None:
-    with pytest.raises(SystemExit, match="--image-size: 3: Input should be greater than or equal to 8"):
-        run_stage(lambda: main(["quantize", "model.pth", "--architecture", "resnet18", "--image-size", "3",
-                                "--method", "int8_static", "--images", "images", "--out", "out.pth"]))  # fmt: skip
+    assert "out.pth: holds the variant int8_static" in failure("out.pth", "again.pth", architecture=None)
 
 
 def test_the_packaged_methods_are_those_of_params(folder: Path) -> None:

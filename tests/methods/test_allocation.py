@@ -52,7 +52,7 @@ def test_the_integer_program_equals_brute_force(case: tuple[dict[str, dict[int, 
     assert sum(losses[layer][width] for layer, width in bits.items()) == pytest.approx(least, rel=1e-9)
 
 
-def test_more_budget_never_loses_more() -> None:
+def test_costs_by_hand_and_more_budget_never_loses_more() -> None:
     torch.manual_seed(0)
     shapes = {f"layer{i}": torch.Size((8 * (i + 1), 16, 3, 3)) for i in range(12)}
     losses = {name: {b: float(torch.rand(())) * 2.0**-b for b in (2, 3, 4, 6, 8, 16)} for name in shapes}
@@ -61,6 +61,12 @@ def test_more_budget_never_loses_more() -> None:
         bits = allocate(losses, [size_budget("mean_bits", mean_bits, shapes, 32, (2, 3, 4, 6, 8, 16))])
         found.append(sum(losses[name][width] for name, width in bits.items()))
     assert found == sorted(found, reverse=True) and found[0] > found[-1]
+    budget = operations_budget("bit_operations", 0.25, {"a": 10, "b": 30}, WIDTHS)
+    assert budget.spent({"a": 16, "b": 16}) == budget.most  # 16 x 16 of 32 x 32
+    assert stored_bits(torch.Size((8, 64)), 4, 32) == 8 * 64 * 4 + 8 * 2 * 16
+    assert stored_bits(torch.Size((8, 64)), 3, None) == 8 * 64 * 3 + 8 * 32
+    assert stored_bits(torch.Size((1, 1, 3, 3)), 3, 32) == 32 + 16  # 27 bits of codes take four bytes
+    assert stored_bits(torch.Size((8, 64)), 16, 32) == 8 * 64 * 16
 
 
 @pytest.mark.parametrize(
@@ -79,15 +85,3 @@ def test_an_infeasible_budget_names_the_smallest_possible(budget: Budget, key: s
     smallest = float(re.findall(r"[\d.]+$", str(error.value))[0])
     enough = Budget(budget.key, smallest, budget.unit, budget.costs)
     assert allocate(losses, [enough]) == {"a": 2}
-
-
-def test_bit_operations_are_a_share_of_those_of_fp32() -> None:
-    budget = operations_budget("bit_operations", 0.25, {"a": 10, "b": 30}, WIDTHS)
-    assert budget.spent({"a": 16, "b": 16}) == budget.most  # 16 x 16 of 32 x 32
-
-
-def test_stored_bits_count_codes_and_scales() -> None:
-    assert stored_bits(torch.Size((8, 64)), 4, 32) == 8 * 64 * 4 + 8 * 2 * 16
-    assert stored_bits(torch.Size((8, 64)), 3, None) == 8 * 64 * 3 + 8 * 32
-    assert stored_bits(torch.Size((1, 1, 3, 3)), 3, 32) == 32 + 16  # 27 bits of codes take four bytes
-    assert stored_bits(torch.Size((8, 64)), 16, 32) == 8 * 64 * 16

@@ -107,18 +107,12 @@ def test_the_mean_error_that_weights_make_is_zero_where_the_input_is_known(netwo
     assert torch.equal(*(quantized_layers(model)["first"].bias for model in (variant.network, plain.network)))
 
 
-def test_layers_that_nothing_is_known_of_are_named(network: nn.Module) -> None:
+def test_what_nothing_is_known_of_is_named(network: nn.Module) -> None:
     variant = quantize(network, Calibration(network, IMAGES), ANALYTIC)
     assert list(variant.skipped["bias_correction"]) == ["first"]
-
-
-def test_a_network_without_batchnorm_is_one_line() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
     with pytest.raises(UserError, match="analytic needs BatchNorm"):
-        quantize(
-            nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1)),
-            Calibration(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1)), IMAGES),
-            ANALYTIC,
-        )
+        quantize(plain, Calibration(plain, IMAGES), ANALYTIC)
 
 
 class Residual(nn.Module):
@@ -164,7 +158,7 @@ def test_the_mean_error_is_zero_where_an_activation_lets_values_through(settings
         assert error.abs().max() < 1e-5, name
 
 
-def test_a_channel_that_is_nearly_always_off_is_not_moved_by_what_happens_there() -> None:
+def test_a_channel_that_is_nearly_always_off_is_moved_little() -> None:
     """All of its error lies where the ReLU is off: a weight of an input that is there when another is not."""
     model = nn.Sequential(nn.Conv2d(2, 1, 1), nn.ReLU(), nn.Conv2d(1, 1, 1)).eval()
     with torch.no_grad():
@@ -178,9 +172,6 @@ def test_a_channel_that_is_nearly_always_off_is_not_moved_by_what_happens_there(
     plain = quantize(model, Calibration(model, [images]), two_bits.model_copy(update={"bias_correction": False}))
     error = (plain.network[0].dequantized() - model[0].weight).flatten()[0]
     torch.testing.assert_close(rounded.network[0].bias, -error.reshape(1))
-
-
-def test_few_positions_move_a_bias_little() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
     images = torch.randn(40, 3, 2, 2)

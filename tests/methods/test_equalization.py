@@ -44,11 +44,15 @@ def assert_same_function(found: nn.Module, wanted: nn.Module, images: Tensor) ->
     assert float((other - y).norm() / y.norm()) < 1e-4
 
 
-def test_the_function_stays(network: nn.Module, images: Tensor) -> None:
-    assert_same_function(equalize(network), network, images)
+def test_the_function_stays_and_ranges_are_equal(network: nn.Module, images: Tensor) -> None:
+    found = equalize(network)
+    assert_same_function(found, network, images)
+    first, second = found[0].weight.flatten(1).abs().amax(1), found[2].weight.flatten(1).abs().amax(1)
+    torch.testing.assert_close(first, second, rtol=1e-2, atol=0)
+    assert (network[0].weight.flatten(1).abs().amax(1) / network[2].weight.flatten(1).abs().amax(1)).max() > 1.5
 
 
-def test_mobilenet_keeps_its_function() -> None:
+def test_mobilenet_keeps_its_function_and_is_not_exported_without_its_bounds() -> None:
     torch.manual_seed(0)
     images = torch.randn(4, 3, 64, 64)
     model = build("mobilenet_v2", 10).train()
@@ -60,13 +64,8 @@ def test_mobilenet_keeps_its_function() -> None:
     assert_same_function(found, folded, images)
     bounded = sum(isinstance(module, ChannelReLU) for module in found.modules())
     assert bounded == sum(isinstance(module, nn.ReLU6) for module in folded.modules()) == 35
-
-
-def test_ranges_are_equal_afterwards(network: nn.Module) -> None:
-    found = equalize(network)
-    first, second = found[0].weight.flatten(1).abs().amax(1), found[2].weight.flatten(1).abs().amax(1)
-    torch.testing.assert_close(first, second, rtol=1e-2, atol=0)
-    assert (network[0].weight.flatten(1).abs().amax(1) / network[2].weight.flatten(1).abs().amax(1)).max() > 1.5
+    with pytest.raises(UserError, match="equalize: the network's ReLU6 have bounds per channel"):
+        to_onnx(found, onnx.ModelProto())
 
 
 def test_pairs_end_where_a_value_is_read_twice() -> None:
@@ -81,8 +80,6 @@ def test_pairs_end_where_a_value_is_read_twice() -> None:
 
     assert find_pairs(Residual()) == [Pair("b", "c", None, True)]
 
-
-def test_a_network_that_cannot_be_traced_has_no_pairs() -> None:
     class Branch(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x if x.sum() > 0 else -x
@@ -92,7 +89,7 @@ def test_a_network_that_cannot_be_traced_has_no_pairs() -> None:
 
 @pytest.mark.parametrize("bound", [None, 20.5])
 @torch.no_grad()
-def test_absorbing_biases_keeps_the_function_where_the_activation_stays_above_what_moved(
+def test_absorbing_biases_that_the_activation_stays_above_keeps_the_function(
     bound: float | None, images: Tensor
 ) -> None:
     torch.manual_seed(0)
@@ -104,9 +101,3 @@ def test_absorbing_biases_keeps_the_function_where_the_activation_stays_above_wh
     assert (network[0].bias[:3] < before[:3] - 10).all()
     torch.testing.assert_close(network[0].bias[3:], before[3:])
     assert float((network(images) - wanted).norm() / wanted.norm()) < 1e-3
-
-
-def test_a_network_with_bounds_per_channel_is_not_exported_as_if_it_had_none() -> None:
-    network = equalize(uneven(chain(nn.ReLU6())))
-    with pytest.raises(UserError, match="equalize: the network's ReLU6 have bounds per channel"):
-        to_onnx(network, onnx.ModelProto())

@@ -6,6 +6,7 @@ from quantstudy.methods.gptq import gptq_codes
 from quantstudy.methods.moments import Moments, input_moments, patches
 from quantstudy.quantization.schemes import WeightScheme
 
+Case = tuple[nn.Module, Tensor]
 LAYERS = {
     "linear": (lambda: nn.Linear(40, 12), (64, 40)),
     "convolution": (lambda: nn.Conv2d(6, 12, 3, stride=2, padding=1), (16, 6, 9, 9)),
@@ -21,7 +22,7 @@ def correlated(shape: tuple[int, ...]) -> Tensor:
 
 
 @pytest.fixture(params=LAYERS)
-def case(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
+def case(request: pytest.FixtureRequest) -> Case:
     torch.manual_seed(0)
     make, shape = LAYERS[request.param]
     return make(), correlated(shape)
@@ -38,7 +39,7 @@ def output(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def test_patches_times_the_weight_is_the_layer(case: tuple[nn.Module, Tensor]) -> None:
+def test_patches_times_the_weight_is_the_layer_and_moments_are_of_all_batches(case: Case) -> None:
     layer, x = case
     found = patches(layer, x)
     rows = layer.weight.flatten(1).unflatten(0, (len(found), -1))
@@ -46,12 +47,14 @@ def test_patches_times_the_weight_is_the_layer(case: tuple[nn.Module, Tensor]) -
     wanted = layer(x)
     wanted = wanted.transpose(0, 1).flatten(1) if wanted.ndim == 4 else wanted.T
     torch.testing.assert_close(y + layer.bias[:, None], wanted, rtol=1e-4, atol=1e-4)
+    model = nn.Sequential(layer)
+    whole, parts = input_moments(model, [x])["0"], input_moments(model, x.chunk(4))["0"]
+    torch.testing.assert_close(parts.mean, whole.mean)
+    torch.testing.assert_close(parts.second, whole.second)
 
 
 @pytest.mark.parametrize("scheme", [WeightScheme(4), WeightScheme(3), WeightScheme(4, 32)], ids=["w4", "w3", "w4-g32"])
-def test_the_output_error_is_below_that_of_rounding_to_nearest(
-    case: tuple[nn.Module, Tensor], scheme: WeightScheme
-) -> None:
+def test_the_output_error_is_below_that_of_rounding_to_nearest(case: Case, scheme: WeightScheme) -> None:
     layer, x = case
     weight = layer.weight.detach()
     scale = scheme.choose_scale(weight)
@@ -64,26 +67,12 @@ def test_the_output_error_is_below_that_of_rounding_to_nearest(
     assert errors[0] < 0.9 * errors[1]
 
 
-def test_without_correlation_it_is_rounding_to_nearest(case: tuple[nn.Module, Tensor]) -> None:
+def test_without_correlation_it_is_rounding_to_nearest(case: Case) -> None:
     layer, x = case
     scheme, weight = WeightScheme(4), layer.weight.detach()
     groups, _, columns = patches(layer, x).shape
     moments = Moments(torch.zeros(groups, columns), [torch.eye(columns).expand(groups, -1, -1)])
     scale = scheme.choose_scale(weight)
     assert torch.equal(gptq_codes(weight, scale, scheme, moments), scheme.quantize(weight, scale))
-
-
-def test_a_constant_input_is_no_error(case: tuple[nn.Module, Tensor]) -> None:
-    layer, x = case
     moments = input_moments(nn.Sequential(layer), [torch.zeros_like(x)])["0"]
-    scheme, weight = WeightScheme(4), layer.weight.detach()
-    codes = gptq_codes(weight, scheme.choose_scale(weight), scheme, moments)
-    assert codes.abs().max() <= 8
-
-
-def test_the_moments_of_batches_are_those_of_all_images(case: tuple[nn.Module, Tensor]) -> None:
-    layer, x = case
-    model = nn.Sequential(layer)
-    whole, parts = input_moments(model, [x])["0"], input_moments(model, x.chunk(4))["0"]
-    torch.testing.assert_close(parts.mean, whole.mean)
-    torch.testing.assert_close(parts.second, whole.second)
+    assert gptq_codes(weight, scale, scheme, moments).abs().max() <= 8

@@ -53,7 +53,7 @@ def test_predictions_come_closer_to_the_teacher(
     assert all(torch.equal(teacher[name], value) for name, value in network.state_dict().items())
 
 
-def test_codes_start_where_they_were() -> None:
+def test_codes_start_where_they_were(network: nn.Module, images: list[Tensor]) -> None:
     torch.manual_seed(0)
     scheme, weight = WeightScheme(4, 8), torch.randn(4, 3, 3, 3)
     scale = scheme.choose_scale(weight)
@@ -62,9 +62,6 @@ def test_codes_start_where_they_were() -> None:
     kept, same = quantizer.freeze(weight)
     assert torch.equal(kept, codes) and torch.equal(same, scale)
     torch.testing.assert_close(quantizer(weight).detach(), scheme.dequantize(codes, scale))
-
-
-def test_a_thawed_network_computes_what_it_did_and_settles_to_it(network: nn.Module, images: list[Tensor]) -> None:
     found = quantized(network, ActivationScheme("static", 8))
     with torch.no_grad():
         before = found(images[0])
@@ -73,18 +70,12 @@ def test_a_thawed_network_computes_what_it_did_and_settles_to_it(network: nn.Mod
         freeze_trained(found)
         assert torch.equal(found(images[0]), before)
     assert all(layer.frozen for layer in quantized_layers(found).values())
-
-
-def test_rates_are_in_proportion_to_that_of_codes(network: nn.Module) -> None:
-    found = quantized(network, ActivationScheme("static", 8))
     make_trainable(found)
     slow, fast = ([group["lr"] for group in parameter_groups(found, rate)] for rate in (0.01, 0.03))
     assert len(slow) == 3 + 3 and [3 * rate for rate in slow] == pytest.approx(fast) and max(fast) == 0.03
 
 
-def test_layers_too_large_keep_their_codes_and_are_named(
-    network: nn.Module, images: list[Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_layers_keep_codes(network: nn.Module, images: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joint, "CODE_RATE", 0.5)
     monkeypatch.setattr(joint, "LARGE", 300)
     monkeypatch.setattr(joint, "STEPS", 20)

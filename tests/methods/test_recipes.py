@@ -6,44 +6,21 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter
-from torch import nn
+from torch import Tensor, nn
 
 from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.recipes import quantize, trained_recipe_of
-from quantstudy.network.architectures import build
-from quantstudy.network.folding import fold_batchnorm
 from quantstudy.params import Method, Static, WeightOnly, load_params
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.variant import Variant, load_variant, save_variant
+from tests.methods.conftest import FP32
 
-FP32 = {
-    "architecture": "mobilenet_v2",
-    "classes": 10,
-    "preprocessing": {"image_size": 32, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
-}
 PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
 
 
 @pytest.fixture(scope="module")
-def images() -> torch.Tensor:
-    torch.manual_seed(0)
-    return torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-
-
-@pytest.fixture(scope="module")
-def network(images: torch.Tensor) -> nn.Module:
-    """A MobileNetV2 whose BatchNorm has seen images, so that activations have a natural size; folded."""
-    torch.manual_seed(0)
-    model = build("mobilenet_v2", 10).train()
-    with torch.no_grad():
-        for _ in range(20):
-            model(images)
-    return fold_batchnorm(model).to(memory_format=torch.channels_last)
-
-
-@pytest.fixture(scope="module")
-def calibration(network: nn.Module, images: torch.Tensor) -> Calibration:
+def calibration(network: nn.Module, images: Tensor) -> Calibration:
     return Calibration(network, [images], bins=512)
 
 
@@ -55,13 +32,22 @@ def make(method: str, network: nn.Module, calibration: Calibration) -> Variant:
     return recipe.finish(recipe.prepare(network, calibration, row), network, row)
 
 
-@pytest.mark.parametrize("method", [*PARAMS.ptq, *PARAMS.qat])
+COMPOSITIONS = [
+    Static(kind="static", weight_bits=4, equalize=True, rounding="gptq", bias_correction=True),
+    Static(kind="static", weight_bits=4, edge_bits=8, activation_bits=4, finetune=True, seconds=1.0),
+]
+
+
+@pytest.mark.parametrize("method", [*PARAMS.ptq, *PARAMS.qat, *COMPOSITIONS])
 def test_a_saved_variant_loads_to_bit_identical_logits(
-    method: str, network: nn.Module, calibration: Calibration, images: torch.Tensor, tmp_path: Path
+    method: str | Static, network: nn.Module, calibration: Calibration, images: Tensor, tmp_path: Path
 ) -> None:
-    variant = make(method, network, calibration).eval()
+    if isinstance(method, str):
+        variant = make(method, network, calibration).eval()
+    else:
+        variant = quantize(network, calibration, method).eval()
     path = tmp_path / "variant.pth"
-    save_variant(path, variant, FP32, method)
+    save_variant(path, variant, FP32, "variant")
     torch.load(path, weights_only=True)
     with torch.no_grad():
         logits = variant(images)
@@ -69,29 +55,15 @@ def test_a_saved_variant_loads_to_bit_identical_logits(
         assert torch.equal(load_variant(path)(images), logits)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        Static(kind="static", weight_bits=4, equalize=True, rounding="gptq", bias_correction=True),
-        Static(kind="static", weight_bits=4, edge_bits=8, activation_bits=4, finetune=True, seconds=1.0),
-    ],
-    ids=["equalized", "finetuned"],
-)
-def test_a_saved_composition_loads_to_bit_identical_logits(
-    settings: Static, network: nn.Module, calibration: Calibration, images: torch.Tensor, tmp_path: Path
-) -> None:
-    variant = quantize(network, calibration, settings).eval()
-    path = tmp_path / "variant.pth"
-    save_variant(path, variant, FP32, "int4")
-    with torch.no_grad():
-        assert torch.equal(load_variant(path)(images), variant(images))
-
-
-def test_edge_bits_are_those_of_the_first_and_last_layer(network: nn.Module, calibration: Calibration) -> None:
+def test_edge_bits_are_of_the_first_and_last_layer(network: nn.Module, calibration: Calibration) -> None:
     settings = Static(kind="static", weight_bits=2, activation_bits=4, edge_bits=8)
     layers = list(quantized_layers(quantize(network, calibration, settings).network).values())
     bits = [(layer.scheme.weight.bits, layer.scheme.activation.bits) for layer in layers]
     assert bits == [(8, 8), *[(2, 4)] * 51, (8, 8)]
+    whole = quantized_layers(make("clip_int8", network, calibration).network)
+    clipped = quantized_layers(make("clip_int8_p95", network, calibration).network)
+    assert all(clipped[name].activation.scale <= layer.activation.scale for name, layer in whole.items())
+    assert any(clipped[name].activation.scale < layer.activation.scale for name, layer in whole.items())
 
 
 @pytest.mark.parametrize("method", ["int8_dynamic", "int8_static", "int8_weight_only", "int4_weight_only", "qat_int4"])
@@ -101,7 +73,7 @@ def test_a_uniform_method_quantizes_every_layer(method: str, network: nn.Module,
     assert not quantizable_layers(variant)
 
 
-def test_mixed_methods_choose_their_layers(network: nn.Module, calibration: Calibration) -> None:
+def test_mixed_layers_and_two_codes_to_a_byte(network: nn.Module, calibration: Calibration, tmp_path: Path) -> None:
     simple = make("mixed_simple", network, calibration)
     assert list(quantized_layers(simple.network)) == ["classifier.1"]
     half = quantized_layers(make("mixed_variance", network, calibration).network)
@@ -110,9 +82,6 @@ def test_mixed_methods_choose_their_layers(network: nn.Module, calibration: Cali
     worst_chosen = max(float(layers[name].weight.var()) for name in half)
     best_left = min(float(layer.weight.var()) for name, layer in layers.items() if name not in half)
     assert worst_chosen <= best_left
-
-
-def test_the_int4_file_holds_two_codes_to_a_byte(network: nn.Module, calibration: Calibration, tmp_path: Path) -> None:
     variant = make("int4_weight_only", network, calibration)
     path = tmp_path / "variant.pth"
     save_variant(path, variant, FP32, "int4_weight_only")
@@ -121,13 +90,6 @@ def test_the_int4_file_holds_two_codes_to_a_byte(network: nn.Module, calibration
     assert sum(layer.packed.numel() for layer in layers.values()) == pytest.approx(weights / 2, abs=len(layers))
     assert all(layer.weight_scale.dtype == torch.bfloat16 for layer in layers.values())
     assert path.stat().st_size < 0.75 * weights
-
-
-def test_clipping_narrows_the_grid(network: nn.Module, calibration: Calibration) -> None:
-    whole = quantized_layers(make("clip_int8", network, calibration).network)
-    clipped = quantized_layers(make("clip_int8_p95", network, calibration).network)
-    assert all(clipped[name].activation.scale <= layer.activation.scale for name, layer in whole.items())
-    assert any(clipped[name].activation.scale < layer.activation.scale for name, layer in whole.items())
 
 
 @pytest.mark.parametrize(
@@ -143,9 +105,7 @@ def test_clipping_narrows_the_grid(network: nn.Module, calibration: Calibration)
     ],
     ids=["mse-bias", "gptq-bias", "static-gptq", "brecq", "equalized", "finetuned", "finetuned-a4"],
 )
-def test_what_goes_beyond_rounding_to_nearest_brings_the_logits_closer(
-    settings: WeightOnly | Static, network: nn.Module, images: torch.Tensor
-) -> None:
+def test_what_goes_beyond_rounding_brings_the_logits_closer(settings: Any, network: nn.Module, images: Tensor) -> None:
     calibration = Calibration(network, [images], bins=64)
     off = {"equalize": False, "weight_range": "minmax", "rounding": "nearest", "bias_correction": False}
     plain = settings.model_copy(update={**off, "finetune": False, "activation_range": "minmax"})

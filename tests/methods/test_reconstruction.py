@@ -1,4 +1,5 @@
 import copy
+import time
 
 import pytest
 import torch
@@ -17,9 +18,8 @@ LIMITS = Limits(steps=150, batch_size=16, seconds=30)
 def network() -> nn.Module:
     torch.manual_seed(0)
     stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU6())
-    return nn.Sequential(
-        stem, InvertedResidual(8, 8, 1, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
-    ).eval()
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    return nn.Sequential(stem, InvertedResidual(8, 8, 1, 2), *head).eval()
 
 
 @pytest.fixture
@@ -71,13 +71,10 @@ def test_each_code_is_the_one_below_or_above(network: nn.Module, images: Tensor)
         weight = network.get_submodule(name).weight
         scaled = weight.flatten(1) / layer.weight_scale
         assert ((layer.weight_codes().flatten(1) - scaled).abs() <= 1 + 1e-4).all(), name
-
-
-def test_units_are_residual_blocks_and_layers_outside_of_them(network: nn.Module) -> None:
     assert list(find_units(quantized(network))) == ["0.0", "1", "4"]
 
 
-def test_soft_rounding_starts_at_the_weight() -> None:
+def test_soft_rounding_starts_at_the_weight_and_a_time_limit_ends_it(network: nn.Module, images: Tensor) -> None:
     torch.manual_seed(0)
     weight = torch.randn(4, 3, 3, 3)
     soft = SoftRounding(weight, WeightScheme(4, 8))
@@ -85,19 +82,12 @@ def test_soft_rounding_starts_at_the_weight() -> None:
         difference = (soft(weight) - weight).abs().flatten(1)
     inside = weight.flatten(1) <= 7 * soft.scale.amin()  # what lies above the highest code is clipped
     assert float(difference[inside].max()) < 0.02 * float(soft.scale.amax())
-
-
-def test_a_time_limit_ends_the_search(network: nn.Module, images: Tensor) -> None:
-    import time
-
     started = time.monotonic()
     reconstruct(network, quantized(network), images, Limits(steps=100_000, seconds=2.0), block=True)
     assert time.monotonic() - started < 10
 
 
-def test_what_is_too_large_is_named_and_left(
-    network: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_too_large_is_left(network: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantstudy.methods.reconstruction.LARGE", 100)
     found = quantized(network)
     skipped = reconstruct(network, found, images, LIMITS, block=False)

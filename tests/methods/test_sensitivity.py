@@ -14,20 +14,15 @@ from quantstudy.methods.budget import LOSSES, allocations_within, divergence_fro
 from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.post_training import freeze
 from quantstudy.methods.sensitivity import measurable, measure_layers, quantized_table
-from quantstudy.network.architectures import build
-from quantstudy.network.folding import fold_batchnorm
 from quantstudy.params import MixedBudget, Sensitivity
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.schemes import WeightScheme
 from quantstudy.quantization.variant import cast, load_variant, save_variant
+from tests.methods.conftest import FP32
 
+Batches = list[tuple[Tensor, Tensor]]
 WIDTHS = [2, 4, 8, 16]
-FP32 = {
-    "architecture": "mobilenet_v2",
-    "classes": 10,
-    "preprocessing": {"image_size": 32, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
-}
 
 
 class Residual(nn.Module):
@@ -46,7 +41,7 @@ class Residual(nn.Module):
         return self.head(self.relu(y).mean((2, 3)))
 
 
-def calibrated(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Calibration:
+def calibrated(model: nn.Module, batches: Batches) -> Calibration:
     return Calibration(model, [images for images, _ in batches])
 
 
@@ -61,7 +56,7 @@ def residual() -> nn.Module:
 
 
 @pytest.fixture
-def batches() -> list[tuple[Tensor, Tensor]]:
+def batches() -> Batches:
     torch.manual_seed(1)
     return [(torch.randn(count, 3, 8, 8), torch.randint(0, 4, (count,))) for count in (6, 5)]
 
@@ -69,17 +64,14 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 MACS = dict.fromkeys(("first", "second", "shortcut", "head"), 1)
 
 
-def test_each_row_is_that_of_the_network_with_one_layer_replaced(
-    residual: nn.Module, batches: list[tuple[Tensor, Tensor]]
-) -> None:
+def test_each_row_is_that_of_the_network_with_one_layer_replaced(residual: nn.Module, batches: Batches) -> None:
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    settings = settings_of(group_size=8)
+    settings, before = settings_of(group_size=8), copy.deepcopy(residual.state_dict())
     rows = measure_layers(residual, calibrated(residual, batches), batches, settings, MACS)
     table = quantized_table(residual, calibrated(residual, batches), settings, WIDTHS[:-1])
+    assert all(torch.equal(before[name], tensor) for name, tensor in residual.state_dict().items())
     reference = residual(images)
-    assert [(row["layer"], row["bits"]) for row in rows] == [
-        (name, bits) for name in ("first", "second", "shortcut", "head") for bits in WIDTHS
-    ]
+    assert [(row["layer"], row["bits"]) for row in rows] == [(name, bits) for name in MACS for bits in WIDTHS]
     for row in rows[:3] + rows[8:11]:
         network = copy.deepcopy(residual)
         network.set_submodule(row["layer"], table[row["bits"]][row["layer"]])
@@ -96,29 +88,14 @@ def test_each_row_is_that_of_the_network_with_one_layer_replaced(
         assert row["bytes"] == stored_bits(shape, row["bits"], 8) // 8 and row["weights"] == shape.numel()
 
 
-def test_the_model_stays_untouched(residual: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
-    before = copy.deepcopy(residual.state_dict())
-    settings = settings_of(rounding="gptq", bias_correction=True)
-    measure_layers(residual, calibrated(residual, batches), batches, settings, MACS)
-    after = residual.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_a_layer_whose_weights_are_on_the_grid_costs_nothing(
-    residual: nn.Module, batches: list[tuple[Tensor, Tensor]]
-) -> None:
+def test_a_layer_whose_weights_are_on_the_grid_costs_nothing(residual: nn.Module, batches: Batches) -> None:
     """Weights that are codes of 2 bits times a power of two are exact at every width."""
     layer: Any = residual.second
     codes = torch.randint(-2, 2, layer.weight.shape).float()
     codes[:, 0, 0, 0] = -2  # the range is used, so that the scale is found again
     layer.weight = nn.Parameter(codes / 8, requires_grad=False)
-    rows = [
-        row
-        for row in measure_layers(residual, calibrated(residual, batches), batches, settings_of(), MACS)
-        if row["layer"] == "second"
-    ]
-    exact = [row for row in rows if row["bits"] in (2, 16)]
-    for row in exact:
+    rows = measure_layers(residual, calibrated(residual, batches), batches, settings_of(), MACS)
+    for row in (row for row in rows if row["layer"] == "second" and row["bits"] in (2, 16)):
         assert row["sqnr_db"] == 200 and row["loss_increase"] == row["kl_divergence"] == row["top1_drop"] == 0
         assert [loss(row) for loss in LOSSES.values()] == pytest.approx([1e-10, 1e-20, 0])
 
@@ -137,7 +114,7 @@ class Partly(nn.Module):
 
 
 @torch.no_grad()
-def test_layers_that_cannot_be_quantized_are_left_out(batches: list[tuple[Tensor, Tensor]]) -> None:
+def test_layers_that_cannot_be_quantized_are_left_out(batches: Batches) -> None:
     torch.manual_seed(0)
     model = Partly().eval().requires_grad_(False)
     calibration = calibrated(model, batches)
@@ -153,32 +130,11 @@ def test_layers_that_cannot_be_quantized_are_left_out(batches: list[tuple[Tensor
     variant = mixed(model, table, chosen, calibration, settings)
     assert set(quantized_layers(variant.network)) == {name for name, width in chosen.items() if width < 16}
     wide = dict.fromkeys(layers, 16)
-    logits, found = (torch.cat([m(x) for x in calibration.images]).double() for m in (model, variant_of(model)))
+    rounded = cast(cast(copy.deepcopy(model), torch.bfloat16).network, torch.float32)
+    logits, found = (torch.cat([m(x) for x in calibration.images]).double() for m in (model, rounded))
     divergence = divergence_from(model, table, calibration.images, torch.bfloat16)(wide)
     p, q = logits.log_softmax(1), found.log_softmax(1)
     assert divergence == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-3)
-
-
-def variant_of(model: nn.Module) -> nn.Module:
-    """Return a network whose weights were rounded to bfloat16."""
-    return cast(cast(copy.deepcopy(model), torch.bfloat16).network, torch.float32)
-
-
-@pytest.fixture(scope="module")
-def network() -> nn.Module:
-    """A MobileNetV2 whose BatchNorm has seen images; folded."""
-    torch.manual_seed(0)
-    model = build("mobilenet_v2", 10).train()
-    with torch.no_grad():
-        for _ in range(10):
-            model(torch.randn(8, 3, 32, 32))
-    return fold_batchnorm(model).to(memory_format=torch.channels_last)
-
-
-@pytest.fixture(scope="module")
-def images() -> Tensor:
-    torch.manual_seed(2)
-    return torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last)
 
 
 @pytest.fixture(scope="module")
@@ -222,18 +178,17 @@ def test_both_budgets_are_kept_by_every_allocation(network: nn.Module, rows: lis
     for bits in found:
         assert sum(bits.values()) * 16 <= 0.04 * len(bits) * 32 * 32  # every layer has the same MACs here
         assert mean_bits(quantizable_layers(network), bits, 32) <= 5.0
-    only_size = allocations_within(
-        quantizable_layers(network), rows, settings.model_copy(update={"bit_operations": None})
-    )
+    of_size = settings.model_copy(update={"bit_operations": None})
+    only_size = allocations_within(quantizable_layers(network), rows, of_size)
     assert max(sum(bits.values()) for bits in found) < sum(only_size[0].values())
-
-
-def test_uniform_widths_within_the_budget_are_tried_too(network: nn.Module, rows: list[dict[str, Any]]) -> None:
     settings = MixedBudget(kind="mixed_budget", mean_bits=4.5, group_size=32)
     found = allocations_within(quantizable_layers(network), rows, settings)
     uniform = [next(iter(bits.values())) for bits in found if len(set(bits.values())) == 1]
     assert uniform == [2]  # scales of depthwise layers take half a bit and more: 4 bits are above the budget
     assert len(found) > 1 and all(bits not in found[:number] for number, bits in enumerate(found))
+    settings = MixedBudget(kind="mixed_budget", mean_bits=5.0)
+    with pytest.raises(UserError, match=r"sensitivity.json has 1 layers, not the model's 53"):
+        allocations_within(quantizable_layers(network), rows[:4], settings)
 
 
 @torch.no_grad()
@@ -252,12 +207,6 @@ def test_the_network_as_a_whole_decides(network: nn.Module, images: Tensor) -> N
     assert divergence(spoilt) > divergence(good)
 
 
-def test_rows_of_another_network_are_one_line(network: nn.Module, rows: list[dict[str, Any]]) -> None:
-    settings = MixedBudget(kind="mixed_budget", mean_bits=5.0)
-    with pytest.raises(UserError, match=r"sensitivity.json has 1 layers, not the model's 53"):
-        allocations_within(quantizable_layers(network), rows[:4], settings)
-
-
 @pytest.mark.parametrize(
     "keys",
     [
@@ -267,9 +216,7 @@ def test_rows_of_another_network_are_one_line(network: nn.Module, rows: list[dic
     ],
 )
 @torch.no_grad()
-def test_a_variant_from_the_table_is_the_one_made_whole(
-    keys: dict[str, Any], network: nn.Module, images: Tensor
-) -> None:
+def test_a_variant_of_the_table_is_the_one_made_whole(keys: dict[str, Any], network: nn.Module, images: Tensor) -> None:
     """Each layer's codes are found alone, the biases with all layers: as if the network had been rounded at once."""
     settings = MixedBudget(kind="mixed_budget", mean_bits=4.0, group_size=32, **keys)
     bits = {name: WIDTHS[index % 4] for index, name in enumerate(quantizable_layers(network))}
@@ -289,9 +236,8 @@ def test_a_variant_from_the_table_is_the_one_made_whole(
 
 @torch.no_grad()
 def test_a_layer_of_the_table_keeps_its_mean_output(network: nn.Module, images: Tensor) -> None:
-    settings = MixedBudget(
-        kind="mixed_budget", mean_bits=4.0, rounding="gptq", gain_correction=True, bias_correction=True
-    )
+    keys: dict[str, Any] = {"rounding": "gptq", "gain_correction": True, "bias_correction": True}
+    settings = MixedBudget(kind="mixed_budget", mean_bits=4.0, **keys)
     table = quantized_table(network, Calibration(network, [images]), settings, [3])
     for name in ("features.0.0", "features.3.conv.1.0", "features.18.0", "classifier.1"):
         means: list[Tensor] = []

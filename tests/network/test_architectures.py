@@ -130,22 +130,18 @@ def test_a_vision_transformer_takes_weights_of_another_image_size(tmp_path: Path
     assert model.get_parameter("encoder.pos_embedding").shape == (1, 5, 768)
 
 
-def test_an_image_size_that_does_not_divide_into_patches_is_one_line() -> None:
+def test_an_image_size_that_does_not_fit_is_one_line() -> None:
     with pytest.raises(UserError, match=r"key: 'vit_b_16' for 40 px cannot be built: .*indivisible by patch size"):
         architectures.build("vit_b_16", 10, 40, "key")
+    with pytest.raises(UserError, match="key: the network fails on an image of 16 px: RuntimeError"):
+        architectures.check_logits(architectures.build("alexnet", 10), 10, 16, "key")
 
 
-@pytest.mark.parametrize(
-    ("architecture", "layers"),
-    [
-        ("vgg11_small", 9),
-        ("resnet18", 21),
-        ("efficientnet_b0", 82),
-        ("convnext_tiny", 59),
-        ("regnet_y_400mf", 86),
-        ("vit_b_16", 50),
-    ],
-)
+FAMILIES = {"vgg11_small": 9, "resnet18": 21, "efficientnet_b0": 82, "convnext_tiny": 59}
+FAMILIES |= {"regnet_y_400mf": 86, "vit_b_16": 50}
+
+
+@pytest.mark.parametrize(("architecture", "layers"), FAMILIES.items())
 @torch.no_grad()
 def test_every_layer_of_each_family_is_quantized(architecture: str, layers: int) -> None:
     torch.manual_seed(0)
@@ -186,11 +182,6 @@ def test_windowed_attention_is_refused(architecture: str) -> None:
         architectures.build(architecture, 10, key="key")
 
 
-def test_images_too_small_for_a_network_are_one_line() -> None:
-    with pytest.raises(UserError, match="key: the network fails on an image of 16 px: RuntimeError"):
-        architectures.check_logits(architectures.build("alexnet", 10), 10, 16, "key")
-
-
 @torch.no_grad()
 def test_a_network_of_ones_own_is_quantized_and_what_is_not_is_reported(own: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -201,14 +192,11 @@ def test_a_network_of_ones_own_is_quantized_and_what_is_not_is_reported(own: str
     images = torch.randn(4, 3, 32, 32)
     fp32 = load_fp32(path)
     assert torch.equal(fp32(images), model.to(memory_format=torch.channels_last)(images))
-    assert list(quantizable_layers(fp32)) == [
-        *("stem", "block.conv", "encoder.self_attn.out_proj", "encoder.linear1", "encoder.linear2", "head")
-    ]
+    rest = ["encoder.linear1", "encoder.linear2", "head"]
+    assert list(quantizable_layers(fp32)) == ["stem", "block.conv", "encoder.self_attn.out_proj", *rest]
     for settings in (INT8.model_copy(update={"saturation_free": True}), INT4):
         variant = quantize(fp32, calibrated(fp32), settings)
-        assert list(quantized_layers(variant.network)) == [
-            *("block.conv", "encoder.linear1", "encoder.linear2", "head")
-        ]
+        assert list(quantized_layers(variant.network)) == ["block.conv", *rest]
         left = not_quantized(variant)
         assert left["layers"] == ["stem", "encoder.self_attn.out_proj"]
         assert left["parameters"] == {"BatchNorm2d": 32, "MultiheadAttention": 816, "LayerNorm": 64}

@@ -9,21 +9,15 @@ from quantstudy.errors import UserError
 from quantstudy.network.checkpoint import load_checkpoint, save_checkpoint
 
 
-def test_tensors_and_facts_come_back(tmp_path: Path) -> None:
+def test_what_is_saved_comes_back_small_and_as_equal_bytes(tmp_path: Path) -> None:
     state = {"a": torch.randn(3, 4), "b": torch.arange(5, dtype=torch.uint8), "c": torch.randn(2).bfloat16()}
     save_checkpoint(tmp_path / "m.pth", state, architecture="x", classes=3)
     found = load_checkpoint(tmp_path / "m.pth")
     assert found["architecture"] == "x" and found["classes"] == 3
     assert all(torch.equal(found["state_dict"][name], tensor) for name, tensor in state.items())
-
-
-def test_many_small_tensors_cost_little(tmp_path: Path) -> None:
     state = {f"layer.{number}.bias": torch.zeros(1) for number in range(500)}
     save_checkpoint(tmp_path / "m.pth", state)
     assert (tmp_path / "m.pth").stat().st_size < 500 * 100
-
-
-def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
     for name in ("a.pth", "b.pth"):
         save_checkpoint(tmp_path / name, {"w": torch.ones(3)}, variant="v")
     assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()

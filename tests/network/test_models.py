@@ -36,12 +36,8 @@ def test_a_head_of_other_classes_keeps_its_random_start(imagenet_like: Path) -> 
     model = build("mobilenet_v2", 10)
     report = load_pretrained(model, row(imagenet_like), "s")
     assert report.random == ["classifier.1.weight", "classifier.1.bias"]
-    expected = torch.load(imagenet_like, weights_only=True)["features.0.0.weight"]
-    assert torch.equal(model.state_dict()["features.0.0.weight"], expected)
-
-
-def test_a_partial_file_is_loaded_and_the_rest_reported(imagenet_like: Path) -> None:
     state = torch.load(imagenet_like, weights_only=True)
+    assert torch.equal(model.state_dict()["features.0.0.weight"], state["features.0.0.weight"])
     torch.save({name: tensor for name, tensor in state.items() if name.startswith("features.0.")}, imagenet_like)
     report = load_pretrained(build("mobilenet_v2", 10), row(imagenet_like), "s")
     assert len(report.loaded) == 6 and "features.1.conv.0.0.weight" in report.random
@@ -54,23 +50,14 @@ def test_only_torchvisions_networks_have_imagenet_weights(architecture: str) -> 
         load_pretrained(nn.Linear(1, 1), P.Model(architecture=architecture, weights="imagenet"), "s")
 
 
-def test_weights_of_another_architecture_are_refused(imagenet_like: Path) -> None:
+def test_a_wrong_file_of_weights_or_architecture_is_one_line(imagenet_like: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"studies\.s\.model\.weights: .* is not of architecture vgg11"):
         load_pretrained(build("vgg11", 10), row(imagenet_like, "vgg11"), "s")
-
-
-def test_a_wrong_checksum_names_the_one_found(imagenet_like: Path) -> None:
     with pytest.raises(UserError, match=sha256(imagenet_like)):
         load_pretrained(build("mobilenet_v2", 10), row(imagenet_like, weights_sha256="0" * 64), "s")
-
-
-def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
     gone = P.Model(architecture="mobilenet_v2", weights=str(tmp_path / "gone.pth"))
     with pytest.raises(UserError, match=r"gone\.pth: no such file"):
         load_pretrained(build("mobilenet_v2", 10), gone, "s")
-
-
-def test_an_unknown_architecture_suggests_a_near_one() -> None:
     with pytest.raises(UserError, match=r"model\.architecture: 'mobilenetv2' is unknown \(did you mean mobilenet_v2\?"):
         build("mobilenetv2", 10)
 
@@ -98,20 +85,12 @@ def test_a_saved_model_loads_folded(tmp_path: Path) -> None:
         torch.testing.assert_close(load_fp32(path)(images), model(images), rtol=1e-4, atol=1e-4)
 
 
-def test_auxiliary_heads_are_left_out() -> None:
-    with torch.device("meta"):
-        logits = build("googlenet", 10).train()(torch.empty(2, 3, 64, 64))
-    assert logits.shape == (2, 10)
-
-
-def test_weights_of_auxiliary_heads_are_left_out(tmp_path: Path) -> None:
+def test_auxiliary_heads_are_left_out_and_computing_networks_have_a_skeleton_too(tmp_path: Path) -> None:
     model = build("googlenet", 10)
+    assert model.train()(torch.randn(2, 3, 64, 64)).shape == (2, 10)
     path = tmp_path / "weights.pth"
     torch.save(model.state_dict() | {"aux1.conv.conv.weight": torch.zeros(1)}, path)
     assert load_pretrained(model, row(path, "googlenet"), "s").random == []
-
-
-def test_a_network_that_computes_with_tensors_as_it_is_built_has_a_skeleton_too() -> None:
     network = skeleton("regnet_y_400mf", 10)
     assert all(tensor.is_meta for tensor in network.state_dict().values())
     assert network.fc.out_features == 10

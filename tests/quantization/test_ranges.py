@@ -42,11 +42,12 @@ def test_percentiles_match_the_values_within_a_bin(signed: Tensor) -> None:
         low, high = activation_range(row, EIGHT, "minmax", percentile)
         assert high == pytest.approx(float(signed.quantile(percentile / 100)), abs=2 * width)
         assert low == pytest.approx(float(signed.quantile(1 - percentile / 100)), abs=2 * width)
-
-
-def test_no_percentile_means_min_and_max(signed: Tensor) -> None:
-    row = statistics(signed)
     assert activation_range(row, EIGHT) == activation_range(row, EIGHT, "minmax", 100.0) == (row["min"], row["max"])
+    assert activation_range(row, EIGHT, "moving_average") == tuple(row["moving"])
+    centers = (row["edges"][1:] + row["edges"][:-1]).double() / 2
+    bounds = (-1.0, 2.0)
+    wanted = float((fake_quantized(signed, bounds, FOUR) - signed).square().mean())
+    assert squared_error(centers, row["counts"], bounds, FOUR) == pytest.approx(wanted, rel=1e-2)
 
 
 @pytest.mark.parametrize("name", ["signed", "relu"])
@@ -63,14 +64,6 @@ def test_mse_has_less_error_than_minmax_and_any_shrunk_range(name: str, request:
     assert found <= 1.02 * min(errors.values())
 
 
-def test_the_error_on_the_histogram_is_that_of_the_values(signed: Tensor) -> None:
-    row = statistics(signed)
-    centers = (row["edges"][1:] + row["edges"][:-1]).double() / 2
-    bounds = (-1.0, 2.0)
-    wanted = float((fake_quantized(signed, bounds, FOUR) - signed).square().mean())
-    assert squared_error(centers, row["counts"], bounds, FOUR) == pytest.approx(wanted, rel=1e-2)
-
-
 @pytest.mark.parametrize("scheme", [FOUR, EIGHT], ids=["4-bit", "8-bit"])
 def test_entropy_cuts_an_outlier_and_keeps_the_bell(relu: Tensor, scheme: ActivationScheme) -> None:
     low, high = activation_range(statistics(relu), scheme, "entropy")
@@ -83,8 +76,3 @@ def test_entropy_keeps_a_flat_distribution() -> None:
     row = statistics(torch.rand(200, 64))
     _, high = activation_range(row, EIGHT, "entropy")
     assert high > 0.95
-
-
-def test_the_moving_average_is_what_was_recorded(signed: Tensor) -> None:
-    row = statistics(signed)
-    assert activation_range(row, EIGHT, "moving_average") == tuple(row["moving"])

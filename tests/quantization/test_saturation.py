@@ -4,20 +4,17 @@ import itertools
 import math
 
 import numpy as np
-import onnx
+import onnx.parser
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from quantstudy.machine.hardware import int8_sums_saturate
 from quantstudy.methods.gptq import gptq_codes
 from quantstudy.methods.moments import input_moments
 from quantstudy.quantization.saturation import bounds_beside, limit_of, may_saturate, round_pairs
 from quantstudy.quantization.schemes import WeightScheme
-from quantstudy.runtimes import kernels
 from quantstudy.runtimes.kernels import Int8Conv2d, Int8Linear, StaticActivation, int8_kernels_available
 from quantstudy.runtimes.onnx_tuning import may_saturate as file_may_saturate
 from quantstudy.runtimes.sessions import why_missing
@@ -123,43 +120,34 @@ def test_gptq_keeps_the_limit_and_loses_less_of_the_output(name: str) -> None:
     assert not may_saturate(codes, groups_of(layer))
 
     def output_error(codes: Tensor) -> float:
-        difference = scheme.dequantize(codes, scale) - weight
-        if isinstance(layer, nn.Conv2d):
-            return float(nn.functional.conv2d(x, difference, padding=layer.padding, groups=layer.groups).square().sum())  # type: ignore[arg-type]
-        return float((x @ difference.T).square().sum())
+        return float(exact(layer, scheme.dequantize(codes, scale) - weight, x).square().sum())
 
     assert output_error(codes) < 0.7 * output_error(scheme.quantize(weight, scale))
 
 
 def as_onnx(layer: nn.Conv2d | nn.Linear, codes: Tensor, step: float) -> onnx.ModelProto:
     """The layer on images of integers from 0 to 255, its output quantized to steps of a power of two."""
-    constants = {
-        "one": np.float32(1),
-        "zero": np.uint8(0),
-        "codes": codes.numpy(),
-        "scales": np.ones(len(codes), np.float32),
-        "step": np.float32(step),
-        "middle": np.uint8(128),
-    }
-    nodes = [
-        helper.make_node("QuantizeLinear", ["x", "one", "zero"], ["q"]),
-        helper.make_node("DequantizeLinear", ["q", "one", "zero"], ["d"]),
-        helper.make_node("DequantizeLinear", ["codes", "scales"], ["w"], axis=0),
-    ]
     if isinstance(layer, nn.Conv2d):
-        shape: list[int | str] = ["n", layer.in_channels, 8, 8]
-        geometry = {"strides": list(layer.stride), "pads": 2 * list(layer.padding), "group": layer.groups}  # type: ignore[arg-type]
-        nodes.append(helper.make_node("Conv", ["d", "w"], ["y"], **geometry))
+        shape, pads = f"n, {layer.in_channels}, 8, 8", 2 * list(layer.padding)  # type: ignore[arg-type]
+        operator = f"Conv<strides = {list(layer.stride)}, pads = {pads}, group = {layer.groups}>"
     else:
-        shape = ["n", layer.in_features]
-        nodes.append(helper.make_node("Gemm", ["d", "w"], ["y"], transB=1))
-    nodes.append(helper.make_node("QuantizeLinear", ["y", "step", "middle"], ["r"]))
-    nodes.append(helper.make_node("DequantizeLinear", ["r", "step", "middle"], ["z"]))
-    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)]
-    outputs = [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)]
-    tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
-    graph = helper.make_graph(nodes, "layer", inputs, outputs, tensors)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+        shape, operator = f"n, {layer.in_features}", "Gemm<transB = 1>"
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 9, opset_import: ["": 17]>
+        layer (float[{shape}] x) => (float[] z) {{
+            q = QuantizeLinear(x, one, zero)
+            d = DequantizeLinear(q, one, zero)
+            w = DequantizeLinear<axis = 0>(codes, scales)
+            y = {operator}(d, w)
+            r = QuantizeLinear(y, step, middle)
+            z = DequantizeLinear(r, step, middle)
+        }}
+    """)
+    constants = {"one": np.float32(1), "zero": np.uint8(0), "step": np.float32(step), "middle": np.uint8(128)}
+    constants |= {"codes": codes.numpy(), "scales": np.ones(len(codes), np.float32)}
+    tensors = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    model.graph.initializer.extend(tensors)
+    return model
 
 
 def large_inputs(layer: nn.Conv2d | nn.Linear) -> Tensor:
@@ -210,29 +198,3 @@ def test_kernels_are_exact(name: str) -> None:
     else:
         kernel = Int8Linear(codes, scales, None, grid)
     assert torch.equal(kernel(x).double(), exact(layer, codes, x))
-
-
-@pytest.mark.skipif(not int8_sums_saturate(), reason="this CPU has VNNI")
-@pytest.mark.parametrize("name", ["dense", "linear"])
-def test_a_cpu_without_vnni_saturates_otherwise(name: str) -> None:
-    layer = LAYERS[name]
-    codes = torch.full(layer.weight.shape, 127, dtype=torch.int8)
-    with pytest.raises(RuntimeError, match="saturation_free"):
-        if isinstance(layer, nn.Conv2d):
-            Int8Conv2d(codes, torch.ones(len(codes)), None, StaticActivation(1.0, 0))
-        else:
-            Int8Linear(codes, torch.ones(len(codes)), None, StaticActivation(1.0, 0))
-
-
-@pytest.mark.skipif(not int8_sums_saturate(), reason="this CPU has VNNI")
-@pytest.mark.parametrize("pairing", ["free", "of other neighbours"])
-def test_sums_are_wrong_without_the_limit_or_with_another_pairing(
-    pairing: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layer, codes = limited("linear")
-    codes = codes.roll(1, dims=1) if pairing != "free" else torch.full_like(codes, 127)
-    assert may_saturate(codes)
-    monkeypatch.setattr(kernels, "int8_sums_saturate", lambda: False)
-    x = large_inputs(layer)
-    kernel = Int8Linear(codes, torch.ones(len(codes)), None, StaticActivation(1.0, 0))
-    assert not torch.equal(kernel(x).double(), exact(layer, codes, x))

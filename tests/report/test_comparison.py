@@ -54,9 +54,6 @@ def test_a_difference_of_few_images_moves_only_what_mcnemar_says() -> None:
     record = to_record(before, after, rows)  # type: ignore[arg-type]
     assert [(row["variant"], row["verdict"]) for row in record["rows"]] == [(row.variant, row.verdict) for row in rows]
     assert record["rows"][2]["before"] == dict(top1=90.0, size_mb=1.0, latency_ms_b1=None, latency_ms_b16=2.0)
-
-
-def test_many_variants_raise_the_bar() -> None:
     others = {f"m{i}": 380 for i in range(40)}
     before, after = Fake("old", others | {"b": 360}), Fake("new", others | {"b": 367})
     assert verdicts(before, after)["b"] == "same"  # p is 0.016, and there were 41 chances
@@ -69,14 +66,11 @@ def test_without_the_same_images_the_intervals_decide(changes: dict[str, Any]) -
     assert verdicts(before, after) == {"a": "same", "b": "worse"}
 
 
-def test_a_variant_of_one_side_is_told_apart() -> None:
+def test_a_variant_of_one_side_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = verdicts(Fake("old", {"fp32": 380, "a": 380}), Fake("new", {"fp32": 380, "b": 380}))
     assert found == {"fp32": "same", "b": "only after", "a": "only before"}
     with pytest.raises(UserError, match="'old' and 'new' have no variant in common"):
         compare(Fake("old", {"a": 1}), Fake("new", {"b": 1}))  # type: ignore[arg-type]
-
-
-def test_a_revision_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="'nope': not a git revision or an experiment"):
         Revision("nope")

@@ -34,14 +34,8 @@ def test_statistics_of_a_normal_input() -> None:
         assert (row["low"], row["high"]) == pytest.approx((-quantile, quantile), abs=0.1)
         assert row["outlier_fraction"] == pytest.approx(2 * (100 - float(name)) / 100, rel=0.25)
         assert row["range_ratio"] == pytest.approx((facts["max"] - facts["min"]) / (row["high"] - row["low"]))
-
-
-def test_a_constant_input_has_no_kurtosis() -> None:
     facts = layer_statistics(layer(torch.full((100,), 2.0)), PERCENTILES)
     assert facts["kurtosis"] is None and facts["percentiles"]["95"]["outlier_fraction"] == 0.0
-
-
-def test_file_names_are_safe() -> None:
     assert histogram_name("features.18.conv.0.0") == "hist_features.18.conv.0.0.png"
     assert histogram_name("../a b/é") == "hist_.._a_b__.png"
 

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from quantstudy import layout
+from quantstudy.files import read_json
 from quantstudy.params import load_params
 from quantstudy.report.page_data import significant, timing_spread
 from quantstudy.report.results import load_results
 from quantstudy.report.verdict import sentence
 from stages import page, report
-from tests.conftest import Project
+from tests.conftest import TINY, Project
 from tests.report.fabricate_page import IMAGES, LAYERS, fabricate_page, sensitivity_rows
 
 
@@ -23,7 +24,7 @@ def study(project: Project) -> Project:
 
 def written() -> dict:
     page.main(["--study", "tiny"])
-    return json.loads(layout.page("tiny").read_text())
+    return read_json(layout.page("tiny"))
 
 
 def test_it_has_every_variant_of_the_params_and_no_other(study: Project) -> None:
@@ -35,11 +36,16 @@ def test_it_has_every_variant_of_the_params_and_no_other(study: Project) -> None
     assert [row["variant"] for row in data["variants"]] == names
     assert list(data["predictions"]) == list(data["layers"]) == names
     assert "clip" not in layout.page("tiny").read_text().replace('"clips"', "").replace("clip_percentile", "")
+    for variant, text in data["predictions"].items():
+        assert text.split() == [str(found) for found in np.load(layout.predictions("tiny", variant))]
+    assert len(data["labels"].split()) == IMAGES and data["thumbnails"]["side"] == 8
+    study.edit("studies.tiny.data", TINY["data"] | {"source": "torchvision", "dataset": "Food101"})
+    assert written()["thumbnails"] is None
 
 
 def test_a_simulated_kernel_gets_no_speed_up_and_no_place_on_a_latency_front(study: Project) -> None:
     path = layout.metrics("tiny", "int4_static")
-    lying = json.loads(path.read_text()) | {"kernel_real": 0, "speedup_b1": 9.0, "speedup_b16": 9.0}
+    lying = read_json(path) | {"kernel_real": 0, "speedup_b1": 9.0, "speedup_b16": 9.0}
     path.write_text(json.dumps(lying | {"latency_ms_b1": 1e-3, "latency_ms_b16": 1e-3, "top1": 99.0}))
     row = next(row for row in written()["variants"] if row["variant"] == "int4_static")
     assert row["speedup_b1"] is None and row["speedup_b16"] is None and row["simulated"]
@@ -47,29 +53,7 @@ def test_a_simulated_kernel_gets_no_speed_up_and_no_place_on_a_latency_front(stu
     assert "no speed-up stated" in row["sentences"]["16"] and "faster" not in row["sentences"]["16"]
 
 
-def test_it_says_what_was_not_done_as_asked(study: Project) -> None:
-    path = layout.details("tiny", "int8_static")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"skipped": {"equalize": {"": "no pair of layers"}}}))
-    (remark,) = (text for text in written()["remarks"] if text.startswith("equalize"))
-    assert "no pair of layers" in remark and "int8_static" in remark
-
-
-def test_predictions_and_thumbnails_are_the_files(study: Project) -> None:
-    data = written()
-    for variant, text in data["predictions"].items():
-        assert text.split() == [str(found) for found in np.load(layout.predictions("tiny", variant))]
-    assert len(data["labels"].split()) == IMAGES and data["thumbnails"]["side"] == 8
-
-
-def test_only_free_images_are_copied_into_the_page(study: Project) -> None:
-    study.edit(
-        "studies.tiny.data",
-        {**load_params().study("tiny").data.model_dump(mode="json"), "source": "torchvision", "dataset": "Food101"},
-    )
-    assert written()["thumbnails"] is None
-
-
-def test_layers_have_their_facts_and_inputs_their_clips(study: Project) -> None:
+def test_layers_have_their_facts_and_inputs_their_clips_and_sensitivity_is_shown(study: Project) -> None:
     data = written()
     assert data["layers"]["int8_static"]["name"] == list(LAYERS)
     assert data["layers"]["int8_static"]["bytes"] == [800] * 3 and data["layers"]["fp32"]["sqnr_db"] == [None] * 3
@@ -79,17 +63,11 @@ def test_layers_have_their_facts_and_inputs_their_clips(study: Project) -> None:
     reported = [first["percentiles"]["99"][end] for end in ("low", "high")]
     assert reported[0] > -3 and first["clips"]["clip_int8_p99"] == pytest.approx(reported, rel=1e-3)
     assert "int8_dynamic" not in first["clips"] and "qat_int8" not in first["clips"]
-
-
-def test_sensitivity_is_shown_where_it_was_taken(study: Project) -> None:
     assert written()["sensitivity"] == []
     layout.sensitivity("tiny", "json").write_text(json.dumps(sensitivity_rows()))
     assert written()["sensitivity"] == sensitivity_rows() and not written()["sensitivity_is_of_this_run"]
     study.edit("budget", {"studies": ["tiny"], "methods": []})
     assert written()["sensitivity_is_of_this_run"]
-
-
-def test_an_equalized_variant_shows_no_sqnr_and_no_clip_of_other_histograms(study: Project) -> None:
     study.edit("methods.int8_static.equalize", True)
     data = written()
     assert [data["layers"][name]["sqnr_db"][0] for name in ("int8_static", "int8_dynamic")] == [None, 32.0]
@@ -100,12 +78,15 @@ def test_the_spread_of_timings_is_that_of_the_same_model_beside_each_variant(stu
     results = load_results(load_params(), "tiny")
     for number, result in enumerate(results[:5]):
         times = {"fp32 eager": 10.0 + number, f"{result.variant} eager": 7.0, "fp32 inductor": 5.0}
-        result.details["timings"] = [
-            {"executable": name, "batch_size": 16, "median_ms": ms} for name, ms in times.items()
-        ]
+        rows = [{"executable": name, "batch_size": 16, "median_ms": ms} for name, ms in times.items()]
+        result.details["timings"] = rows
     for result in results[5:]:
         result.details["timings"] = []
     assert timing_spread(results) == {"1": 0.0, "16": significant(2 / 12)}
+    np.save(layout.predictions("tiny", "fp16"), np.zeros(3, np.int16))
+    assert "predictions of 3 images, the test split has 60" in study.failure(page.main)
+    layout.predictions("tiny", "fp16").unlink()
+    assert "run evaluate for fp16 first" in study.failure(page.main)
 
 
 def test_the_sentence_never_turns_a_ratio_around(study: Project) -> None:
@@ -121,16 +102,9 @@ def test_the_sentence_never_turns_a_ratio_around(study: Project) -> None:
     assert "not timed" in sentence(result, 0.4, 16)
 
 
-def test_predictions_of_other_images_are_one_line(study: Project) -> None:
-    np.save(layout.predictions("tiny", "fp16"), np.zeros(3, np.int16))
-    assert "predictions of 3 images, the test split has 60" in study.failure(page.main)
-    layout.predictions("tiny", "fp16").unlink()
-    assert "run evaluate for fp16 first" in study.failure(page.main)
-
-
 def test_the_page_needs_no_network_and_no_text_ends_a_script_early(study: Project) -> None:
     page.main(["--study", "tiny"])
-    data = json.loads(layout.page("tiny").read_text())
+    data = read_json(layout.page("tiny"))
     data["facts"]["Network"] = "</script><b>"
     layout.page("tiny").write_text(json.dumps(data))
     report.main([])

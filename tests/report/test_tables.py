@@ -8,9 +8,10 @@ import pytest
 
 from quantstudy import layout
 from quantstudy.errors import UserError
+from quantstudy.files import read_json, write_json
 from quantstudy.params import load_params
-from quantstudy.report.results import METRIC_KEYS, Result, load_results, remarks
-from quantstudy.report.tables import NOTHING, markdown, note, record, scaling_law
+from quantstudy.report.results import Result, load_results, remarks
+from quantstudy.report.tables import NOTHING, markdown, note, scaling_law
 from tests.report.fabricate import fabricate
 
 
@@ -22,7 +23,7 @@ def results(project) -> list[Result]:
 
 def change(variant: str, **values: float | None) -> list[Result]:
     path = layout.metrics("tiny", variant)
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    write_json(path, read_json(path) | values)
     return load_results(load_params(), "tiny")
 
 
@@ -36,12 +37,10 @@ def test_one_result_a_variant_in_the_order_of_the_params(results: list[Result]) 
     assert facts["clip_int4_p99"] == ("outlier", "INT4 clipped", "4/4", 4)
     assert facts["qat_int4"] == ("qat", "uniform INT4", "4/8", 4)
     assert facts["qat_fp16"] == ("qat", "16-bit float", "16/16", 16)
-
-
-def test_a_record_is_flat_and_complete(results: list[Result]) -> None:
-    for row in map(record, results):
-        assert set(METRIC_KEYS) < set(row)
-        assert all(isinstance(value, str | int | float | None) for value in row.values())
+    rows = scaling_law(load_params(), change("fp32", top1=99.9, top1_ci95=0.5))
+    points = [(training, bits) for training in ("PTQ", "QAT") for bits in (32, 16, 8, 4)]
+    assert [(row["training"], row["bits"]) for row in rows] == points
+    assert (rows[0]["top1_low"], rows[0]["top1_high"]) == (99.4, 100.0)
 
 
 def cells(results: list[Result]) -> dict[str, list[str]]:
@@ -54,9 +53,6 @@ def test_the_table_says_what_it_does_not_know(results: list[Result]) -> None:
     keys = ("latency_ms_b1", "latency_ms_b16", "speedup_b1", "speedup_b16", "kernel_real", "agreement", "top1_drop_p")
     row = cells(change("bf16", **dict.fromkeys(keys), top1_drop=-0.001))["bf16"]
     assert row[3:5] == ["+0.00", NOTHING] and row[7:10] == [NOTHING] * 3 and row[11] == NOTHING
-
-
-def test_simulated_and_partly_real_kernels_say_so(results: list[Result]) -> None:
     layout.details("tiny", "mixed_simple").write_text(json.dumps({"kernel": {"real": 3, "total": 11}}))
     layout.details("tiny", "mixed_variance").unlink()
     rows = cells(load_results(load_params(), "tiny"))
@@ -73,7 +69,7 @@ def test_what_a_technique_was_not_applied_to_is_one_remark(results: list[Result]
         "bf16": {"bias_correction": layers},
     }.items():
         path = layout.details("tiny", variant)
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"skipped": skipped}))
+        write_json(path, read_json(path) | {"skipped": skipped})
     results = load_results(load_params(), "tiny")
     assert len(remarks(results)) == 4
     found = {text.split()[0]: text for text in remarks(results)}
@@ -81,14 +77,6 @@ def test_what_a_technique_was_not_applied_to_is_one_remark(results: list[Result]
     assert "no pair" in found["equalize"] and "int8_static" in found["equalize"]
     assert "features.0" in found["bias_correction"] and "more layers" in found["bias_correction"]
     assert all(remark in note("tiny", load_params().study("tiny"), results) for remark in remarks(results))
-
-
-def test_scaling_law_goes_from_many_bits_to_few(results: list[Result]) -> None:
-    rows = scaling_law(load_params(), change("fp32", top1=99.9, top1_ci95=0.5))
-    assert [(row["training"], row["bits"]) for row in rows] == [
-        (training, bits) for training in ("PTQ", "QAT") for bits in (32, 16, 8, 4)
-    ]
-    assert (rows[0]["top1_low"], rows[0]["top1_high"]) == (99.4, 100.0)
 
 
 @pytest.mark.parametrize(

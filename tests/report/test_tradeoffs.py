@@ -1,13 +1,13 @@
 """The plots of accuracy against cost: every variant has its name, where it can be read."""
 
 import itertools
-import json
 from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 
 from quantstudy import layout
+from quantstudy.files import read_json, write_json
 from quantstudy.params import load_params
 from quantstudy.report import tradeoffs
 from quantstudy.report.results import load_results
@@ -41,7 +41,7 @@ def test_every_name_is_there_covers_no_other_and_leaves_no_axes(figures: list[Fi
 def test_what_was_not_timed_is_left_out(figures: list[Figure], timed: list[str]) -> None:
     for variant in set(load_params().variants) - set(timed):
         path = layout.metrics("tiny", variant)
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"latency_ms_b1": None, "latency_ms_b16": None}))
+        write_json(path, read_json(path) | {"latency_ms_b1": None, "latency_ms_b16": None})
     tradeoffs.plot_accuracy_vs_latency(Path("a.png"), "tiny", load_results(load_params(), "tiny"))
     texts = [text.get_text() for text in figures[0].axes[0].texts]
     assert texts[:-1] == timed

@@ -46,9 +46,7 @@ def test_a_network_may_have_a_dtype_of_its_own() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_where_a_16_bit_type_is_emulated_its_convolutions_are_float32s_rounded(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_emulated_convolutions_are_float32s_rounded(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), ByName(), nn.Flatten(), nn.Linear(144, 5)).eval()
     images = torch.randn(2, 3, 8, 8)

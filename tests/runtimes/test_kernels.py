@@ -64,14 +64,18 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+def dynamic_qparams(x: Tensor, highest: int) -> tuple[Tensor, Tensor]:
+    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+    scale = ((high - low) / highest).clamp(min=EPS)
+    return scale, (-low / scale).round().clamp(0, highest)
+
+
 def reference_input(x: Tensor, activation: Activation) -> Tensor:
     """The input as the layer sees it, in separate steps: codes, and back to float."""
     if isinstance(activation, StaticActivation):
         scale, zero_point = torch.tensor(activation.scale), torch.tensor(activation.zero_point)
     else:
-        low, high = x.min().clamp(max=0), x.max().clamp(min=0)
-        scale = ((high - low) / activation.highest).clamp(min=EPS)
-        zero_point = (-low / scale).round().clamp(0, activation.highest)
+        scale, zero_point = dynamic_qparams(x, activation.highest)
     codes = (torch.round(x * (1 / scale)) + zero_point).clamp(0, activation.highest)
     return (codes - zero_point) * scale
 
@@ -205,14 +209,12 @@ def test_empty_batch_and_missing_batch(activation: Activation) -> None:
     assert Int8Linear(codes, scale, bias, activation)(torch.randn(0, 5, 32)).shape == (0, 5, 10)
     pointwise = Int8Conv2d(codes[..., None, None], scale, bias, activation)
     assert pointwise(torch.randn(0, 32, 7, 6)).shape == (0, 10, 7, 6)
-    rows = torch.randn(32, 6).t()
-    torch.testing.assert_close(
-        Int8Linear(codes, scale, bias, activation)(rows), Int8Linear(codes, scale, bias, activation)(rows.contiguous())
-    )
+    linear, rows = Int8Linear(codes, scale, bias, activation), torch.randn(32, 6).t()
+    torch.testing.assert_close(linear(rows), linear(rows.contiguous()))
 
 
 @needs_kernels
-def test_sums_do_not_saturate() -> None:
+def test_sums_do_not_saturate_and_only_dynamic_follows_the_batch() -> None:
     codes = torch.full((4, 64, 3, 3), -128, dtype=torch.int8)
     if int8_sums_saturate():
         with pytest.raises(RuntimeError, match="saturate"):
@@ -220,10 +222,6 @@ def test_sums_do_not_saturate() -> None:
         codes[:, ::2] = 0
     layer = Int8Conv2d(codes, torch.ones(4), None, StaticActivation(1.0, 0))
     assert (layer(torch.full((1, 64, 3, 3), 255.0)) == 255 * codes[0].sum()).all()
-
-
-@needs_kernels
-def test_dynamic_follows_the_batch_and_static_does_not() -> None:
     codes, scale, _ = random_layer((12, 8, 3, 3))
     x = torch.randn(2, 8, 7, 7)
     dynamic = Int8Conv2d(codes, scale, None, DynamicActivation())
@@ -233,28 +231,21 @@ def test_dynamic_follows_the_batch_and_static_does_not() -> None:
 
 
 @needs_kernels
-def test_not_a_number_is_not_hidden() -> None:
+def test_copies_share_the_weight_not_a_number_stays_and_output_of_fewer_bits_is_refused() -> None:
     codes, scale, bias = random_layer((10, 32))
-    x = torch.randn(4, 32)
+    layer, x = Int8Linear(codes, scale, bias, DynamicActivation()), torch.randn(4, 32)
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x)) and not layer.state_dict()
     x[1, 3] = float("nan")
-    assert Int8Linear(codes, scale, bias, DynamicActivation())(x).isnan().all()
-
-
-@needs_kernels
-def test_copies_share_the_weight_and_nothing_is_saved() -> None:
-    codes, scale, bias = random_layer((10, 32))
-    layer = Int8Linear(codes, scale, bias, DynamicActivation())
-    twin, x = copy.deepcopy(layer), torch.randn(3, 32)
-    assert torch.equal(twin(x), layer(x)) and not layer.state_dict()
+    assert layer(x).isnan().all()
+    with pytest.raises(ValueError, match=r"output\.highest is 15"):
+        Int8Linear(codes, scale, bias, DynamicActivation(), output=StaticActivation(0.1, 0, highest=15))
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**31), st.floats(1e-6, 1e6), st.sampled_from([15, 255]))
 def test_dynamic_arithmetic_is_float32(seed: int, factor: float, highest: int) -> None:
     x = torch.randn(37, generator=torch.Generator().manual_seed(seed)) * factor
-    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
-    scale = ((high - low) / highest).clamp(min=EPS)
-    zero_point = (-low / scale).round().clamp(0, highest)
+    scale, zero_point = dynamic_qparams(x, highest)
     assert choose_dynamic_qparams(x, highest) == (scale.item(), zero_point.item())
 
 
@@ -288,13 +279,6 @@ def test_codes_are_taken_as_input(shape: tuple[int, ...]) -> None:
     layer = (Int8Conv2d if len(shape) == 4 else Int8Linear)(codes, scale, bias, grid)
     x = torch.randn(2, 8, 6, 6) if len(shape) == 4 else torch.randn(2, 8)
     assert torch.equal(layer(quantize_to_uint8(x, grid.scale, grid.zero_point)), layer(x))
-
-
-@needs_kernels
-def test_output_of_fewer_bits_is_refused() -> None:
-    codes, scale, bias = random_layer((10, 32))
-    with pytest.raises(ValueError, match=r"output\.highest is 15"):
-        Int8Linear(codes, scale, bias, DynamicActivation(), output=StaticActivation(0.1, 0, highest=15))
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import quantstudy as qs
 from quantstudy import params as P
@@ -30,7 +32,7 @@ def model(weights: Path) -> "qs.Model":
 
 
 @pytest.fixture(scope="module")
-def images() -> torch.Tensor:
+def images() -> Tensor:
     return torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -41,7 +43,7 @@ def test_importing_it_imports_no_torch() -> None:
         qs.quantise  # noqa: B018
 
 
-def test_a_state_dict_computes_what_its_network_does(weights: Path, model: "qs.Model", images: torch.Tensor) -> None:
+def test_a_state_dict_computes_what_its_network_does(weights: Path, model: "qs.Model", images: Tensor) -> None:
     network = build("resnet18", 7).eval()
     network.load_state_dict(torch.load(weights, weights_only=True))
     with torch.no_grad():
@@ -52,9 +54,7 @@ def test_a_state_dict_computes_what_its_network_does(weights: Path, model: "qs.M
 @pytest.mark.parametrize(
     "method", ["int8_weight_only", P.WeightOnly(kind="weight_only", weight_bits=8)], ids=["name", "row"]
 )
-def test_a_saved_variant_is_loaded_as_it_was(
-    method: str | P.MethodRow, model: "qs.Model", images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_a_saved_variant_is_loaded_as_it_was(method: Any, model: "qs.Model", images: Tensor, tmp_path: Path) -> None:
     before = qs.run(model, images)
     variant = qs.quantize(model, images.split(4), method)
     qs.save(variant, tmp_path / "variant.pth")
@@ -66,9 +66,7 @@ def test_a_saved_variant_is_loaded_as_it_was(
     assert torch.equal(qs.run(model, images), before)
 
 
-def test_a_mistake_is_one_line_that_names_the_choices(
-    weights: Path, model: "qs.Model", images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_a_mistake_names_the_choices(weights: Path, model: "qs.Model", images: Tensor, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"method: 'int8_statik' is unknown .*int8_static"):
         qs.quantize(model, images, "int8_statik")
     with pytest.raises(UserError, match="'qat_int8'"):

@@ -81,7 +81,7 @@ def test_lowered_equals_simulated(kind: str, mode: Mode, bits: int, count: int) 
 
 
 @torch.no_grad()
-def test_static_network_passes_codes_from_layer_to_layer() -> None:
+def test_a_static_network_passes_codes_a_sum_reads_float_and_a_dynamic_network_fuses_only_the_relu() -> None:
     lowered = lower_int8(network_of("plain", "static"))
     called = [node.target for node in lowered.graph.nodes if node.op == "call_module"]
     assert called == ["0", "3", "4", "6", "7", "8", "11"]
@@ -90,18 +90,10 @@ def test_static_network_passes_codes_from_layer_to_layer() -> None:
     grids = {kernel.activation for kernel in found}
     assert {kernel.output for kernel in found} - {None} == grids - {lowered.get_submodule("0").activation}
     assert sum(isinstance(module, CodeMaxPool2d) for module in lowered.modules()) == 2
-
-
-@torch.no_grad()
-def test_a_sum_reads_float() -> None:
     lowered = lower_int8(network_of("mobile", "static"))
     first, inner = lowered.get_submodule("0"), lowered.get_submodule("2.first")
     assert isinstance(first, Int8Conv2d) and first.output is None and first.post_op == "relu6"
     assert isinstance(inner, Int8Conv2d) and isinstance(inner.output, StaticActivation) and inner.post_op == "relu"
-
-
-@torch.no_grad()
-def test_dynamic_network_fuses_only_the_relu() -> None:
     lowered = lower_int8(network_of("plain", "dynamic"))
     kernels = [module for module in lowered.modules() if hasattr(module, "post_op")]
     assert [kernel.post_op for kernel in kernels] == ["relu", "relu", "relu", "none"]
@@ -109,12 +101,15 @@ def test_dynamic_network_fuses_only_the_relu() -> None:
 
 
 @torch.no_grad()
-def test_source_stays_as_it_was() -> None:
+def test_source_stays_as_it_was_and_what_is_lowered_can_be_copied() -> None:
     model = network_of("mobile", "static")
     names, expected = [name for name, _ in model.named_modules()], model(images())
-    lower_int8(model)
+    lowered = lower_int8(model)
     assert [name for name, _ in model.named_modules()] == names
     assert torch.equal(model(images()), expected)
+    assert torch.equal(copy.deepcopy(lowered)(images()), lowered(images()))
+    with pytest.raises(RuntimeError, match="eval"):
+        lower_int8(copy.deepcopy(model).train())
 
 
 @pytest.mark.parametrize("mode", ["none", "dynamic"])
@@ -139,15 +134,6 @@ def test_a_layer_called_twice_keeps_both_calls() -> None:
     torch.manual_seed(0)
     model = quantized(Twice(), images(), INT8, ActivationScheme("static", 8)).network
     torch.testing.assert_close(lower_int8(model)(images()), model(images()), atol=0.02, rtol=0)
-
-
-def test_refusals_and_copies() -> None:
-    model = network_of("plain", "static")
-    with pytest.raises(RuntimeError, match="eval"):
-        lower_int8(copy.deepcopy(model).train())
-    lowered = lower_int8(model)
-    with torch.no_grad():
-        assert torch.equal(copy.deepcopy(lowered)(images()), lowered(images()))
 
 
 @pytest.mark.parametrize("architecture", ["mobilenet_v3_small", "squeezenet1_1"])

@@ -92,9 +92,6 @@ def test_what_needs_no_change_is_copied(tmp_path: Path) -> None:
     source = made(tmp_path, 4)
     tune(source, tmp_path / "x.onnx")
     assert (tmp_path / "x.onnx").read_bytes() == source.read_bytes()
-
-
-def test_the_8_bit_layers_beside_4_bits_become_unsigned_too(tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"
     tune(made(tmp_path, 4, in_8_bits=("first", "head")), out, "--without-vnni")
     types = {tensor.data_type for tensor in onnx.load(out).graph.initializer if len(tensor.dims) > 1}
@@ -122,9 +119,6 @@ def test_mistakes_are_one_line_and_write_nothing(exported: Path, tmp_path: Path)
         with pytest.raises(UserError, match=message):
             tune(source, target)
     assert not out.exists()
-
-
-def test_a_file_that_cannot_be_written_is_one_line(exported: Path, tmp_path: Path) -> None:
     (tmp_path / "folder.onnx").mkdir()
     (tmp_path / "file").touch()
     for out in (tmp_path / "folder.onnx", tmp_path / "file" / "out.onnx"):

@@ -19,9 +19,7 @@ pytestmark = pytest.mark.parametrize(
 )
 
 
-def quant_linear(
-    bits: int, group_size: int | None, shape: tuple[int, int] = (128, 48), bias: bool = True
-) -> QuantLinear:
+def linear(bits: int, group_size: int | None, shape: tuple[int, int] = (128, 48), bias: bool = True) -> QuantLinear:
     torch.manual_seed(0)
     layer = QuantLinear(nn.Linear(*shape, bias=bias), LayerScheme(WeightScheme(bits, group_size)))
     layer.freeze()
@@ -36,7 +34,7 @@ def quant_linear(
 def test_it_computes_the_layer_up_to_bfloat16(
     bits: int, group_size: int | None, dtype: torch.dtype, bias: bool, rows: tuple[int, ...], device: str
 ) -> None:
-    layer = quant_linear(bits, group_size, bias=bias).to(device)
+    layer = linear(bits, group_size, bias=bias).to(device)
     x = torch.randn(*rows, 128).bfloat16().to(device, dtype)
     found = WeightOnlyLinear(layer)(x)
     assert found.dtype == dtype
@@ -46,12 +44,12 @@ def test_it_computes_the_layer_up_to_bfloat16(
 @pytest.mark.parametrize(
     ("layer", "can"),
     [
-        (quant_linear(8, None), True),
-        (quant_linear(4, 32), True),
-        (quant_linear(4, 16), False),
-        (quant_linear(4, None), False),
-        (quant_linear(4, 32, (100, 48)), False),
-        (quant_linear(4, 32, (128, 10)), False),
+        (linear(8, None), True),
+        (linear(4, 32), True),
+        (linear(4, 16), False),
+        (linear(4, None), False),
+        (linear(4, 32, (100, 48)), False),
+        (linear(4, 32, (128, 10)), False),
         (QuantLinear(nn.Linear(32, 16), LayerScheme(WeightScheme(8), ActivationScheme("static", 8))), False),
         (QuantConv2d(nn.Conv2d(32, 16, 1), LayerScheme(WeightScheme(8))), False),
     ],

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from quantstudy import layout
 from quantstudy.report.results import METRIC_KEYS
@@ -94,7 +93,7 @@ def test_the_whole_study(trained: Project) -> None:
     assert not list(Path("models/tiny/resume").glob("*"))
 
 
-def test_a_variant_measures_the_same_twice(trained: Project) -> None:
+def test_a_variant_is_made_and_measured_the_same_twice(trained: Project) -> None:
     ptq.main(["--study", "tiny", "--method", "int8_static"])
     evaluate.main(["--study", "tiny", "--variant", "fp32"])
     seen = []
@@ -103,6 +102,10 @@ def test_a_variant_measures_the_same_twice(trained: Project) -> None:
         record = json.loads(layout.metrics("tiny", "int8_static").read_text())
         seen.append({key: record[key] for key in ("top1", "sqnr_db", "size_mb", "tbops", "agreement")})
     assert seen[0] == seen[1]
+    ptq.main(["--study", "tiny", "--method", "int4_weight_only"])
+    first = layout.model("tiny", "int4_weight_only").read_bytes()
+    ptq.main(["--study", "tiny", "--method", "int4_weight_only"])
+    assert layout.model("tiny", "int4_weight_only").read_bytes() == first
 
 
 @pytest.mark.skipif(why_missing("onnxruntime") is not None, reason="no onnxruntime")
@@ -120,9 +123,7 @@ def test_a_variant_is_timed_on_every_runtime_and_exported(trained: Project, monk
         export.main(["--study", "tiny", "--variant", variant])
     details = json.loads(layout.details("tiny", "int8_static").read_text())
     timed = {timing["executable"] for timing in details["timings"]}
-    assert timed == {
-        f"{variant} {runtime}" for variant in ("int8_static", "fp32") for runtime in ("eager", "onnxruntime")
-    }
+    assert timed == {f"{variant} {name}" for variant in ("int8_static", "fp32") for name in ("eager", "onnxruntime")}
     assert details["agreement_with_eager"].keys() == {"eager", "onnxruntime"}
     assert details["exported"] == {"onnxruntime": "tuned for onnxruntime"}
     assert "pip install '.[openvino]'" in details["unavailable"]["int8_static openvino"]
@@ -131,13 +132,6 @@ def test_a_variant_is_timed_on_every_runtime_and_exported(trained: Project, monk
     assert facts["agreement"]["onnxruntime"] > 80 and facts["agreement_as_exported"]["onnxruntime"] > 80
     assert facts["size_mb"] < 1.03 * facts["pth_size_mb"]
     assert "openvino" in facts["unavailable"]
-
-
-def test_stages_are_deterministic(trained: Project) -> None:
-    ptq.main(["--study", "tiny", "--method", "int4_weight_only"])
-    first = layout.model("tiny", "int4_weight_only").read_bytes()
-    ptq.main(["--study", "tiny", "--method", "int4_weight_only"])
-    assert layout.model("tiny", "int4_weight_only").read_bytes() == first
 
 
 def test_mistakes_are_one_line(project: Project) -> None:
@@ -170,21 +164,3 @@ def test_a_budget_that_cannot_be_kept_is_one_line(trained: Project) -> None:
     ptq.main(["--study", "tiny", "--method", "mixed_budget"])
     trained.edit("budget.studies", [])
     assert "budget.studies: tiny is missing" in trained.failure(ptq.main, "--method", "mixed_budget")
-
-
-def test_a_corrupt_model_is_one_line(trained: Project) -> None:
-    path = layout.model("tiny", "fp32")
-    path.write_bytes(path.read_bytes()[:1000])
-    assert "models/tiny/fp32.pth: truncated, corrupt" in trained.failure(ptq.main, "--method", "int8_static")
-    assert not layout.model("tiny", "int8_static").exists()
-
-
-def test_a_full_disk_leaves_nothing_behind(trained: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    before = trained.files()
-    line = trained.failure(ptq.main, "--method", "int8_static")
-    assert line.startswith("error: the disk is full while writing models/tiny/int8_static.pth")
-    assert trained.files() == before

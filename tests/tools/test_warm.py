@@ -35,12 +35,11 @@ def folder(tmp_path: Path) -> Path:
 def start(folder: Path, script: str, *, warm: bool) -> subprocess.Popen[str]:
     """Start a shell script in `folder`, whose temporary files lie there too."""
     command = [sys.executable, "-m", "tools.warm"] if warm else []
-    (folder / "temporary").mkdir()
+    (folder / "temporary").mkdir(exist_ok=True)
     environment = os.environ | {"TMPDIR": str(folder / "temporary"), "PYTHONPATH": str(ROOT)}
     script = script.replace("python", sys.executable)
-    return subprocess.Popen(
-        [*command, "sh", "-c", script], cwd=folder, env=environment, text=True, stdout=-1, stderr=-1
-    )
+    command += ["sh", "-c", script]
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=-1, stderr=-1)
 
 
 def shell(folder: Path, script: str, *, warm: bool) -> subprocess.CompletedProcess[str]:
@@ -69,11 +68,8 @@ def test_a_failing_stage_fails_the_same_way(folder: Path, warm: bool, argument: 
     assert text in done.stderr
 
 
-def test_a_killed_stage_is_reported_as_a_shell_would(folder: Path) -> None:
+def test_a_killed_stage_is_reported_as_a_shell_would_and_an_edited_one_runs_as_edited(folder: Path) -> None:
     assert shell(folder, "python -m stages hello killed", warm=True).returncode == 128 + 9
-
-
-def test_an_edited_stage_runs_as_edited(folder: Path) -> None:
     edit = "python -m stages hello a; echo 'print(42)' > stages/hello.py; python -m stages hello a"
     assert shell(folder, edit, warm=True).stdout.endswith("__main__\n42\n")
 

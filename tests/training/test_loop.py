@@ -13,6 +13,7 @@ from quantstudy.data.digits import digits
 from quantstudy.errors import UserError
 from quantstudy.training import loop as training
 
+Pair = tuple[Batches, Batches]
 DATA = P.Data(source="digits", image_size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
@@ -22,7 +23,7 @@ def network() -> nn.Module:
 
 
 @pytest.fixture
-def batches() -> tuple[Batches, Batches]:
+def batches() -> Pair:
     split, _ = digits()
     train = Batches(split, DATA, 32, "cpu", indices=torch.arange(160), shuffle=True, augmentation="shift")
     return train, Batches(split, DATA, 64, "cpu", indices=torch.arange(160, 260))
@@ -34,9 +35,7 @@ def run(tmp_path: Path) -> training.Run:
     return training.Run("test", settings, tmp_path / "curve.csv", tmp_path / "resume.pt", "print")
 
 
-def test_a_killed_run_resumes_to_the_same_weights(
-    run: training.Run, batches: tuple[Batches, Batches], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_resumes_to_its_weights(run: training.Run, batches: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = network()
     training.train(whole, *batches, run)
     curve = [line.split(",")[:5] for line in run.curve.read_text().splitlines()]
@@ -64,59 +63,33 @@ def test_a_killed_run_resumes_to_the_same_weights(
         torch.testing.assert_close(ours, theirs)
 
 
-def test_another_runs_state_is_not_resumed(run: training.Run, batches: tuple[Batches, Batches]) -> None:
+def test_the_best_epoch_is_kept_and_no_other_runs_state_resumed(run: training.Run, batches: Pair) -> None:
     run.resume.write_bytes(b"broken")
     assert training.train(network(), *batches, run).epoch == 4
     assert len(run.curve.read_text().splitlines()) == 5
-
-
-def test_the_best_epoch_is_kept(run: training.Run, batches: tuple[Batches, Batches]) -> None:
     model = network()
     state = training.train(model, *batches, run)
     best = max(row["validation_top1"] for row in state.rows)
     assert training.evaluate(model, batches[1])[1] == pytest.approx(best)
     assert state.best_score[0] == best
-
-
-def test_training_cannot_lose_to_its_start(run: training.Run, batches: tuple[Batches, Batches]) -> None:
-    model = network()
-    training.train(model, *batches, run)
-    before = training.evaluate(model, batches[1])[1]
     harmful = replace(run, settings=P.Training(epochs=1, learning_rate=5.0), score_start=True)
-    state = training.train(model, *batches, harmful)
-    assert state.best_score[0] >= before
-
-
-def test_divergence_is_one_line(run: training.Run, batches: tuple[Batches, Batches]) -> None:
+    assert training.train(model, *batches, harmful).best_score[0] >= best
     wild = replace(run, settings=P.Training(epochs=3, learning_rate=1e12))
     with pytest.raises(UserError, match="lower learning_rate"):
         training.train(network(), *batches, wild)
 
 
-def test_float16_skips_gradients_that_overflow(
-    run: training.Run, batches: tuple[Batches, Batches], monkeypatch: pytest.MonkeyPatch
+def test_float16_scales_gradients_and_skips_those_that_overflow(
+    run: training.Run, batches: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    scales = []
     scale = torch.amp.GradScaler.scale
 
     def overflow(self: torch.amp.GradScaler, loss: torch.Tensor) -> torch.Tensor:
+        scales.append(self.get_scale())
         return scale(self, loss) * (torch.inf if self.get_scale() > 2**14 else 1.0)  # type: ignore[operator]
 
     monkeypatch.setattr(torch.amp.GradScaler, "scale", overflow)
     model = network()
     training.train(model, *batches, replace(run, dtype=torch.float16))
-    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
-
-
-def test_float16_scales_its_gradients(
-    run: training.Run, batches: tuple[Batches, Batches], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scaled = []
-    scale = torch.amp.GradScaler.scale
-
-    def spy(self: torch.amp.GradScaler, loss: torch.Tensor) -> torch.Tensor:
-        scaled.append(self.get_scale())
-        return scale(self, loss)  # type: ignore[return-value]
-
-    monkeypatch.setattr(torch.amp.GradScaler, "scale", spy)
-    training.train(network(), *batches, replace(run, dtype=torch.float16))
-    assert min(scaled) > 1
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()) and min(scales) > 1

@@ -20,17 +20,18 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_weight_decay_is_for_matrices_and_kernels_alone(optimizer: str) -> None:
+@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_weight_decay_is_for_matrices_and_kernels_alone(name: str, kind: type) -> None:
     model = network()
-    found = make_optimizer(model, settings(optimizer=optimizer, weight_decay=0.5))
+    found = make_optimizer(model, settings(optimizer=name, weight_decay=0.5))
+    assert type(found) is kind
     decay = {id(p): group["weight_decay"] for group in found.param_groups for p in group["params"]}
     assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
         name: 0.5 if name in ("0.weight", "3.weight") else 0.0 for name, _ in model.named_parameters()
     }
 
 
-def test_a_bias_without_a_gradient_stays_and_a_weight_decays() -> None:
+def test_a_bias_without_a_gradient_stays_a_weight_decays_and_momentum_adds_up() -> None:
     model = network()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -38,9 +39,6 @@ def test_a_bias_without_a_gradient_stays_and_a_weight_decays() -> None:
     make_optimizer(model, settings(weight_decay=0.5)).step()
     assert torch.equal(model[3].bias, torch.ones(2)) and torch.equal(model[1].weight, torch.ones(4))
     torch.testing.assert_close(model[3].weight, torch.full((2, 4), 1 - RATE * 0.5))
-
-
-def test_momentum_adds_up_as_the_setting_says() -> None:
     weight = nn.Parameter(torch.zeros(1, 1))
     model = nn.ParameterList([weight])
     optimizer = make_optimizer(model, settings(momentum=0.5, weight_decay=0.0))
@@ -48,11 +46,6 @@ def test_momentum_adds_up_as_the_setting_says() -> None:
         weight.grad = torch.ones(1, 1)
         optimizer.step()
     assert weight.item() == pytest.approx(-RATE * (1 + 1.5))
-
-
-@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
-def test_the_optimizer_is_the_one_named(name: str, kind: type) -> None:
-    assert type(make_optimizer(network(), settings(optimizer=name))) is kind
 
 
 def rates(schedule: str) -> list[float]:
@@ -66,21 +59,15 @@ def rates(schedule: str) -> list[float]:
     return [*found, optimizer.param_groups[0]["lr"]]
 
 
-def test_cosine_falls_from_the_rate_to_zero() -> None:
+def test_schedules_follow_their_formulas() -> None:
     wanted = [RATE * (1 + math.cos(math.pi * step / STEPS)) / 2 for step in range(STEPS + 1)]
     assert rates("cosine") == pytest.approx(wanted, abs=1e-9)
-
-
-def test_one_cycle_rises_to_the_rate_in_three_tenths_and_falls_to_nearly_nothing() -> None:
+    assert set(rates("constant")) == {RATE}
     found = rates("one_cycle")
     peak = found.index(max(found))
     assert peak == pytest.approx(0.3 * STEPS, abs=1) and found[peak] == pytest.approx(RATE, rel=0.02)
     assert found[0] == pytest.approx(RATE / 25) and found[-1] < RATE / 1000
     assert found[: peak + 1] == sorted(found[: peak + 1]) and found[peak:] == sorted(found[peak:], reverse=True)
-
-
-def test_constant_is_constant() -> None:
-    assert set(rates("constant")) == {RATE}
 
 
 @pytest.fixture
@@ -95,9 +82,6 @@ def test_label_smoothing_shares_out_a_part_of_the_target(logits: Tensor) -> None
     target = torch.eye(3)[LABELS] * 0.7 + 0.3 / 3
     wanted = -(target * logits.log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(training_loss(logits, LABELS, label_smoothing=0.3), wanted)
-
-
-def test_distillation_mixes_the_teacher_in(logits: Tensor) -> None:
     taught = torch.rand(5, 3, generator=torch.Generator().manual_seed(1)).softmax(1)
     target = 0.75 * torch.eye(3)[LABELS] + 0.25 * taught
     wanted = -(target * logits.log_softmax(1)).sum(1).mean()

@@ -19,11 +19,15 @@ pytestmark = pytest.mark.slow
 PREPROCESSING = Preprocessing(image_size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
-def finetune(project: Project, processes: int) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
+def run(project: Project, processes: int) -> subprocess.CompletedProcess[str]:
     project.edit("runtime.processes", processes)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "stages.finetune", "--study", project.study]
-    done = subprocess.run(command, cwd=project.root, env=environment, text=True, capture_output=True, check=False)
+    return subprocess.run(command, cwd=project.root, env=environment, text=True, capture_output=True, check=False)
+
+
+def finetune(project: Project, processes: int) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
+    done = run(project, processes)
     assert done.returncode == 0, done.stderr
     return pd.read_csv("reports/tiny/curves/finetune.csv"), load_checkpoint(Path("models/tiny/fp32.pth"))["state_dict"]
 
@@ -52,10 +56,7 @@ def test_the_shares_of_a_batch_are_the_batch(project: Project) -> None:
 
 
 def test_failed_processes_are_one_line(project: Project) -> None:
-    project.edit("runtime.processes", 2)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "stages.finetune", "--study", project.study]
-    done = subprocess.run(command, cwd=project.root, env=environment, text=True, capture_output=True, check=False)
+    done = run(project, 2)
     assert done.returncode == 1
     assert "train.pt: no such file" in done.stderr
     assert done.stderr.rstrip().endswith("error: runtime.processes: 2 processes of finetune failed with status 1")
