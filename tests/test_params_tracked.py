@@ -123,3 +123,19 @@ def test_every_stage_reads_only_what_it_tracks(stages: dict[str, Any], project: 
             leaks[" ".join([script, *flags])] = sorted(found)
     assert not leaks
     assert {"studies.tiny.seed", "methods.qat_int8.weight_bits", "measure.seconds", "run"} <= read
+
+
+def test_a_planted_read_is_found(
+    stages: dict[str, Any], trained: Project, reads: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrate = stages["calibrate"]
+    (_, flags, tracked) = next(cell for cell in cells() if cell[0] == "calibrate")
+    original = calibrate.set_up
+
+    def planted(seed: int) -> Any:
+        assert calibrate.load_params().measure.threads is None
+        return original(seed)
+
+    monkeypatch.setattr(calibrate, "set_up", planted)
+    calibrate.main(flags)
+    assert untracked(reads, tracked) == {"measure.threads"}

@@ -89,6 +89,15 @@ def test_the_first_run_runs_every_cell_and_a_second_nothing(first: set[str], run
     assert run("git", "status", "--short") == ""
 
 
+def test_comments_and_docstrings_change_nothing(first: set[str], run: Run, copy: Path) -> None:
+    module = copy / "quantstudy" / "methods" / "gptq.py"
+    text = module.read_text()
+    module.write_text(text.replace('"""', '"""One more word. ', 1) + "\n# a comment\n")
+    found = run(*DVC, "status")
+    module.write_text(text)
+    assert "Data and pipelines are up to date." in found
+
+
 @pytest.mark.parametrize("name", ["methods/gptq.py", "report/heatmap.py", "report/page/main.js"])
 def test_a_changed_line_makes_just_its_stages_stale(first: set[str], run: Run, copy: Path, name: str) -> None:
     changed = copy / "quantstudy" / name
