@@ -130,12 +130,7 @@ def test_a_planted_read_is_found(
 ) -> None:
     calibrate = stages["calibrate"]
     (_, flags, tracked) = next(cell for cell in cells() if cell[0] == "calibrate")
-    original = calibrate.set_up
-
-    def planted(seed: int) -> Any:
-        assert calibrate.load_params().measure.threads is None
-        return original(seed)
-
-    monkeypatch.setattr(calibrate, "set_up", planted)
+    set_up = calibrate.set_up
+    monkeypatch.setattr(calibrate, "set_up", lambda seed: (calibrate.load_params().measure.threads, set_up(seed))[1])
     calibrate.main(flags)
     assert untracked(reads, tracked) == {"measure.threads"}
