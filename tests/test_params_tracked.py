@@ -126,11 +126,12 @@ def test_every_stage_reads_only_what_it_tracks(stages: dict[str, Any], project: 
 
 
 def test_a_planted_read_is_found(
-    stages: dict[str, Any], trained: Project, reads: set[str], monkeypatch: pytest.MonkeyPatch
+    stages: dict[str, Any], project: Project, reads: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calibrate = stages["calibrate"]
-    (_, flags, tracked) = next(cell for cell in cells() if cell[0] == "calibrate")
-    set_up = calibrate.set_up
-    monkeypatch.setattr(calibrate, "set_up", lambda seed: (calibrate.load_params().measure.threads, set_up(seed))[1])
-    calibrate.main(flags)
+    download, prepare = stages["download"], stages["download"].prepare
+    (_, flags, tracked) = next(cell for cell in cells() if cell[0] == "download")
+    monkeypatch.setattr(
+        download, "prepare", lambda *given: (download.load_params().measure.threads, prepare(*given))[1]
+    )
+    download.main(flags)
     assert untracked(reads, tracked) == {"measure.threads"}
