@@ -32,7 +32,7 @@ from quantstudy.measure.statistics import mcnemar_exact_p, wilson_interval
 from quantstudy.methods.allocation import HALF, Allocation
 from quantstudy.methods.budget import allocations_within, divergence_from, mean_bits, mixed
 from quantstudy.methods.calibration import Calibration, load_calibration
-from quantstudy.methods.sensitivity import Row, Table, measurable, quantized_table
+from quantstudy.methods.sensitivity import Row, Table, quantized_table
 from quantstudy.network.checkpoint import load_checkpoint
 from quantstudy.network.fp32 import load_fp32, load_preprocessing
 from quantstudy.quantization.sqnr import sqnr_db
@@ -63,7 +63,7 @@ class Front:
     @functools.cached_property
     def layers(self) -> dict[str, Any]:
         """The layers that can be quantized, by name."""
-        return measurable(self.model, self.calibration)
+        return dict(self.calibration.replaceable)
 
     def mean_bits(self, bits: Allocation) -> float:
         """Return the stored bits a weight, scales included."""

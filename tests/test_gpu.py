@@ -1,21 +1,17 @@
 """What only a GPU runs; skipped without one."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
 
-from quantstudy.data.batches import Batches
-from quantstudy.data.container import Split
 from quantstudy.machine.device import set_up
 from quantstudy.measure.latency import time_alternately
 from quantstudy.measure.memory import with_peak_memory_mb
+from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.recipes import quantize
 from quantstudy.params import load_params
 from quantstudy.runtimes.executables import build_executable, worth_compiling
 from tests.conftest import ROOT
-from tests.data.test_batches import data, encoded_split
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CUDA = torch.device("cuda")
@@ -33,7 +29,7 @@ def test_compiled_with_cuda_graphs_it_computes_the_same(method: str) -> None:
 
     def made() -> nn.Module:
         row = None if method == "fp32" else load_params(ROOT / "params.yaml").method(method)
-        return quantize(network(), {}, row) if row else network()
+        return quantize(network(), Calibration(network(), []), row) if row else network()
 
     assert worth_compiling(made(), CUDA)
     eager, compiled = (build_executable(made(), runtime, CUDA) for runtime in ("eager", "inductor"))
@@ -56,16 +52,3 @@ def test_float32_is_not_rounded_to_tf32() -> None:
 def test_peak_memory_is_that_of_the_work() -> None:
     _, peak = with_peak_memory_mb(lambda: torch.empty(50_000_000, dtype=torch.uint8, device=CUDA), CUDA)
     assert peak == pytest.approx(50, rel=0.1)
-
-
-def test_encoded_images_stay_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def epochs(device: str) -> Iterator[list[torch.Tensor]]:
-        batches = Batches(encoded_split(), data(16), 8, device, shuffle=True, augmentation="crop_flip")
-        for number in (0, 1):
-            batches.set_epoch(number)
-            yield [part.cpu() for batch in batches for part in batch]
-
-    wanted, found = list(epochs("cpu")), epochs("cuda")
-    torch.testing.assert_close(next(found), wanted[0])
-    monkeypatch.setattr(Split, "decode", lambda self, part: torch.empty(0 * len(part), 3, 16, 16, dtype=torch.uint8))
-    torch.testing.assert_close(next(found), wanted[1])

@@ -77,7 +77,6 @@ def bias_correction(example: Example) -> Figure:
     drawn, axes = figure(1, 1)
     looks: tuple[tuple[Any, str, str, str], ...] = (
         (False, style.SKY, "o", "rounded to nearest"),
-        ("analytic", style.BLUE, "^", "corrected without images"),
         (True, style.VERMILLION, "s", "corrected from images"),
     )
     for corrected, colour, marker, label in looks:

@@ -1,8 +1,7 @@
 """Batches of a split on the device: resized, augmented, normalized, channels last.
 
 Decoded splits are indexed where they lie (on a GPU, in its memory when they fit). Encoded splits are decoded
-by threads that stay two batches ahead, so that the device does not wait. On a GPU with room for the decoded images each
-is decoded once.
+by threads that stay two batches ahead, so that the device does not wait.
 """
 
 import os
@@ -63,8 +62,6 @@ class Batches:
         self._resident = split.images
         if split.images is not None and split.images.nbytes <= _room(self._device):
             self._resident = split.images.to(self._device)
-        keeps = split.images is None and self.images * 3 * split.side**2 <= _room(self._device)
-        self._kept = _Kept(split.side, self._indices, len(split), self._device) if keeps else None
         mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
         self._scale = (1 / (255 * std)).view(1, 3, 1, 1).to(self._device)
         self._offset = (-mean / std).view(1, 3, 1, 1).to(self._device)
@@ -114,47 +111,16 @@ class Batches:
             return
         workers = min(_MAX_WORKERS, os.cpu_count() or 1)
         pool = ThreadPoolExecutor(workers)
-        ahead: deque[tuple[Tensor, list[Future[Tensor]]]] = deque()
+        ahead: deque[list[Future[Tensor]]] = deque()
         try:
             for number in range(len(chunks) + _AHEAD):
                 if number < len(chunks):
-                    wanted = chunks[number] if self._kept is None else self._kept.missing(chunks[number])
-                    parts = wanted.tensor_split(max(min(workers, len(wanted)), 1))
-                    ahead.append((wanted, [pool.submit(self._split.decode, part) for part in parts]))
+                    parts = chunks[number].tensor_split(min(workers, len(chunks[number])))
+                    ahead.append([pool.submit(self._split.decode, part) for part in parts])
                 if number >= _AHEAD:
-                    wanted, decoding = ahead.popleft()
-                    decoded = torch.cat([part.result() for part in decoding]).to(self._device)
-                    if self._kept is None:
-                        yield decoded
-                    else:
-                        self._kept.put(wanted, decoded)
-                        yield self._kept.take(chunks[number - _AHEAD])
+                    yield torch.cat([part.result() for part in ahead.popleft()]).to(self._device)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-class _Kept:
-    """The decoded images of a part of a split, uint8 on the device, filled as they are decoded."""
-
-    def __init__(self, side: int, indices: Tensor, images: int, device: torch.device) -> None:
-        self._row = torch.zeros(images, dtype=torch.int64)
-        self._row[indices] = torch.arange(len(indices))
-        self._filled = torch.zeros(len(indices), dtype=torch.bool)
-        self._pixels = torch.empty(len(indices), 3, side, side, dtype=torch.uint8, device=device)
-
-    def missing(self, indices: Tensor) -> Tensor:
-        """Return those of `indices` whose images are not there yet."""
-        return indices[~self._filled[self._row[indices]]]
-
-    def put(self, indices: Tensor, decoded: Tensor) -> None:
-        """Keep the images at `indices`."""
-        rows = self._row[indices]
-        self._pixels[rows.to(decoded.device)] = decoded
-        self._filled[rows] = True
-
-    def take(self, indices: Tensor) -> Tensor:
-        """Return the images at `indices`."""
-        return self._pixels[self._row[indices].to(self._pixels.device)]
 
 
 def _room(device: torch.device) -> float:

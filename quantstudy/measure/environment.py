@@ -4,31 +4,25 @@ The facts hold nothing that changes between two runs on one machine, so that a s
 """
 
 import importlib.metadata
-import os
 import platform
 import subprocess
-import sys
-import sysconfig
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from quantstudy.machine import hardware
 from quantstudy.machine.hardware import arithmetic_is_native, cpu_model, instruction_sets
-from quantstudy.measure.probes import probe_kernels
+from quantstudy.runtimes.kernels import int8_kernels_available
 
-PACKAGES = ("torch", "torchvision", "torchao", "thop", "dvc")
-_HEADERS = "#include <Python.h>\n#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"
+PACKAGES = ("torch", "torchvision", "torchao", "dvc")
 
 
 def environment() -> dict[str, Any]:
     """Return every fact as plain JSON values; `missing` says what is not here and what that disables."""
-    facts: dict[str, Any] = {"gpu": gpu(), "cpu": cpu(), "software": software(), "compiler": compiler()}
+    facts: dict[str, Any] = {"gpu": gpu(), "cpu": cpu(), "software": software()}
     facts["native_arithmetic"] = {
         device: {dtype: arithmetic_is_native(dtype, device) for dtype in ("float16", "bfloat16")}
         for device in (("cpu", "cuda") if facts["gpu"]["available"] else ("cpu",))
     }
-    facts["kernels"] = probe_kernels()
+    facts["int8_kernels"] = int8_kernels_available()
     return facts | {"missing": missing(facts), "remarks": remarks(facts)}
 
 
@@ -80,27 +74,6 @@ def software() -> dict[str, str | None]:
     return {"os": system, "python": platform.python_version(), **versions, "git": first_line("git", "--version")}
 
 
-def compiler() -> dict[str, Any]:
-    """Return the C++ compiler that `torch.compile` would call, and whether it compiles what inductor writes.
-
-    A compiler alone is not enough: Python's headers and OpenMP have to be there, so a file that includes both is
-    compiled.
-    """
-    command = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    version = first_line(command, "--version")
-    if version is None:
-        return {"command": command, "version": None, "works": False, "reason": "not found"}
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "probe.cpp"
-        source.write_text(_HEADERS, encoding="utf-8")
-        flags = ["-fopenmp", "-I", sysconfig.get_path("include"), "-c", str(source), "-o", os.devnull]
-        done = subprocess.run([command, *flags], capture_output=True, text=True, errors="replace", check=False)
-    errors = [line.partition("error: ")[2] for line in done.stderr.splitlines() if "error: " in line]
-    works = done.returncode == 0
-    reason = "compiles Python's headers with OpenMP" if works else (errors or ["failed"])[0]
-    return {"command": command, "version": version, "works": works, "reason": reason}
-
-
 def first_line(command: str, *flags: str) -> str | None:
     """Return the first line that a command prints; None when it is not there or fails."""
     try:
@@ -126,13 +99,7 @@ def missing(facts: dict[str, Any]) -> list[dict[str, str]]:
             "run on a machine with an NVIDIA GPU, its driver and a CUDA build of torch",
         ),
         (
-            facts["compiler"]["works"],
-            "a working C++ compiler",
-            "torch.compile: the inductor runtime and its fused int8 kernels; everything is timed in eager mode",
-            "install g++ (or set CXX) and Python's headers, e.g. the packages g++ and python3-dev",
-        ),
-        (
-            facts["kernels"]["int8_conv_onednn"]["available"],
+            facts["int8_kernels"],
             "int8 convolutions of oneDNN",
             "real int8 kernels on the CPU; int8 variants are simulated and get no speed-up",
             "run on an x86 CPU, with a torch that has oneDNN; leave DNNL_MAX_CPU_ISA unset",
@@ -145,7 +112,4 @@ def missing(facts: dict[str, Any]) -> list[dict[str, str]]:
 def remarks(facts: dict[str, Any]) -> list[str]:
     """Return sentences that a reader of the figures measured here has to know."""
     saturates = facts["cpu"]["int8_sums_saturate"]
-    sentences = hardware.remarks(facts["gpu"]["available"], facts["native_arithmetic"]["cpu"], saturates)
-    if not facts["compiler"]["works"]:
-        sentences.append("No working C++ compiler: latencies are of eager mode.")
-    return sentences
+    return hardware.remarks(facts["gpu"]["available"], facts["native_arithmetic"]["cpu"], saturates)

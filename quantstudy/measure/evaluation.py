@@ -28,7 +28,7 @@ from quantstudy.measure.latency import Timing, Timings, fastest, latencies, time
 from quantstudy.measure.memory import with_peak_memory_mb
 from quantstudy.measure.operations import count_macs, layer_bits, tera_bit_operations
 from quantstudy.measure.per_layer import LAYER_IMAGES, layer_sqnr_db, weight_storage
-from quantstudy.network.fp32 import load_preprocessing, skeleton_of
+from quantstudy.network.fp32 import load_preprocessing
 from quantstudy.quantization.variant import load_any
 from quantstudy.runtimes.executables import Executable, build_executable, open_executable, worth_compiling
 
@@ -126,7 +126,7 @@ def evaluate(task: Task, test: Split, reference: Reference | None) -> tuple[Reco
     """
     (eager, model), memory = with_peak_memory_mb(lambda: _eager_after_a_batch(task), task.device)
     if reference is None:
-        total_macs, macs = count_macs(skeleton_of(task.path), task.preprocessing.image_size)
+        total_macs, macs = count_macs(task.load(), task.preprocessing.image_size)
     else:
         total_macs, macs = reference.total_macs, reference.macs
     executables, baselines, failed = _executables(task, eager)

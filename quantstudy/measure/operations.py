@@ -1,42 +1,38 @@
 """How much arithmetic a model does: multiply-accumulates per image, and those weighted by their bits.
 
-The counts come from thop, run on a deep copy because it leaves its counters in the model it profiles. A
+The counts come from PyTorch's FlopCounterMode, which sees each operator that multiplies, whoever calls it. A
 bit-operation is a multiply-accumulate times the bits of both its operands, the usual cost of low-bit
 arithmetic where no hardware runs it yet (e.g. Wang et al., *Differentiable Joint Pruning and Quantization for
 Hardware Efficiency*, ECCV 2020, section 3.3).
 """
 
-import copy
 import math
-import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.runtimes.executables import network_of
 
 
+@torch.no_grad()
 def count_macs(model: nn.Module, image_size: int) -> tuple[int, dict[str, int]]:
-    """Return the multiply-accumulates per image of the whole model, and of every Conv2d and Linear by its name.
+    """Return the multiply-accumulates per image of all matrix products, and of every Conv2d and Linear by its name.
 
-    The total also holds what thop has a rule for outside the layers: a BatchNorm that is not folded, and pooling.
+    The total holds those outside the layers too, such as attention's; sums, pooling and normalization count nothing.
 
     Args:
-        model: an fp32 model that takes float32 [N, 3, image_size, image_size]; it stays untouched.
+        model: an fp32 model in eval mode that takes float32 [N, 3, image_size, image_size].
         image_size: side of the square images, in pixels.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # thop compares versions through distutils
-        import thop
-
-    profiled = copy.deepcopy(model).eval().to("meta")  # shapes without arithmetic: thop's rules need no more
-    image = torch.empty(1, 3, image_size, image_size, device="meta")
-    total, _, tree = thop.profile(profiled, inputs=(image,), verbose=False, ret_layer_info=True)
-    by_name = _flatten(tree, "")
-    layers = [name for name, module in profiled.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    return int(total), {name: by_name[name] for name in layers}
+    device = next(model.parameters()).device
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, image_size, image_size, device=device))
+    found = {name.partition(".")[2]: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    return counter.get_total_flops() // 2, {name: found.get(name, 0) for name in layers}
 
 
 def layer_bits(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -68,11 +64,3 @@ def tera_bit_operations(macs: Mapping[str, int], bits: Mapping[str, tuple[int, i
         KeyError: a layer of `macs` has no bits.
     """
     return sum(count * math.prod(bits[name]) for name, count in macs.items()) / 1e12
-
-
-def _flatten(tree: Mapping[str, tuple[float, float, Mapping[str, object]]], prefix: str) -> dict[str, int]:
-    flat: dict[str, int] = {}
-    for name, (operations, _, children) in tree.items():
-        flat[prefix + name] = int(operations)
-        flat |= _flatten(children, f"{prefix}{name}.")  # type: ignore[arg-type]
-    return flat

@@ -24,7 +24,7 @@ from quantstudy.methods.allocation import HALF, Allocation, allocate, operations
 from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.post_training import freeze
 from quantstudy.methods.recipe import Recipe, register
-from quantstudy.methods.sensitivity import Layers, Row, Table, divergence, measurable, quantized_table
+from quantstudy.methods.sensitivity import Layers, Row, Table, divergence, quantized_table
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.variant import Variant, cast
 
@@ -41,7 +41,7 @@ class BudgetRecipe(Recipe[P.MixedBudget]):
     """Allocations that the sensitivity proposes; of these the one that diverges least on calibration images."""
 
     def quantize(self, model: nn.Module, calibration: Calibration, row: P.MixedBudget) -> Variant:
-        allocations = allocations_within(measurable(model, calibration), calibration.sensitivity, row)
+        allocations = allocations_within(calibration.replaceable, calibration.sensitivity, row)
         widths = sorted({width for bits in allocations for width in bits.values() if width < HALF})
         table = quantized_table(model, calibration, row, widths)
         divergence_of = divergence_from(model, table, calibration.images, DTYPES[row.dtype])

@@ -75,20 +75,16 @@ class Calibration:
 
     @functools.cached_property
     def replaceable(self) -> dict[str, Any]:
-        """The layers that a quantized one can take the place of, by name.
+        """The layers that a quantized one can take the place of, by name, in the order in which they run.
 
         Left are a layer that did not run on the calibration images, since another module reads its weight or nothing
         needs it, and a convolution whose padding is not zeros.
         """
         layers = quantizable_layers(self.model)
-        ran = set() if self._statistics is None else set(self.statistics)
+        ran = {} if self._statistics is None else dict.fromkeys(self.statistics)
         if self._statistics is None:
-            run_watched(self.model, layers, [self.images[0][:1]], lambda name, _: ran.add(name))
-        return {
-            name: layer
-            for name, layer in layers.items()
-            if name in ran and getattr(layer, "padding_mode", "zeros") == "zeros"
-        }
+            run_watched(self.model, layers, [self.images[0][:1]], lambda name, _: ran.setdefault(name))
+        return {name: layers[name] for name in ran if getattr(layers[name], "padding_mode", "zeros") == "zeros"}
 
     def of(self, model: nn.Module) -> "Calibration":
         """Return the same images for another network of the same layers; its statistics are taken anew."""

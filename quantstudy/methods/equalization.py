@@ -114,8 +114,6 @@ def _equalize_pair(model: nn.Module, pair: Pair) -> float:
     first.weight.div_(s.view(-1, *[1] * (first.weight.ndim - 1)))
     if first.bias is not None:
         first.bias.div_(s)
-    if hasattr(first, "output_normal"):
-        first.output_normal.div_(s)
     if pair.clamp:
         model.get_submodule(pair.clamp).bound.div_(s)  # type: ignore[union-attr,operator]
     second.weight.copy_(_from_input_channels(columns * s[:, None], second))
@@ -133,7 +131,7 @@ def _by_input_channel(weight: Tensor, channels: int, groups: int) -> Tensor:
     return grouped.permute(1, 0, 2, 3, 4).flatten(1, 2).flatten(2)
 
 
-def mean_response(weight: Tensor, means: Tensor, groups: int = 1) -> Tensor:
+def _mean_response(weight: Tensor, means: Tensor, groups: int = 1) -> Tensor:
     """Return the mean of a layer's outputs, [O], where its input has `means`, [C], and the weight is all it has.
 
     Padding is not looked at: it counts like the rest of an image.
@@ -182,8 +180,6 @@ def _absorb(model: nn.Module, pair: Pair, amount: Tensor) -> None:
     first: Any = model.get_submodule(pair.first)
     second: Any = model.get_submodule(pair.second)
     first.bias.sub_(amount)
-    if hasattr(first, "output_normal"):
-        first.output_normal[0].sub_(amount)
-    second.bias.add_(mean_response(second.weight, amount, getattr(second, "groups", 1)))
+    second.bias.add_(_mean_response(second.weight, amount, getattr(second, "groups", 1)))
     if pair.clamp:
         model.get_submodule(pair.clamp).bound.sub_(amount)  # type: ignore[union-attr,operator]

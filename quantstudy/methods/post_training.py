@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from quantstudy import params as P
-from quantstudy.methods.bias_correction import correct_biases, correct_biases_analytically
+from quantstudy.methods.bias_correction import correct_biases
 from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.equalization import absorb_high_biases, equalize, find_pairs
 from quantstudy.methods.gain_correction import correct_gains
@@ -61,9 +61,7 @@ def freeze(model: nn.Module, network: nn.Module, calibration: Calibration, row: 
             layer.set_codes(gptq_codes(weight, scale, scheme, moments[name]), scale)
     if row.gain_correction:
         correct_gains(model, network, calibration.moments(layers))
-    if row.bias_correction == "analytic":
-        skipped["bias_correction"] = correct_biases_analytically(model, network, calibration.images[0][:1])
-    elif row.bias_correction:
+    if row.bias_correction:
         skipped["bias_correction"] = correct_biases(model, network, torch.cat(calibration.images))
     if row.finetune:
         skipped["finetune"] = finetune_jointly(model, network, calibration.images, row.seconds)

@@ -1,17 +1,17 @@
 """What it costs to quantize one layer alone, at each number of bits.
 
 For each layer and width only that layer's weights are quantized, and the network's logits are compared with those of
-fp32 on calibration images. The network is run once, operator by operator (`torch.fx`); where it comes to a layer, the
-rest of it is run from there, once for each width, so that on average half of the network is computed.
+fp32 on calibration images.
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantstudy import params as P
@@ -30,12 +30,6 @@ Table = dict[int, dict[str, nn.Module]]
 """Layers by bits and by name."""
 Layers = Mapping[str, Any]
 """The Conv2d and Linear of a network that can be quantized, by name."""
-
-
-def measurable(model: nn.Module, calibration: Calibration) -> Layers:
-    """Return the layers of `model` that can be quantized and that `torch.fx` sees called, by name."""
-    called = {node.target for node in fx.symbolic_trace(model).graph.nodes if node.op == "call_module"}
-    return {name: layer for name, layer in calibration.replaceable.items() if name in called}
 
 
 def quantized_table(model: nn.Module, calibration: Calibration, settings: P.Rounding, widths: Sequence[int]) -> Table:
@@ -77,13 +71,15 @@ def measure_layers(
         settings: widths, and how weights are rounded.
         macs: multiply-accumulates per image of every layer.
     """
-    layers = measurable(model, calibration)
+    layers = calibration.replaceable
     images, labels = [images for images, _ in batches], torch.cat([labels for _, labels in batches])
     reference = torch.cat([model(batch) for batch in images])
     table = quantized_table(model, calibration, settings, [bits for bits in settings.bits if bits < HALF])
     rows = []
-    for name, bits, logits in _logits_with_one_layer_changed(model, layers, table, images, settings.bits):
+    for name, bits in itertools.product(layers, settings.bits):
         weight = layers[name].weight
+        with _changed(layers[name], table[bits][name] if bits < HALF else None):
+            logits = torch.cat([model(batch) for batch in images])
         row = {"layer": name, "bits": bits, "weights": weight.numel(), "macs": macs[name]}
         row["bytes"] = stored_bits(weight.shape, bits, settings.group_size) // 8
         rows.append(row | _compare(reference, logits, labels))
@@ -108,24 +104,6 @@ def _compare(reference: Tensor, logits: Tensor, labels: Tensor) -> Row:
     }
 
 
-def _logits_with_one_layer_changed(
-    model: nn.Module, layers: Layers, table: Table, images: Sequence[Tensor], widths: Sequence[int]
-) -> Iterator[tuple[str, int, Tensor]]:
-    graph = fx.symbolic_trace(model)  # its layers are the model's own
-    nodes, seen = list(graph.graph.nodes), set()
-    runners = [_Runner(graph, batch) for batch in images]
-    for index, node in enumerate(nodes):
-        if node.op == "call_module" and node.target in layers and node.target not in seen:
-            name = str(node.target)
-            seen.add(name)  # a layer that is called twice is changed in both places at the first
-            for bits in widths:
-                with _changed(layers[name], table[bits][name] if bits < HALF else None):
-                    logits = torch.cat([runner.rest(nodes[index:]) for runner in runners])
-                yield name, bits, logits
-        for runner in runners:
-            runner.step(node)
-
-
 @contextlib.contextmanager
 def _changed(layer: Any, quantized: Any) -> Iterator[None]:
     """Give `layer` the weight and bias of its quantized self, or its own in float16 where that is None."""
@@ -141,27 +119,3 @@ def _changed(layer: Any, quantized: Any) -> Iterator[None]:
         yield
     finally:
         layer.weight, layer.bias = weight, bias
-
-
-class _Runner(fx.Interpreter):
-    """A network on one batch, run operator by operator, keeping the values that are still needed."""
-
-    def __init__(self, graph: fx.GraphModule, images: Tensor) -> None:
-        super().__init__(graph)
-        self.args_iter = iter([images])
-
-    def step(self, node: fx.Node) -> None:
-        """Run one operator."""
-        self.env[node] = self.run_node(node)
-        for unneeded in self.user_to_last_uses.get(node, ()):
-            del self.env[unneeded]
-
-    def rest(self, nodes: Sequence[fx.Node]) -> Tensor:
-        """Return what `nodes`, the rest of the network, give; the runner stays where it is."""
-        kept = self.env
-        self.env = {node: x.clone() if isinstance(x, Tensor) else x for node, x in kept.items()}  # ReLU is in place
-        for node in nodes:
-            self.step(node)
-        logits: Tensor = self.env[nodes[-1]]
-        self.env = kept
-        return logits

@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
@@ -13,9 +13,8 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     """Return a copy in eval mode where each BatchNorm2d that follows a Conv2d is folded into it.
 
     The names of the layers stay: the convolution takes the folded weight and a bias, the BatchNorm becomes an
-    `Identity`. What it said of the convolution's output stays as a buffer that is not stored, `output_normal`, float32
-    [2, channels]: the mean and the standard deviation. A BatchNorm that does not directly follow a convolution stays as
-    it is, and so does every one of a network that `torch.fx` cannot trace.
+    `Identity`. A BatchNorm that does not directly follow a convolution stays as it is, and so does every one of a
+    network that `torch.fx` cannot trace.
     """
     return fold_in_place(copy.deepcopy(model).eval())
 
@@ -32,17 +31,9 @@ def fold_in_place(model: nn.Module) -> nn.Module:
 
 def _fused(conv: Any, norm: Any) -> nn.Module:
     if not conv.weight.is_meta:
-        fused = fuse_conv_bn_eval(conv, norm)
-        fused.register_buffer("output_normal", _normal_behind(norm), persistent=False)
-        return fused
+        return fuse_conv_bn_eval(conv, norm)
     conv.bias = nn.Parameter(torch.empty(norm.num_features, device="meta"))  # empty_like would import sympy
     return conv  # type: ignore[no-any-return]
-
-
-def _normal_behind(norm: nn.BatchNorm2d) -> Tensor:
-    if not norm.affine:
-        return torch.stack([torch.zeros(norm.num_features), torch.ones(norm.num_features)])
-    return torch.stack([norm.bias, norm.weight.abs()]).detach()
 
 
 def conv_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:

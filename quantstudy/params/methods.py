@@ -57,8 +57,8 @@ class Rounding(Section):
     """The time that adaround, brecq and finetune may take each."""
     gain_correction: bool = False
     """Whether scales give back what rounding takes from the size of each output channel."""
-    bias_correction: bool | Literal["analytic"] = False
-    """Whether the mean error of each output channel goes into the bias: on calibration images, or by BatchNorm."""
+    bias_correction: bool = False
+    """Whether the mean error of each output channel on the calibration images goes into the bias."""
     finetune: bool = False
     """Whether weights, scales and biases then learn together to predict what fp32 does on the calibration images."""
 

@@ -27,9 +27,9 @@ def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
 def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], bins: int) -> dict[str, Any]:
     """Return the input statistics of every quantizable layer of `model` over `batches`.
 
-    The result is `{"images": int, "layers": {name: statistics}}`; a layer's statistics are the floats min, max,
-    mean and std, `moving` (the exponential averages of the batches' minima and maxima), `edges` (float32 [bins + 1])
-    and `counts` (float64 [bins]).
+    The result is `{"images": int, "layers": {name: statistics}}`, the layers in the order in which they run. A layer's
+    statistics are the floats min, max, mean and std, `moving` (the exponential averages of the batches' minima and
+    maxima), `edges` (float32 [bins + 1]) and `counts` (float64 [bins]).
     """
     images = [images for images, _ in batches]
     layers = quantizable_layers(model)
@@ -59,9 +59,7 @@ def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], bins: in
     return {
         "images": sum(len(batch) for batch in images),
         "layers": {
-            name: _statistics(extremes[name], sums[name], counts[name]) | {"moving": moving[name]}
-            for name in layers
-            if name in counts
+            name: _statistics(extremes[name], sums[name], counts[name]) | {"moving": moving[name]} for name in counts
         },
     }
 

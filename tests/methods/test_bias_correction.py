@@ -1,4 +1,4 @@
-"""Bias correction from calibration images, and from what BatchNorm alone tells."""
+"""Bias correction from calibration images."""
 
 import copy
 
@@ -6,113 +6,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantstudy.errors import UserError
-from quantstudy.methods.bias_correction import FEW, clipped_normal_mean, input_means, is_on
+from quantstudy.methods.bias_correction import FEW, is_on
 from quantstudy.methods.calibration import Calibration
-from quantstudy.methods.equalization import equalize
 from quantstudy.methods.recipes import quantize
-from quantstudy.network.folding import fold_batchnorm
 from quantstudy.params import WeightOnly
-from quantstudy.quantization.layers import quantized_layers
-from quantstudy.quantization.observers import quantizable_layers
 
-ANALYTIC = WeightOnly(kind="weight_only", weight_bits=3, bias_correction="analytic")
-FROM_IMAGES = ANALYTIC.model_copy(update={"bias_correction": True})
-
-IMAGES = [torch.zeros(1, 3, 16, 16)]
-
-
-class Branches(nn.Module):
-    """Every operator whose mean is known: sums, ReLU6, pooling over an average, a grouped convolution, padding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
-        self.left, self.left_norm = nn.Conv2d(8, 8, 1, groups=4), nn.BatchNorm2d(8)
-        self.relu6, self.last, self.last_norm = nn.ReLU6(), nn.Conv2d(8, 6, 3, 2, 1), nn.BatchNorm2d(6)
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.first(x))
-        x = x + self.left_norm(self.left(x))
-        x = self.relu6(self.last_norm(self.last(x)))
-        return self.head(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1))
+FROM_IMAGES = WeightOnly(kind="weight_only", weight_bits=3, bias_correction=True)
 
 
 @pytest.fixture(scope="module")
 def images() -> Tensor:
     return torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)) + 0.5
-
-
-@pytest.fixture(scope="module")
-def network(images: Tensor) -> nn.Module:
-    """BatchNorm that has seen exactly these images, whose values are normally distributed; folded."""
-    torch.manual_seed(0)
-    model = Branches()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None
-            nn.init.normal_(module.bias)
-            nn.init.normal_(module.weight)
-    with torch.no_grad():
-        model.train()(images)
-    return fold_batchnorm(model)
-
-
-@torch.no_grad()
-def means_of_inputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-
-    def hook(name: str) -> None:
-        def remember(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found[name] = inputs[0].transpose(0, 1).flatten(1).mean(1)
-
-        model.get_submodule(name).register_forward_pre_hook(remember)
-
-    model = copy.deepcopy(model)
-    for name in quantizable_layers(model):
-        hook(name)
-    model(images)
-    return found
-
-
-@pytest.mark.parametrize("prepare", [copy.deepcopy, equalize], ids=["as it is", "equalized"])
-def test_means_of_inputs_are_those_of_images(prepare: object, network: nn.Module, images: Tensor) -> None:
-    model = prepare(network)  # type: ignore[operator]
-    known, wanted = input_means(model), means_of_inputs(model, images)
-    assert known.keys() == wanted.keys() - {"first"}  # nothing tells the mean of an image
-    for name, mean in known.items():
-        torch.testing.assert_close(mean, wanted[name], atol=0.02 * float(wanted[name].abs().max()), rtol=0, msg=name)
-
-
-@pytest.mark.parametrize("highest", [0.7, 6.0, float("inf")])
-@pytest.mark.parametrize(("mean", "std"), [(0.3, 1.0), (-2.0, 0.5), (5.5, 3.0), (1.0, 0.0)])
-def test_the_mean_of_a_clipped_normal_distribution(mean: float, std: float, highest: float) -> None:
-    quantiles = (torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1_000_000
-    values = (mean + std * torch.special.ndtri(quantiles)).clamp(0, highest)
-    found = clipped_normal_mean(*(torch.tensor([value], dtype=torch.float64) for value in (mean, std, highest)))
-    assert float(found) == pytest.approx(float(values.mean()), abs=1e-5)
-
-
-@torch.no_grad()
-def test_the_mean_error_that_weights_make_is_zero_where_the_input_is_known(network: nn.Module) -> None:
-    """One layer is looked at a time, on an image of its input's mean: the error of its weights is what is claimed."""
-    variant = quantize(network, Calibration(network, IMAGES), ANALYTIC)
-    plain = quantize(network, Calibration(network, IMAGES), ANALYTIC.model_copy(update={"bias_correction": False}))
-    for name, mean in input_means(network).items():
-        x = mean if name == "head" else mean.view(1, -1, 1, 1).expand(1, -1, 16, 16)
-        outputs = [model.get_submodule(name)(x) for model in (network, variant.network, plain.network)]
-        wanted, corrected, uncorrected = (y.mean((0, 2, 3)) if y.ndim == 4 else y for y in outputs)
-        assert (corrected - wanted).abs().max() < 1e-4 * (uncorrected - wanted).abs().max()
-    assert torch.equal(*(quantized_layers(model)["first"].bias for model in (variant.network, plain.network)))
-
-
-def test_what_nothing_is_known_of_is_named(network: nn.Module) -> None:
-    variant = quantize(network, Calibration(network, IMAGES), ANALYTIC)
-    assert list(variant.skipped["bias_correction"]) == ["first"]
-    plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
-    with pytest.raises(UserError, match="analytic needs BatchNorm"):
-        quantize(plain, Calibration(plain, IMAGES), ANALYTIC)
 
 
 class Residual(nn.Module):
