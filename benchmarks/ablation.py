@@ -5,13 +5,12 @@
 
 Starts from models/<study>/fp32.pth. Calibration images are drawn from the training part of the training split, by
 seed, `--images` a draw; `--seeds` draws for the last row of a scheme, one for the rows before it. Top-1 is on the whole
-test split, simulated in eager mode. Variants trained by the pipeline, if their files are there, follow their scheme.
+test split, simulated in eager mode.
 Writes reports/<study>/ablation.json and .md; rows that are there already are kept, so that a run can be continued or
 extended; delete the file to begin anew.
 """
 
 import argparse
-import csv
 import functools
 import operator
 import statistics
@@ -41,7 +40,7 @@ from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.recipes import quantize
 from quantstudy.network.checkpoint import load_checkpoint
 from quantstudy.network.fp32 import load_fp32, load_preprocessing
-from quantstudy.quantization.variant import load_variant, save_variant
+from quantstudy.quantization.variant import save_variant
 from quantstudy.report.ablation import markdown
 
 Row = dict[str, Any]
@@ -64,7 +63,6 @@ STEPS: dict[str, dict[str, Any]] = {
     "mse weight ranges": {"weight_range": "mse"},
     "joint fine-tuning": {"finetune": True},
 }
-TRAINED = {"qat_int8": "W8A8", "qat_w4a8": "W4A8", "qat_w4a4": "W4A4", "qat_w2a8": "W2A8", "qat_w2a8_g32": "W2A8"}
 
 
 @dataclass
@@ -119,10 +117,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         for number in range(1, len(steps) + 1):
             _add(rows, subject, scheme, steps[:number], arguments.seeds if number == len(steps) else 1)
             _write(rows, subject, file)
-    for variant, scheme in TRAINED.items():
-        if layout.model(arguments.study, variant).is_file():
-            _add_trained(rows, subject, scheme, variant)
-    _write(rows, subject, file)
 
 
 def _add(rows: list[Row], subject: Subject, scheme: str, steps: list[str], seeds: int) -> None:
@@ -141,23 +135,12 @@ def _add(rows: list[Row], subject: Subject, scheme: str, steps: list[str], seeds
         path = Path(folder) / "variant.pth"
         save_variant(path, variant, load_checkpoint(layout.model(subject.name, "fp32")), scheme)
         facts = _facts(subject.images, variant, path, statistics.mean(seconds))
-    _put(rows, subject, {"scheme": scheme, "techniques": steps, "post_training": True}, correct, facts)
+    _put(rows, subject, {"scheme": scheme, "techniques": steps}, correct, facts)
 
 
 def _facts(images: int, variant: nn.Module, path: Path, seconds: float) -> dict[str, Any]:
     mean_bits, size = stored(variant)["weight_bits"], path.stat().st_size / 1e6
     return {"images": images, "mean_bits": mean_bits, "size_mb": size, "seconds": seconds}
-
-
-def _add_trained(rows: list[Row], subject: Subject, scheme: str, variant: str) -> None:
-    path, curve = layout.model(subject.name, variant), layout.curve(subject.name, variant)
-    model = load_variant(path)
-    images = read_json(layout.training_summary(subject.name, variant))["train_images"]
-    with curve.open(encoding="utf-8") as file:
-        rates = [float(row["images_per_second"]) for row in csv.DictReader(file) if row["images_per_second"]]
-    facts = _facts(images, model, path, sum(images / rate for rate in rates))
-    name = {"scheme": scheme, "techniques": [variant], "post_training": False}
-    _put(rows, subject, name, [subject.correct(model)], facts)
 
 
 def _put(
@@ -185,20 +168,13 @@ def _put(
     print(f"{row['scheme']} {row['techniques']}: drop {row['top1_drop']:+.2f}, {row['seconds']:.0f} s", flush=True)
 
 
-def _place(row: Row) -> tuple[int, bool, list[int]]:
-    """Order the rows of a scheme so that each stands under the one that it adds a technique to."""
-    schemes = list(dict.fromkeys([*SCHEMES, *TRAINED.values()]))
-    order = list(STEPS) if row["post_training"] else list(TRAINED)
-    steps = [order.index(name) for name in row["techniques"]]
-    return schemes.index(row["scheme"]), not row["post_training"], steps
-
-
 def _write(rows: list[Row], subject: Subject, file: Path) -> None:
-    rows.sort(key=_place)
+    schemes, order = list(SCHEMES), list(STEPS)
+    rows.sort(key=lambda row: (schemes.index(row["scheme"]), [order.index(step) for step in row["techniques"]]))
     write_json(file, rows)
     note = (
-        f"`{subject.name}`: fp32 {100 * subject.right[()].mean():.2f} % on {len(subject.test)} test images; "
-        f"the images of a row are calibration images of a draw, or those it was trained on. {describe_machine()}."
+        f"`{subject.name}`: fp32 {100 * subject.right[()].mean():.2f} % on {len(subject.test)} test images. "
+        f"{describe_machine()}."
     )
     write_text(file.with_suffix(".md"), markdown(rows) + "\n" + note + "\n")
 

@@ -1,14 +1,12 @@
 """What int8 buys in time on this CPU, and what it costs to prepare: every runtime of one network, side by side.
 
-Rows: fp32 eager, int8 kernels one layer at a time (static and run-time ranges), the lowered network (static and
-run-time ranges), fp32 and int8 static on ONNX Runtime (tuned for it) and OpenVINO, and compiled by inductor with frozen
-weights. The network has random weights with BatchNorm folded, and ranges from one random batch: timings need no
-training. Weights are such that sums saturate on no CPU.
+Rows: fp32 eager, the int8 network of eager mode (static and run-time ranges), fp32 and int8 static on ONNX Runtime
+(tuned for it) and OpenVINO, and compiled by inductor with frozen weights. The network has random weights with BatchNorm
+folded, and ranges from one random batch: timings need no training. Weights are such that sums saturate on no CPU.
 
 Method: all runtimes in one process, in turns of three timed calls after one that is not (`measure.latency`). The table
 gives the median milliseconds with their quartiles, how many times faster than each fp32 that is, and the seconds that
-preparing the runtime took, its export and its first call included. On a busy machine use --threads 1: there, two
-threads mostly wait for each other.
+preparing the runtime took, its export and its first call included.
 
     python -m benchmarks.int8_runtimes --architecture mobilenet_v2 --pixels 32 224 --batch 1 16
 """
@@ -19,27 +17,29 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import onnx
 import torch
 from torch import Tensor, nn
 
+from quantstudy import params as P
 from quantstudy.machine.hardware import describe_machine
 from quantstudy.measure.latency import time_alternately
+from quantstudy.methods.calibration import Calibration
+from quantstudy.methods.recipes import quantize
 from quantstudy.network.architectures import build
 from quantstudy.network.folding import fold_batchnorm
-from quantstudy.quantization.layers import LayerScheme, put_layers, quantize_layers, quantized_layers
-from quantstudy.quantization.observers import quantizable_layers, run_watched
-from quantstudy.quantization.saturation import limit_of
-from quantstudy.quantization.schemes import ActivationScheme, Mode, WeightScheme
 from quantstudy.runtimes.executables import build_executable
-from quantstudy.runtimes.lowering import lower_int8, make_kernel
+from quantstudy.runtimes.lowering import lower_int8
 from quantstudy.runtimes.onnx_graph import network_graph
 from quantstudy.runtimes.onnx_tuning import exported_model
 from quantstudy.runtimes.sessions import open_session, why_missing
 
 Runtime = Callable[[Tensor], Tensor]
 CLASSES = 100
+INT8: Any = {"weight_bits": 8, "activation_bits": 8, "saturation_free": True}
+STATIC, DYNAMIC = P.Static(kind="static", **INT8), P.Dynamic(kind="dynamic", **INT8)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,7 +50,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=10.0, help="time to spend on each table's timings")
-    parser.add_argument("--no-inductor", action="store_true", help="leave out what has to be compiled")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
@@ -62,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 x = torch.randn(batch, 3, pixels, pixels).to(memory_format=torch.channels_last)
                 print(f"\n{args.architecture}, {pixels} px, batch {batch}, {args.threads} threads")
                 graph = network_graph(args.architecture, CLASSES, pixels)
-                compare(model, graph, x, args.seconds, not args.no_inductor)
+                compare(model, graph, x, args.seconds)
 
 
 def random_model(architecture: str, pixels: int) -> nn.Module:
@@ -77,25 +76,6 @@ def random_model(architecture: str, pixels: int) -> nn.Module:
     return fold_batchnorm(model.eval()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def quantized(model: nn.Module, mode: Mode, x: Tensor) -> nn.Module:
-    """Return a copy with every layer quantized to int8 weights and activations, frozen."""
-    model, ranges = copy.deepcopy(model), dict[str, tuple[float, float]]()
-    activation, layers = ActivationScheme(mode, 8), quantizable_layers(model)
-    run_watched(model, layers, [x], lambda name, y: ranges.update({name: (y.min().item(), y.max().item())}))
-    schemes = {name: LayerScheme(WeightScheme(8, limit=limit_of(layers[name])), activation) for name in ranges}
-    for name, layer in quantize_layers(model, schemes).items():
-        layer.activation.scale, layer.activation.zero_point = activation.choose_qparams(*ranges[name])
-        layer.freeze()
-    return model.eval()
-
-
-def layer_by_layer(model: nn.Module) -> nn.Module:
-    """Return a copy with an int8 kernel in the place of every quantized layer."""
-    model = copy.deepcopy(model)
-    put_layers(model, {name: make_kernel(layer) for name, layer in quantized_layers(model).items()})
-    return model
-
-
 def compiled(model: nn.Module) -> Runtime:
     """Compile a copy with frozen weights and the int8 patterns of x86."""
     torch._dynamo.reset()
@@ -107,13 +87,11 @@ def exported(model: nn.Module, graph: onnx.ModelProto, runtime: str) -> Runtime:
     return open_session(exported_model(model, graph, runtime), runtime, torch.get_num_threads()).run
 
 
-def compare(model: nn.Module, graph: onnx.ModelProto, x: Tensor, seconds: float, inductor: bool) -> None:
+def compare(model: nn.Module, graph: onnx.ModelProto, x: Tensor, seconds: float) -> None:
     """Prepare every runtime, time them in turn, print the table."""
-    static, dynamic = quantized(model, "static", x), quantized(model, "dynamic", x)
+    static, dynamic = (quantize(model, Calibration(model, [x]), row).network for row in (STATIC, DYNAMIC))
     builders: dict[str, Callable[[], Runtime]] = {
         "fp32 eager": lambda: model,
-        "int8 static, layer by layer": lambda: layer_by_layer(static),
-        "int8 dynamic, layer by layer": lambda: layer_by_layer(dynamic),
         "int8 static, lowered": lambda: lower_int8(static),
         "int8 dynamic, lowered": lambda: lower_int8(dynamic),
     }
@@ -121,9 +99,8 @@ def compare(model: nn.Module, graph: onnx.ModelProto, x: Tensor, seconds: float,
         if why_missing(runtime) is None:
             builders[f"fp32 {runtime}"] = functools.partial(exported, model, graph, runtime)
             builders[f"int8 static, {name}"] = functools.partial(exported, static, graph, runtime)
-    if inductor:
-        builders["fp32 inductor"] = lambda: compiled(model)
-        builders["int8 static, inductor"] = lambda: compiled(static)
+    builders["fp32 inductor"] = lambda: compiled(model)
+    builders["int8 static, inductor"] = lambda: compiled(static)
     runtimes, prepared = {}, {}
     for name, make in builders.items():
         start = time.perf_counter()

@@ -198,20 +198,6 @@ def pt2e(subject: Subject) -> Iterator[Candidate]:
         yield Candidate("torchao", name, "inductor", run, size, taken, torch.channels_last)
 
 
-def torchao(subject: Subject) -> Iterator[Candidate]:
-    """Torchao's one-line API: it takes linear layers only."""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
-
-    for config in (Int8WeightOnlyConfig(), Int8DynamicActivationInt8WeightConfig()):
-        model = copy.deepcopy(subject.fp32)
-        started = time.perf_counter()
-        quantize_(model, config)
-        taken = time.perf_counter() - started
-        name = f"quantize_ {type(config).__name__.removesuffix('Config')}"
-        size = _size_mb(model, subject.folder / "torchao.pth")
-        yield Candidate("torchao", name, "eager", model, size, taken, torch.channels_last)
-
-
 def brevitas(subject: Subject) -> Iterator[Candidate]:
     """Brevitas's post-training flow: GPTQ, then bias correction, as in its ImageNet example."""
     from brevitas.graph.quantize import preprocess_for_quantize
@@ -263,7 +249,7 @@ def aimet(subject: Subject) -> Iterator[Candidate]:
 
 
 TOOLS: dict[str, Callable[[Subject], Iterator[Candidate]]] = {
-    tool.__name__: tool for tool in (quantstudy, nncf, onnxruntime, pt2e, torchao, brevitas, aimet)
+    tool.__name__: tool for tool in (quantstudy, nncf, onnxruntime, pt2e, brevitas, aimet)
 }
 
 

@@ -5,7 +5,6 @@ import csv
 import hashlib
 import io
 import json
-import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -87,11 +86,6 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: no such file; run the stage that writes it") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
-
-
-def finite(value: float | None) -> float | None:
-    """Return `value`, or None when it is not a finite number."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def sha256(path: Path) -> str:

@@ -29,8 +29,8 @@ def calibration(study: str) -> Path:
 
 
 def reference(study: str) -> Path:
-    """What the variants are compared with: the fp32 model's logits on the test split and its counted arithmetic."""
-    return Path("models") / study / "reference.npz"
+    """What the variants are compared with: the fp32 model's logits on the test split, float32 [images, classes]."""
+    return Path("models") / study / "reference.npy"
 
 
 def graph(study: str) -> Path:

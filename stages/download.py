@@ -20,9 +20,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     calibration = train.subset(calibration_indices(len(train), study.calibration, study.seed, name))
 
     splits = {"train": train, "calibration": calibration, "test": test}
-    save_splits({layout.split(name, part): split for part, split in splits.items()})
-    for part, split in splits.items():
-        print(f"{layout.split(name, part)}: {len(split)} images, {split.nbytes / 1e6:.1f} MB")
+    files = {layout.split(name, part): split for part, split in splits.items()}
+    save_splits(files)
+    for path, split in files.items():
+        print(f"{path}: {len(split)} images, {path.stat().st_size / 1e6:.1f} MB")
     print(f"{name}: {len(train.classes)} classes, {train.side} pixels a side")
 
 

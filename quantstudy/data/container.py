@@ -43,11 +43,6 @@ class Split:
         """Return the number of images."""
         return len(self.labels)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the images as stored."""
-        return sum(tensor.nbytes for tensor in (self.images, self.encoded) if tensor is not None)
-
     def subset(self, indices: Tensor | Sequence[int]) -> "Split":
         """Return a copy that holds the images at `indices`, in that order."""
         indices = torch.as_tensor(indices, dtype=torch.int64)

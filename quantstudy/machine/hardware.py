@@ -27,14 +27,9 @@ _NATIVE: dict[str, tuple[str, ...]] = {
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """Return the CPU's features, named as Linux names them (`avx512_vnni`, `amx_int8`, `asimdhp`).
-
-    PyTorch is asked too where Linux knows no VNNI, which older kernels do not name; a feature that neither knows is
-    absent.
-    """
+    """Return the CPU's features as Linux names them (`avx512_vnni`, `amx_int8`, `asimdhp`); elsewhere none."""
     info = _cpuinfo()
-    flags = set((info.get("flags") or info.get("Features") or "").lower().split())
-    return frozenset(flags if not flags.isdisjoint(INSTRUCTION_SETS["VNNI"]) else flags | _from_torch())
+    return frozenset((info.get("flags") or info.get("Features") or "").lower().split())
 
 
 def cpu_model() -> str:
@@ -119,14 +114,3 @@ def _cpuinfo() -> Mapping[str, str]:
         return {}
     pairs = (line.partition(":") for line in block.splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs}
-
-
-def _from_torch() -> set[str]:
-    import torch
-
-    names = {"avx2": "_is_avx2_supported", "avx512f": "_is_avx512_supported", "avx512_vnni": "_is_vnni_supported"}
-    names |= {"avx512_bf16": "_is_avx512_bf16_supported", "amx_fp16": "_is_amx_fp16_supported"}
-    flags = {flag for flag, ask in names.items() if getattr(torch.cpu, ask, bool)()}
-    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    groups = (*INSTRUCTION_SETS.values(), *_NATIVE.values())
-    return flags | {name for group in groups for name in group if capabilities.get(name) is True}

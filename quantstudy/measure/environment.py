@@ -5,7 +5,7 @@ The facts hold nothing that changes between two runs on one machine, so that a s
 
 import importlib.metadata
 import platform
-import subprocess
+import shutil
 from typing import Any
 
 from quantstudy.machine import hardware
@@ -23,7 +23,9 @@ def environment() -> dict[str, Any]:
         for device in (("cpu", "cuda") if facts["gpu"]["available"] else ("cpu",))
     }
     facts["int8_kernels"] = int8_kernels_available()
-    return facts | {"missing": missing(facts), "remarks": remarks(facts)}
+    saturates = facts["cpu"]["int8_sums_saturate"]
+    remarks = hardware.remarks(facts["gpu"]["available"], facts["native_arithmetic"]["cpu"], saturates)
+    return facts | {"missing": missing(facts), "remarks": remarks}
 
 
 def gpu() -> dict[str, Any]:
@@ -33,7 +35,7 @@ def gpu() -> dict[str, Any]:
     if not torch.cuda.is_available():
         built = torch.version.cuda
         reason = "no CUDA GPU was found" if built else "this build of torch is for CPUs only"
-        return {"available": False, "reason": f"{reason} (nvidia-smi {'found' if _driver() else 'not found'})"}
+        return {"available": False, "reason": reason}
     properties = torch.cuda.get_device_properties(0)
     return {
         "available": True,
@@ -41,7 +43,6 @@ def gpu() -> dict[str, Any]:
         "count": torch.cuda.device_count(),
         "memory_gb": round(properties.total_memory / 1e9, 1),
         "compute_capability": f"{properties.major}.{properties.minor}",
-        "driver": _driver(),
         "cuda": torch.version.cuda,
         "cudnn": str(torch.backends.cudnn.version()),
     }
@@ -65,28 +66,14 @@ def cpu() -> dict[str, Any]:
 
 
 def software() -> dict[str, str | None]:
-    """Return versions: the system, Python, the packages and git; None where there is no git."""
+    """Return versions of the system, Python and the packages, and the path of git; None where there is none."""
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    try:
-        system = platform.freedesktop_os_release()["PRETTY_NAME"]
-    except (OSError, KeyError):
-        system = platform.platform(terse=True)
-    return {"os": system, "python": platform.python_version(), **versions, "git": first_line("git", "--version")}
-
-
-def first_line(command: str, *flags: str) -> str | None:
-    """Return the first line that a command prints; None when it is not there or fails."""
-    try:
-        done = subprocess.run(
-            [command, *flags], capture_output=True, check=True, text=True, errors="replace", timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return (done.stdout.strip().splitlines() or [""])[0]
-
-
-def _driver() -> str | None:
-    return first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "os": platform.platform(terse=True),
+        "python": platform.python_version(),
+        **versions,
+        "git": shutil.which("git"),
+    }
 
 
 def missing(facts: dict[str, Any]) -> list[dict[str, str]]:
@@ -107,9 +94,3 @@ def missing(facts: dict[str, Any]) -> list[dict[str, str]]:
         (facts["software"]["git"], "git", "experiments and comparisons between them", "install the package git"),
     )
     return [dict(zip(("what", "disables", "how_to_get"), row[1:], strict=True)) for row in rows if not row[0]]
-
-
-def remarks(facts: dict[str, Any]) -> list[str]:
-    """Return sentences that a reader of the figures measured here has to know."""
-    saturates = facts["cpu"]["int8_sums_saturate"]
-    return hardware.remarks(facts["gpu"]["available"], facts["native_arithmetic"]["cpu"], saturates)

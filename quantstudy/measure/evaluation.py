@@ -19,7 +19,6 @@ from quantstudy import params as P
 from quantstudy.data.batches import Batches, run_on_split
 from quantstudy.data.container import Split
 from quantstudy.errors import UserError, one_line
-from quantstudy.files import atomic, finite
 from quantstudy.machine.device import DTYPES
 from quantstudy.machine.hardware import arithmetic_is_native, describe_machine, int8_sums_saturate, remarks
 from quantstudy.measure.accuracy import accuracy, percent_equal
@@ -40,31 +39,6 @@ BATCH_SIZES = (1, 16)
 """The batch sizes that are timed."""
 EAGER_BATCH = 64
 """The batch size of accuracy where no graph is built for a size: a large layer's weights are read less often."""
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What a study's variants are compared with: fp32's logits [images, classes] and its arithmetic per image."""
-
-    logits: np.ndarray
-    total_macs: int
-    macs: dict[str, int]
-    """Multiply-accumulates by the name of the layer."""
-
-    def save(self, path: Path) -> None:
-        """Write it as plain arrays, atomically."""
-        layers, counts = np.array(list(self.macs)), np.array([self.total_macs, *self.macs.values()])
-        with atomic(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, logits=self.logits, layers=layers, macs=counts)
-
-    @classmethod
-    def load(cls, path: Path) -> "Reference":
-        """Read what `save` wrote; raise `UserError` when it is not there."""
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; evaluate the variant fp32 first")
-        with np.load(path) as arrays:
-            total, *counts = (int(count) for count in arrays["macs"])
-            return cls(arrays["logits"], total, dict(zip(map(str, arrays["layers"]), counts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -118,17 +92,14 @@ class _Model(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(task: Task, test: Split, reference: Reference | None) -> tuple[Record, Record, Reference]:
-    """Return the metrics and the details of a variant, and its logits as a reference for others.
+def evaluate(task: Task, test: Split, reference: np.ndarray | None) -> tuple[Record, Record, np.ndarray]:
+    """Return the metrics, the details and the logits, [images, classes], of a variant.
 
-    `reference` is fp32's on the same images; None when the variant is fp32 itself. Call it before the process has
-    computed anything, so that the memory it measures is the variant's alone.
+    `reference` are fp32's logits on the same images; None when the variant is fp32 itself. Call it before the process
+    has computed anything, so that the memory it measures is the variant's alone.
     """
     (eager, model), memory = with_peak_memory_mb(lambda: _eager_after_a_batch(task), task.device)
-    if reference is None:
-        total_macs, macs = count_macs(task.load(), task.preprocessing.image_size)
-    else:
-        total_macs, macs = reference.total_macs, reference.macs
+    total_macs, macs = count_macs(task.load("fp32"), task.preprocessing.image_size)
     executables, baselines, failed = _executables(task, eager)
     timings = {size: _time(task, executables, baselines, size) for size in BATCH_SIZES}
     chosen = fastest(task.variant, executables, timings)
@@ -136,12 +107,12 @@ def evaluate(task: Task, test: Split, reference: Reference | None) -> tuple[Reco
     logits = logits_of[chosen.runtime]
     if memory is None:
         failed["peak_memory_mb"] = "the system does not let a process reset its peak"
-    metrics: Record = accuracy(logits, logits if reference is None else reference.logits, test.labels.numpy())
+    metrics: Record = accuracy(logits, logits if reference is None else reference, test.labels.numpy())
     size, fp32_size = task.path.stat().st_size, layout.model(task.name, "fp32").stat().st_size
     metrics |= {"size_mb": size / 1e6, "compression": fp32_size / size} | model.stored
     metrics |= {"gmacs": total_macs / 1e9, "tbops": tera_bit_operations(macs, model.bits)}
     metrics |= latencies(task.variant, chosen, timings)
-    metrics |= {"kernel_real": int(chosen.real), "peak_memory_mb": finite(memory), "seed": task.study.seed}
+    metrics |= {"kernel_real": int(chosen.real), "peak_memory_mb": memory, "seed": task.study.seed}
     sqnr = {} if reference is None else _layer_sqnr(task, test)
     agreement = {runtime: percent_equal(found, logits_of["eager"]) for runtime, found in logits_of.items()}
     details = _details(task, chosen, timings) | {
@@ -153,7 +124,7 @@ def evaluate(task: Task, test: Split, reference: Reference | None) -> tuple[Reco
         "agreement_with_eager": agreement,
     }
     details["remarks"] += remark(model.left, model.stored["layers_quantizable"])
-    return metrics, details, Reference(logits, total_macs, macs)
+    return metrics, details, logits
 
 
 def _logits(executable: Executable, task: Task, test: Split) -> np.ndarray:

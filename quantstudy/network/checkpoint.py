@@ -6,6 +6,7 @@ dtype are views into one storage.
 """
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,10 @@ def load_tensors(path: Path) -> Any:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; run the stage that writes it, or put the file there")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AssertionError) as error:
         reason = str(error).split("\n")[0][:120]
         raise UserError(f"{path}: truncated, corrupt or not a file of tensors ({reason})") from None
-
-
-def _is_zip(path: Path) -> bool:
-    with Path(path).open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
 
 
 def _shared_storage(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,6 +1,5 @@
 """Load the weights that a model starts from: torchvision's, or a state_dict on disk."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from quantstudy.network.architectures import build, check_logits, torchvision_na
 from quantstudy.network.attention import opened_names
 from quantstudy.network.checkpoint import load_tensors
 
-_KEYS = ("architecture", "image_size")
 AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 """Tensors of GoogLeNet and Inception that only their own training needs."""
 
@@ -120,21 +118,21 @@ def head_name(model: nn.Module) -> str:
 
 
 def network_of_state(
-    state: dict[str, Tensor], source: str, architecture: str, image_size: int, keys: Sequence[str] = _KEYS
+    state: dict[str, Tensor], source: str, architecture: str, image_size: int
 ) -> tuple[nn.Module, int]:
     """Return the network that a whole state_dict is of, and its classes: as many as its head has.
 
-    `source` is what errors call the state, `keys` what they call the architecture and the image size.
+    `source` is what errors call the state.
 
     Raises:
         UserError: there is no such architecture, or the state is not of it.
     """
-    head = f"{head_name(build(architecture, 1, image_size, keys[0]))}.weight"
+    head = f"{head_name(build(architecture, 1, image_size, 'architecture'))}.weight"
     weight = opened_names(state).get(head)
     if weight is None:
         raise UserError(f"{source}: not of architecture {architecture}: it lacks {head}")
-    model = build(architecture, weight.shape[0], image_size, keys[0])
-    check_logits(model, weight.shape[0], image_size, keys[1])
+    model = build(architecture, weight.shape[0], image_size, "architecture")
+    check_logits(model, weight.shape[0], image_size, "image_size")
     missing = load_state(model, state, source, "model", architecture).missing
     if missing:
         raise UserError(f"{source}: not of architecture {architecture}: it lacks {len(missing)} tensors, {missing[0]}")

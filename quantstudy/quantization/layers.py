@@ -82,10 +82,6 @@ class ActivationQuantizer(nn.Module):
             self.zero_point = int(self.learned.zero_point)
             self.learned = None
 
-    def extra_repr(self) -> str:
-        """Show the grid in `print(model)`."""
-        return f"{self.scheme}, scale={self.scale:.4g}, zero_point={self.zero_point}"
-
 
 class _QuantLayer(nn.Module):
     """What the two quantized layers share; a subclass adds the operator."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from quantstudy.report.tables import p_value, plain_table, signed
+from quantstudy.report.tables import markdown_table, p_value, signed
 
 _HEADER = ("scheme", "techniques", "drop", "top-1 %", "seeds", "images", "p, row above", "bits", "MB", "s")
 
@@ -26,4 +26,4 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         drawn = (str(row["seeds"]), str(row["images"]), "" if p is None else p_value(p))
         cost = (f"{row['mean_bits']:.2f}", f"{row['size_mb']:.2f}", f"{row['seconds']:.0f}")
         cells.append((row["scheme"], added, *accuracy, *drawn, *cost))
-    return plain_table(_HEADER, cells, words=2)
+    return markdown_table([_HEADER, *cells], words=2)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from quantstudy import layout
 from quantstudy.errors import UserError, unknown
-from quantstudy.report.tables import p_value, plain_table, signed
+from quantstudy.report.tables import markdown_table, p_value, signed
 
 README, DOCS = Path("README.md"), Path("docs")
 PLACE = re.compile(r"(<!-- (results|peers|ablation|front): (\w+)((?: \w+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -92,7 +92,7 @@ def front(study: str, page: Path, read: Read) -> str:
             rows.append([f"{row['series']}, {row['label']}", *_numbers(row), *against])
     image = f"![{study}: accuracy against size for budgets of bits]({os.path.relpath(picture, page.parent)})"
     header = ("bits chosen by", "MB", "bits a weight", "top-1 %", "mixed_budget has more", "p")
-    return f"{image}\n\n{plain_table(header, rows, words=1)}"
+    return f"{image}\n\n{markdown_table([header, *rows], words=1)}"
 
 
 def _numbers(row: dict[str, float]) -> list[str]:

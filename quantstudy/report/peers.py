@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from quantstudy.report.style import BLUE, GREY, ORANGE, plot_style, save
-from quantstudy.report.tables import number, plain_table
+from quantstudy.report.tables import markdown_table, number
 
 _WHAT = ("tool", "method", "runtime")
 RECORD_KEYS = (*_WHAT, "top1", "images", "size_mb", "quantize_s", "latency_ms_b1", "latency_ms_b16")
@@ -26,7 +26,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         numbers = (f"{row['top1']:.1f}", number(row["size_mb"], 2), f"{row['quantize_s']:.1f}")
         latency = (number(row["latency_ms_b1"], 2), number(row["latency_ms_b16"], 1))
         cells.append((*(row[key] for key in _WHAT), *numbers, *latency))
-    return plain_table(_HEADER, cells, words=3)
+    return markdown_table([_HEADER, *cells], words=3)
 
 
 def plot_peers(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:

@@ -1,6 +1,6 @@
 """The result tables of a study: JSON with the original study's names, CSV for DVC's plots, Markdown to read."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from quantstudy import layout
@@ -64,13 +64,6 @@ def markdown_table(rows: Sequence[Sequence[str]], words: int) -> str:
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     rule = " | ".join("-" * width if column < words else "-" * (width - 1) + ":" for column, width in enumerate(widths))
     return "".join(f"| {line} |\n" for line in (lines[0], rule, *lines[1:]))
-
-
-def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int) -> str:
-    """Return a Markdown table that is not padded; the columns after the first `words` are aligned right."""
-    rule = "|" + "---|" * words + "---:|" * (len(header) - words)
-    first, *others = ("| " + " | ".join(row) + " |" for row in (header, *rows))
-    return "\n".join([first, rule, *others]) + "\n"
 
 
 def _cells(result: Result) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Accuracy against what it costs: file size, and latency at two batch sizes.
 
-Where a few variants collapse, the accuracy axis is broken so that the others can still be told apart. The grey
-band is fp32's 95 % interval: a variant inside it has not measurably lost accuracy.
+Where a few variants collapse, they are named under the axis instead of drawn, so that the others can be told apart. The
+grey band is fp32's 95 % interval: a variant inside it has not measurably lost accuracy.
 """
 
 import textwrap
@@ -16,25 +16,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
 from quantstudy.report.pareto import on_front, split_level
 from quantstudy.report.results import Result
 from quantstudy.report.style import FAMILIES, GREY, INK, OUTLINED, log_axis, plot_style, save
 
-BOTTOM, HEIGHT, GAP = 0.19, 0.75, 0.02
-"""Of the axes, as shares of the figure; `GAP` is between the parts of a broken one."""
-LOWER_PART = 0.28
+BOTTOM, HEIGHT = 0.19, 0.75
+"""Of the axes, as shares of the figure."""
 
 
 def plot_accuracy_vs_size(path: Path, title: str, results: Sequence[Result]) -> None:
     """Draw every variant's top-1 over its file size (MB, logarithmic) and the Pareto front of the two."""
     with plot_style():
         figure = Figure(figsize=(11, 7))
-        parts = _axes(figure, results, left=0.07, width=0.91)
-        _panel(parts, results, "size_mb", hollow=False)
-        parts[0].set_title(f"{title}: accuracy against size")
-        parts[-1].set_xlabel("size of the model file, MB")
+        axes = figure.add_axes((0.07, BOTTOM, 0.91, HEIGHT))
+        _panel(axes, results, "size_mb", hollow=False)
+        axes.set(title=f"{title}: accuracy against size", xlabel="size of the model file, MB")
         _legend(figure, results, hollow=False)
         save(figure, path)
 
@@ -47,63 +44,40 @@ def plot_accuracy_vs_latency(path: Path, title: str, results: Sequence[Result]) 
     with plot_style():
         figure = Figure(figsize=(15, 7.4))
         for batch, left in ((16, 0.05), (1, 0.545)):
-            key = f"latency_ms_b{batch}"
-            parts = _axes(figure, [result for result in results if result[key] is not None], left, width=0.445)
-            _panel(parts, results, key, hollow=True)
-            parts[0].set_title(f"{title}: batch {batch}")
-            parts[-1].set_xlabel(f"latency of a batch of {batch}, ms")
+            axes = figure.add_axes((left, BOTTOM, 0.445, HEIGHT))
+            _panel(axes, results, f"latency_ms_b{batch}", hollow=True)
+            axes.set(title=f"{title}: batch {batch}", xlabel=f"latency of a batch of {batch}, ms")
         _legend(figure, results, hollow=True)
         save(figure, path)
 
 
-def _axes(figure: Figure, drawn: Sequence[Result], left: float, width: float) -> list[Axes]:
-    """Return the axes of a plot, its limits of accuracy set: one, or two over each other where it is broken."""
-    top1 = [result.value("top1") for result in drawn]
-    level = split_level(top1)
-    if level is None:
-        parts = [figure.add_axes((left, BOTTOM, width, HEIGHT))]
-    else:
-        low = HEIGHT * LOWER_PART
-        upper = figure.add_axes((left, BOTTOM + low + GAP, width, HEIGHT - low - GAP))
-        parts = [upper, figure.add_axes((left, BOTTOM, width, low), sharex=upper)]
-        upper.spines["bottom"].set_visible(False)
-        upper.tick_params(bottom=False, labelbottom=False, which="both")
-        marks: Any = {"marker": [(-1, -0.6), (1, 0.6)], "markersize": 9, "color": GREY, "clip_on": False}
-        for axes, y in zip(parts, (0, 1), strict=True):
-            axes.plot([0], [y], transform=axes.transAxes, linestyle="none", **marks)
-    for axes in parts:
-        inside = [value for value in top1 if level is None or (value > level) == (axes is parts[0])]
-        pad = max(0.12 * (max(inside) - min(inside)), 0.5) if inside else 0.5
-        axes.set_ylim(min(inside, default=0) - pad, max(inside, default=0) + pad)
-        axes.yaxis.set_major_locator(MaxNLocator(8 if axes is parts[0] else 4))
-    parts[0].set_ylabel("top-1 accuracy, %")
-    return parts
-
-
-def _panel(parts: Sequence[Axes], results: Sequence[Result], key: str, hollow: bool) -> None:
+def _panel(axes: Axes, results: Sequence[Result], key: str, hollow: bool) -> None:
     """Draw top-1 over the metric `key`; `hollow` marks the simulated kernels and keeps them off the Pareto front."""
     costs = {result.variant: value for result in results if (value := result[key]) is not None}
-    drawn = [result for result in results if result.variant in costs]
-    if not drawn:
-        parts[0].text(0.5, 0.5, "nothing was timed on this machine", transform=parts[0].transAxes, ha="center")
+    timed = [result for result in results if result.variant in costs]
+    axes.set_ylabel("top-1 accuracy, %")
+    if not timed:
+        axes.text(0.5, 0.5, "nothing was timed on this machine", transform=axes.transAxes, ha="center")
         return
+    level = split_level([result.value("top1") for result in timed])
+    drawn = [result for result in timed if level is None or result.value("top1") > level]
     least, most = min(costs.values()), max(costs.values())
-    margin = max(most / least, 1.5) ** 0.16
-    log_axis(parts[-1], (1, 2, 3, 5, 7))
-    parts[0].set_xlim(least / margin, most * margin)
+    low, high = (bound(result.value("top1") for result in drawn) for bound in (min, max))
+    margin, pad = max(most / least, 1.5) ** 0.16, max(0.12 * (high - low), 0.5)
+    log_axis(axes, (1, 2, 3, 5, 7))
+    axes.set(xlim=(least / margin, most * margin), ylim=(low - pad, high + pad))
     best = on_front(results, key, real_only=hollow)
     x = np.repeat([*(costs[result.variant] for result in best), most * margin], 2)[1:-1]
     front = x, np.repeat([result.value("top1") for result in best], 2)
-    for axes in parts:
-        axes.axhspan(results[0].interval["top1_low"], results[0].interval["top1_high"], color="#F2F2F2", zorder=0)
-        axes.plot(*front, color=GREY, linewidth=1, linestyle="--", zorder=1)
-        low, high = axes.get_ylim()
-        inside = [result for result in drawn if low < result.value("top1") < high]
-        _points(axes, inside, costs, hollow)
-        _names(axes, inside, costs, front)
-    if undrawn := [result.variant for result in results if result.variant not in costs]:
-        text = textwrap.fill("not timed here: " + ", ".join(undrawn), width=105)
-        parts[-1].annotate(text, (0, 0), (0, -34), "axes fraction", "offset points", fontsize=8, color=GREY, va="top")
+    axes.axhspan(results[0].interval["top1_low"], results[0].interval["top1_high"], color="#F2F2F2", zorder=0)
+    axes.plot(*front, color=GREY, linewidth=1, linestyle="--", zorder=1)
+    _points(axes, drawn, costs, hollow)
+    _names(axes, drawn, costs, front)
+    below = [f"{result.variant} {result.value('top1'):.1f} %" for result in timed if result not in drawn]
+    untimed = [result.variant for result in results if result.variant not in costs]
+    lines = [("below this axis: ", below), ("not timed here: ", untimed)]
+    text = "\n".join(textwrap.fill(what + ", ".join(names), width=105) for what, names in lines if names)
+    axes.annotate(text, (0, 0), (0, -34), "axes fraction", "offset points", fontsize=8, color=GREY, va="top")
 
 
 def _points(axes: Axes, results: Sequence[Result], costs: Mapping[str, float], hollow: bool) -> None:

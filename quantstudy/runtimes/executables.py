@@ -1,8 +1,8 @@
 """The ways a model can be run here, each an executable that says which of its layers run in their stated type.
 
 - `eager`: on an x86 CPU, layers with integer weights per channel and integer inputs run on oneDNN's int8 kernels
-  (`runtimes.lowering`); on a CPU and on CUDA linear layers with integer weights alone run on kernels
-  that read these (`runtimes.weight_only`); every other quantized layer is simulated in floating point.
+  (`runtimes.lowering`); on CUDA linear layers with 4-bit weights alone run on kernels that read these
+  (`runtimes.weight_only`); every other quantized layer is simulated in floating point.
 - `inductor`: `torch.compile` with frozen weights. It fuses the quantize and dequantize operators around
   convolutions and linear layers with a calibrated input into oneDNN int8 kernels. On CUDA it records CUDA graphs.
 - `onnxruntime` and `openvino`: the exported ONNX model on a CPU (`runtimes.sessions`), which say themselves what they
@@ -60,7 +60,7 @@ def build_executable(model: nn.Module, runtime: str, device: torch.device) -> Ex
     """Turn `model`, an fp32 network or a `Variant`, into an executable; the model is used up."""
     model = model.to(device).eval()
     layers = real_layers(model, runtime, device)
-    if isinstance(model, Variant) and _reads_codes(runtime, device):
+    if isinstance(model, Variant):
         use_weight_only_kernels(model.network, device)
     if runtime == "inductor":
         return Executable(runtime, _compiled(model, device), layers)
@@ -107,13 +107,8 @@ def worth_compiling(model: nn.Module, device: torch.device) -> bool:
 
     A range found at run time keeps convolutions out of inductor's int8 patterns.
     """
-    reads = _reads_codes("inductor", device) and any(has_kernel(x, device) for x in quantized_layers(model).values())
+    reads = any(has_kernel(layer, device) for layer in quantized_layers(model).values())
     return reads or all(real_layers(model, "inductor", device).values())
-
-
-def _reads_codes(runtime: str, device: torch.device) -> bool:
-    """Whether the kernels of `runtimes.weight_only` are used: in eager mode, and beside compiled kernels on a GPU."""
-    return runtime == "eager" or device.type == "cuda"
 
 
 def real_layers(model: nn.Module, runtime: str, device: torch.device) -> dict[str, bool]:
@@ -123,8 +118,7 @@ def real_layers(model: nn.Module, runtime: str, device: torch.device) -> dict[st
     modes = ("static",) if runtime == "inductor" else ("static", "dynamic")
     for name, layer in quantized_layers(network).items():
         in_int8 = _is_int8(layer) and layer.scheme.activation.mode in modes and runs_in_int8(layer)
-        reads = _reads_codes(runtime, device) and has_kernel(layer, device)
-        layers[name] = reads or (in_int8 and int8_kernels_available(device))
+        layers[name] = has_kernel(layer, device) or (in_int8 and int8_kernels_available(device))
     return layers
 
 

@@ -13,8 +13,7 @@ oneDNN is always told a zero point of 0: the part of the sums that it contribute
 needs padding is padded with it. oneDNN's own correction term is computed anew in each call, and is wrong for some
 geometries. A 1x1 convolution of stride 1 is computed as a linear layer over the channels.
 
-An x86 CPU without VNNI adds pairs of u8 * s8 products in saturating int16 (`vpmaddubsw`), so there the kernels refuse
-weights whose sums may saturate (`quantization.saturation`).
+On an x86 CPU without VNNI the kernels refuse weights whose sums may saturate (`quantization.saturation`).
 """
 
 import functools
@@ -115,10 +114,7 @@ class _Int8Layer(nn.Module):
         return shift if self._bias is None else shift.add_(self._bias)
 
     def _multiply(self, codes: Tensor, scale: float, zero_point: int) -> Tensor:
-        """Multiply codes [..., I] with a packed weight [O, I]; of an empty input oneDNN would lose the shape."""
-        if not codes.numel():
-            dtype = torch.float32 if self.output is None else torch.uint8
-            return torch.empty(*codes.shape[:-1], len(self._scale), dtype=dtype)
+        """Multiply codes [..., I] with a packed weight [O, I]."""
         return torch.ops.onednn.qlinear_pointwise(
             *(codes, scale, zero_point, self._packed, self._scale, self._zero_point, self._bias),
             *self._last_arguments,
@@ -126,7 +122,7 @@ class _Int8Layer(nn.Module):
 
 
 class Int8Conv2d(_Int8Layer):
-    """A Conv2d in int8: [N, C, H, W] (or [C, H, W]) in and out, channels_last out.
+    """A Conv2d in int8: [N, C, H, W] in and out, channels_last out.
 
     The input is float32, or the uint8 codes of a static `activation`; the output is float32, or the uint8 codes of
     the grid `output`.
@@ -169,9 +165,7 @@ class Int8Conv2d(_Int8Layer):
             self._packed = torch.ops.onednn.qconv_prepack(weight_codes, self._scale, 1.0, 0, *geometry, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve; an empty batch gives an empty output."""
-        if x.ndim == 3:
-            return self.forward(x.unsqueeze(0)).squeeze(0)
+        """Convolve."""
         codes, scale, zero_point = self._quantize(x.contiguous(memory_format=torch.channels_last))
         if self._pointwise:
             return self._multiply(codes.permute(0, 2, 3, 1), scale, zero_point).permute(0, 3, 1, 2)
@@ -201,7 +195,7 @@ class Int8Linear(_Int8Layer):
         self._packed = torch.ops.onednn.qlinear_prepack(weight_codes, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply; an empty batch gives an empty output."""
+        """Multiply."""
         codes, scale, zero_point = self._quantize(x.contiguous())
         return self._multiply(codes, scale, zero_point)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from quantstudy import params as P
@@ -99,8 +100,12 @@ def load_model(
             raise UserError(f"{path}: {what}")
         checkpoint = load_checkpoint(path)
         return Model(load_any(path), network_facts(checkpoint), checkpoint["variant"])
+    try:
+        preprocessing = P.Preprocessing.model_validate({"image_size": image_size, "mean": mean, "std": std})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{first['loc'][0]}: {first['input']}: {first['msg']}") from None
     network, classes = network_of_state(read_state_dict(path), str(path), architecture, image_size)
-    preprocessing = P.Preprocessing(image_size=image_size, mean=tuple(mean), std=tuple(std))  # type: ignore[arg-type]
     facts = {"architecture": architecture, "classes": classes, "preprocessing": preprocessing.model_dump()}
     return Model(fold_batchnorm(network).to(memory_format=torch.channels_last), facts)  # type: ignore[call-overload]
 

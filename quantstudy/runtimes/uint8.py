@@ -32,11 +32,9 @@ def quantize_to_uint8(x: Tensor, scale: float, zero_point: int) -> Tensor:
 def choose_dynamic_qparams(x: Tensor, highest: int = 255) -> tuple[float, int]:
     """Return the scale and the zero point for the values of float32 `x`, in a range that is made to hold zero.
 
-    The arithmetic is float32: scale = max((high - low) / highest, eps), zero_point = round(-low / scale). An empty `x`
-    counts as zero. Values that are not finite give a scale of NaN, so that the sums are NaN too.
+    The arithmetic is float32: scale = max((high - low) / highest, eps), zero_point = round(-low / scale). Values
+    that are not finite give a scale of NaN, so that the sums are NaN too.
     """
-    if not x.numel():
-        return float(_SMALLEST_SCALE), 0
     row = x.permute(0, 2, 3, 1).reshape(-1) if x.ndim == 4 else x.reshape(-1)
     least, most = (value.item() for value in torch.aminmax(row))
     if not math.isfinite(most - least):
@@ -59,6 +57,6 @@ class CodeMaxPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool [N, C, H, W]."""
-        if x.dtype != torch.uint8 or not x.numel():
+        if x.dtype != torch.uint8:
             return self.pool(x)
         return torch.ops.quantized.max_pool2d(x, *self._geometry, self.pool.ceil_mode)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from PIL import Image
 
-from quantstudy.data import batches as batches_module
 from quantstudy.data.augment import flip, resized_crop, shift
 from quantstudy.data.batches import Batches, run_on_split
 from quantstudy.data.container import Split
@@ -125,23 +124,7 @@ def test_shift_flip_and_resized_crop() -> None:
     assert widths.min() > 0.45 * 95 and widths.max() < 95 and widths.std() > 3
 
 
-@pytest.mark.parametrize("indices", [None, torch.tensor([7, 3, 20, 11, 0])], ids=["all", "some"])
-def test_where_there_is_room_an_image_is_decoded_once(indices, monkeypatch: pytest.MonkeyPatch) -> None:
-    split, keys = encoded_split(), {"indices": indices, "shuffle": True, "augmentation": "flip"}
-    expected = [epoch(Batches(split, data(16), 8, "cpu", **keys), number) for number in (0, 1, 2)]
-    decoded: list[int] = []
-    decode = Split.decode
-    monkeypatch.setattr(batches_module, "_room", lambda device: 25 * 3 * 16 * 16)
-    monkeypatch.setattr(Split, "decode", lambda self, part: decoded.extend(part.tolist()) or decode(self, part))
-    batches = Batches(split, data(16), 8, "cpu", **keys)
-    for number, (images, labels) in enumerate(expected):
-        found = epoch(batches, number)
-        assert torch.equal(found[0], images) and torch.equal(found[1], labels)
-    assert sorted(decoded) == sorted(range(25) if indices is None else indices.tolist())
-
-
-def test_an_epoch_that_is_left_does_not_spoil_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches_module, "_room", lambda device: 25 * 3 * 16 * 16)
+def test_an_epoch_that_is_left_does_not_spoil_the_next() -> None:
     batches = Batches(encoded_split(), data(16), 8, "cpu")
     next(iter(batches))
     assert torch.equal(epoch(batches)[0], epoch(Batches(encoded_split(), data(16), 8, "cpu"))[0])

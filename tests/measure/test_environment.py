@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 
+from quantstudy.machine import hardware
 from quantstudy.measure import environment
 
 
@@ -24,12 +25,10 @@ def test_each_missing_thing_says_what_it_disables(facts: dict[str, Any]) -> None
     rows = environment.missing(facts)
     assert [row["what"] for row in rows] == ["int8 convolutions of oneDNN", "git"]
     assert all(row["disables"] and row["how_to_get"] for row in rows)
-    facts["gpu"]["available"] = False
-    facts["native_arithmetic"]["cpu"]["float16"] = False
-    assert any("float16 is emulated" in sentence for sentence in environment.remarks(facts))
-    assert "VNNI" not in " ".join(environment.remarks(facts))
-    facts["cpu"]["int8_sums_saturate"] = True
-    assert any("saturation_free" in sentence for sentence in environment.remarks(facts))
+    sentences = hardware.remarks(False, {"float16": False}, False)
+    assert any("float16 is emulated" in sentence for sentence in sentences)
+    assert "VNNI" not in " ".join(sentences)
+    assert any("saturation_free" in sentence for sentence in hardware.remarks(False, {}, True))
 
 
 def test_a_missing_tool(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from quantstudy import layout
 from quantstudy.data.container import Split
 from quantstudy.measure import evaluation, latency
 from quantstudy.measure.accuracy import accuracy
-from quantstudy.measure.evaluation import Reference, Task
+from quantstudy.measure.evaluation import Task
 from quantstudy.measure.latency import Timing, fastest, latencies, time_alternately
 from quantstudy.measure.operations import count_macs, layer_bits, tera_bit_operations
 from quantstudy.params import Preprocessing
@@ -141,7 +141,7 @@ def test_executables_take_turns_of_four_calls_until_the_time_is_up(clock: Clock)
 
 
 MODEL = evaluation._Model({"layers_quantizable": 2.0}, {"0": (8, 8), "1": (4, 32)}, {"0": (9, 9), "1": (9, 18)}, {}, {})
-REFERENCE = Reference(FP32, 30, {"0": 10**12, "1": 2 * 10**12})
+MACS = 30, {"0": 10**12, "1": 2 * 10**12}
 
 
 @pytest.fixture
@@ -165,12 +165,14 @@ def evaluated(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             layout.model("study", name).parent.mkdir(parents=True, exist_ok=True)
             layout.model("study", name).write_bytes(bytes(size))
         monkeypatch.setattr(evaluation, "_layer_sqnr", lambda task, test: {})
+        monkeypatch.setattr(evaluation, "count_macs", lambda model, size: MACS)
+        monkeypatch.setattr(Task, "load", lambda task, variant: None)
         measure: Any = SimpleNamespace(seconds=0.01, runtimes=[])
         task = Task("study", SimpleNamespace(seed=0), "v", measure, CPU)  # type: ignore[arg-type]
         vars(task)["preprocessing"] = Preprocessing(image_size=8, mean=(0, 0, 0), std=(1, 1, 1))
         pixels = torch.arange(10, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
         split = Split(torch.from_numpy(LABELS), tuple("abcdefg"), 8, pixels)
-        metrics, details, _ = evaluation.evaluate(task, split, REFERENCE)
+        metrics, details, _ = evaluation.evaluate(task, split, FP32)
         return metrics, details
 
     return evaluate

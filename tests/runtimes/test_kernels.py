@@ -197,23 +197,6 @@ def test_odd_inputs(x: Tensor, activation: Activation) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("activation", [ACTIVATIONS["static"], ACTIVATIONS["dynamic"]], ids=["static", "dynamic"])
-def test_empty_batch_and_missing_batch(activation: Activation) -> None:
-    codes, scale, bias = random_layer((12, 8, 3, 3))
-    layer = Int8Conv2d(codes, scale, bias, activation, padding=1, stride=2)
-    assert layer(torch.randn(0, 8, 7, 7)).shape == (0, 12, 4, 4)
-    image = torch.randn(8, 7, 7)
-    torch.testing.assert_close(layer(image), layer(image[None])[0])
-    codes, scale, bias = random_layer((10, 32))
-    assert Int8Linear(codes, scale, bias, activation)(torch.randn(0, 32)).shape == (0, 10)
-    assert Int8Linear(codes, scale, bias, activation)(torch.randn(0, 5, 32)).shape == (0, 5, 10)
-    pointwise = Int8Conv2d(codes[..., None, None], scale, bias, activation)
-    assert pointwise(torch.randn(0, 32, 7, 6)).shape == (0, 10, 7, 6)
-    linear, rows = Int8Linear(codes, scale, bias, activation), torch.randn(32, 6).t()
-    torch.testing.assert_close(linear(rows), linear(rows.contiguous()))
-
-
-@needs_kernels
 def test_sums_do_not_saturate_and_only_dynamic_follows_the_batch() -> None:
     codes = torch.full((4, 64, 3, 3), -128, dtype=torch.int8)
     if int8_sums_saturate():

@@ -8,15 +8,8 @@ from quantstudy.quantization.layers import LayerScheme, QuantConv2d, QuantLinear
 from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
 from quantstudy.runtimes.weight_only import WeightOnlyLinear, has_kernel, use_weight_only_kernels
 
-PROBE = QuantLinear(nn.Linear(32, 16), LayerScheme(WeightScheme(8)))
-WANTED = {"cpu": "needs AVX512", "cuda": "needs a GPU of compute capability 8.0"}
-pytestmark = pytest.mark.parametrize(
-    "device",
-    [
-        pytest.param(device, marks=pytest.mark.skipif(not has_kernel(PROBE, torch.device(device)), reason=reason))
-        for device, reason in WANTED.items()
-    ],
-)
+CUDA = torch.device("cuda")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 def linear(bits: int, group_size: int | None, shape: tuple[int, int] = (128, 48), bias: bool = True) -> QuantLinear:
@@ -28,14 +21,14 @@ def linear(bits: int, group_size: int | None, shape: tuple[int, int] = (128, 48)
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, 32), (4, 64)], ids=["int8", "int4-g32", "int4-g64"])
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, 64)], ids=["int4-g32", "int4-g64"])
 @pytest.mark.parametrize("rows", [(1,), (5,), (2, 3), (40,)], ids=str)
 @torch.no_grad()
 def test_it_computes_the_layer_up_to_bfloat16(
-    bits: int, group_size: int | None, dtype: torch.dtype, bias: bool, rows: tuple[int, ...], device: str
+    bits: int, group_size: int | None, dtype: torch.dtype, bias: bool, rows: tuple[int, ...]
 ) -> None:
-    layer = linear(bits, group_size, bias=bias).to(device)
-    x = torch.randn(*rows, 128).bfloat16().to(device, dtype)
+    layer = linear(bits, group_size, bias=bias).to(CUDA)
+    x = torch.randn(*rows, 128).bfloat16().to(CUDA, dtype)
     found = WeightOnlyLinear(layer)(x)
     assert found.dtype == dtype
     torch.testing.assert_close(found.float(), layer(x.float()), rtol=0.01, atol=0.01)
@@ -44,7 +37,7 @@ def test_it_computes_the_layer_up_to_bfloat16(
 @pytest.mark.parametrize(
     ("layer", "can"),
     [
-        (linear(8, None), True),
+        (linear(8, None), False),
         (linear(4, 32), True),
         (linear(4, 16), False),
         (linear(4, None), False),
@@ -55,9 +48,9 @@ def test_it_computes_the_layer_up_to_bfloat16(
     ],
     ids=["int8", "int4", "small-group", "per-channel", "odd-inputs", "few-outputs", "quantized-input", "convolution"],
 )
-def test_a_layer_that_no_kernel_takes_is_left(layer: nn.Module, can: bool, device: str) -> None:
-    layer = copy.deepcopy(layer).to(device)
-    assert has_kernel(layer, torch.device(device)) == can
+def test_a_layer_that_no_kernel_takes_is_left(layer: nn.Module, can: bool) -> None:
+    layer = copy.deepcopy(layer).to(CUDA)
+    assert has_kernel(layer, CUDA) == can
     network = nn.Sequential(layer)
-    use_weight_only_kernels(network, torch.device(device))
+    use_weight_only_kernels(network, CUDA)
     assert isinstance(network[0], WeightOnlyLinear) == can
