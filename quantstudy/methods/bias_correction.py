@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from quantstudy.methods.moments import Moments
-from quantstudy.quantization.layers import ChannelReLU, QuantConv2d, quantized_layers
+from quantstudy.quantization.layers import ChannelReLU, QuantLinear, quantized_layers
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.SiLU, nn.GELU, nn.Mish, nn.ELU, ChannelReLU)
 FEW = 50
@@ -44,7 +44,7 @@ def correct_biases(model: nn.Module, network: nn.Module, images: Tensor) -> dict
         def hook(layer: Any, inputs: Any, y: Tensor) -> Tensor:
             missing = wanted[name].pop(0).missing(y)
             _add_to_bias(layer, missing)
-            return y + (missing.view(-1, 1, 1) if isinstance(layer, QuantConv2d) else missing)
+            return y + (missing if isinstance(layer, QuantLinear) else missing.view(-1, *[1] * (y.ndim - 2)))
 
         return hook
 
@@ -89,7 +89,7 @@ def _wanted_sums(model: nn.Module, names: list[str], images: Tensor) -> dict[str
 
     def remember(name: str) -> Callable[[Any, Any, Tensor], None]:
         def hook(layer: Any, inputs: Any, y: Tensor) -> None:
-            channels = 1 if isinstance(layer, nn.Conv2d) else -1
+            channels = -1 if isinstance(layer, nn.Linear) else 1
             waiting[y] = (name, len(found[name]), y.clone(), channels)  # others may write to y
             found[name].append(_WantedSum(y, channels))
 
@@ -124,6 +124,8 @@ def correct_own_biases(model: nn.Module, network: nn.Module, moments: Mapping[st
     `moments` are those of the layers' inputs in `model`: with one layer quantized alone this is all of the mean error.
     """
     for name, layer in _correctable(network).items():
+        if name not in moments:
+            continue
         weight, mean = model.get_submodule(name).weight, moments[name].mean
         missing = (weight - layer.dequantized()).flatten(1).unflatten(0, (len(mean), -1))  # type: ignore[operator]
         _add_to_bias(layer, (missing @ mean.unsqueeze(2)).flatten())
@@ -133,7 +135,7 @@ def _correctable(network: nn.Module) -> dict[str, Any]:
     return {
         name: layer
         for name, layer in quantized_layers(network).items()
-        if layer.bias is not None or isinstance(layer, QuantConv2d)
+        if layer.bias is not None or not isinstance(layer, QuantLinear)
     }
 
 

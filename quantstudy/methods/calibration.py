@@ -18,7 +18,8 @@ from quantstudy.data.container import load_split
 from quantstudy.files import read_json
 from quantstudy.methods.moments import Moments, input_moments
 from quantstudy.network.checkpoint import load_tensors
-from quantstudy.quantization.observers import collect, quantizable_layers, run_watched
+from quantstudy.network.graph import Graph, capture
+from quantstudy.quantization.observers import collect
 
 Statistics = dict[str, dict[str, Any]]
 """What `observers.collect` records of each layer's input, by the layer's name."""
@@ -68,23 +69,21 @@ class Calibration:
         return self._sensitivity()
 
     def moments(self, names: Collection[str]) -> dict[str, Moments]:
-        """Return the moments of the inputs of the named layers; each is taken once."""
+        """Return the moments of the inputs of the named layers, each taken once; transposed convolutions have none."""
         if missing := set(names) - set(self._moments):
             self._moments |= input_moments(self.model, self.images, names=missing)
-        return {name: self._moments[name] for name in names}
+        return {name: self._moments[name] for name in names if name in self._moments}
 
     @functools.cached_property
-    def replaceable(self) -> dict[str, Any]:
-        """The layers that a quantized one can take the place of, by name, in the order in which they run.
+    def graph(self) -> Graph:
+        """What the network calls when it runs on the first images."""
+        images = self.images[0]
+        return capture(self.model, images[:2] if len(images) > 1 else images.expand(2, *images.shape[1:]))
 
-        Left are a layer that did not run on the calibration images, since another module reads its weight or nothing
-        needs it, and a convolution whose padding is not zeros.
-        """
-        layers = quantizable_layers(self.model)
-        ran = {} if self._statistics is None else dict.fromkeys(self.statistics)
-        if self._statistics is None:
-            run_watched(self.model, layers, [self.images[0][:1]], lambda name, _: ran.setdefault(name))
-        return {name: layers[name] for name in ran if getattr(layers[name], "padding_mode", "zeros") == "zeros"}
+    @property
+    def replaceable(self) -> dict[str, Any]:
+        """The layers that a quantized one can take the place of, by name, in the order in which they run."""
+        return self.graph.plain
 
     def of(self, model: nn.Module) -> "Calibration":
         """Return the same images for another network of the same layers; its statistics are taken anew."""

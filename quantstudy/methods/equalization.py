@@ -13,22 +13,41 @@ bias, so that the activation between them has a smaller range. The paper has mea
 are measured on calibration images. Only a B without padding is taken: what is moved is missing in the padding.
 """
 
-import copy
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from quantstudy.network.folding import copy_of
+from quantstudy.network.graph import (
+    LAYERS,
+    Call,
+    Graph,
+    as_stored,
+    capture,
+    example_images,
+    is_transposed,
+    out_channels_first,
+)
 from quantstudy.quantization.layers import ChannelReLU
-from quantstudy.quantization.observers import QUANTIZABLE, run_watched
+from quantstudy.quantization.observers import run_watched
 
 ROUNDS = 20
 TOLERANCE = 1e-3
-_HOMOGENEOUS = (nn.Identity, nn.Dropout, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
-_HOMOGENEOUS_CALLS = (torch.flatten, torch.relu, nn.functional.relu, nn.functional.adaptive_avg_pool2d)
+SMALLEST_RANGE = 1e-6
+"""Channels of a smaller range, as a share of their layer's largest, are left: float32 has no digits for them."""
+_SAME = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+_RELU = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
+_MAX = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
+_ADAPTIVE = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+_AVERAGE = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _CLAMPED = (nn.ReLU6, ChannelReLU)
+_SAME_CALLS = ("contiguous", "clone", "detach", "dropout", "float")
+_RELU_CALLS = ("relu", "relu_", "leaky_relu")
+_RESHAPES = ("flatten", "view", "reshape", "squeeze", "unsqueeze")
 
 
 @dataclass(frozen=True)
@@ -38,65 +57,109 @@ class Pair:
     first: str
     second: str
     clamp: str | None
+    clamp_axis: int
+    """Of the channels at the clamp, from the end."""
     relu: bool
+    shifts: bool
+    """Whether a constant that is taken from the first's output is missing, as it is, where the second reads."""
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, ChannelReLU) or super().is_leaf_module(m, module_qualified_name)
+@dataclass(frozen=True)
+class _Channels:
+    """Where the channels of a value lie: its axis, and how many neighbours on it are of one channel."""
+
+    axis: int
+    block: int = 1
 
 
-def traced(model: nn.Module) -> fx.Graph:
-    """Return the graph of a model's operators, an empty one if it cannot be traced."""
-    try:
-        return _Tracer().trace(model)
-    except Exception:  # control flow on values: nothing is known about such a network
-        return fx.Graph()
+def find_pairs(graph: Graph) -> list[Pair]:
+    """Return the pairs of a network that can be equalized, in the order in which they run."""
+    if graph.problem is not None:
+        return []
+    calls = (graph.only_call(name) for name in graph.plain)
+    return [pair for call in calls if call is not None and (pair := _follow(graph, call))]
 
 
-def find_pairs(model: nn.Module) -> list[Pair]:
-    """Return the pairs of `model` that can be equalized, in the order of the graph; none if it cannot be traced."""
-    graph, modules = traced(model), dict(model.named_modules())
-    calls = [node.target for node in graph.nodes if node.op == "call_module"]
-    found = []
-    for node in graph.nodes:
-        if node.op == "call_module" and isinstance(modules[node.target], QUANTIZABLE):
-            pair = _follow(node, modules)
-            if pair and all(calls.count(name) == 1 for name in (pair.first, pair.second, pair.clamp) if name):
-                found.append(pair)
-    return found
-
-
-def _follow(start: fx.Node, modules: dict[str, nn.Module]) -> Pair | None:
-    node, clamp, relu = start, None, False
-    while len(node.users) == 1:
-        node = next(iter(node.users))
-        if node.op == "call_function":
-            if node.target not in _HOMOGENEOUS_CALLS:
+def _follow(graph: Graph, start: Call) -> Pair | None:
+    call, clamp, clamp_axis, relu, shifts = start, None, 0, False, True
+    channels = _Channels(len(start.shape) - 1 if isinstance(start.module, nn.Linear) else 1)
+    while len(call.readers) == 1:
+        call = call.readers[0]
+        module: Any = call.module
+        if isinstance(module, LAYERS):
+            at = len(call.source) - 1 if isinstance(module, nn.Linear) else 1
+            fits = channels.axis == at and (channels.block == 1 or isinstance(module, nn.Linear))
+            if not fits or call.name not in graph.plain or graph.only_call(call.name) is None:
                 return None
-            relu = relu or node.target in (torch.relu, nn.functional.relu)
+            return Pair(start.name, call.name, clamp, clamp_axis, relu, shifts)
+        if isinstance(module, _CLAMPED) and clamp is None and graph.only_call(call.name) is not None:
+            clamp, clamp_axis, relu = call.name, channels.axis - len(call.shape), True
             continue
-        module = modules[str(node.target)] if node.op == "call_module" else None
-        if isinstance(module, QUANTIZABLE):
-            return Pair(str(start.target), str(node.target), clamp, relu)
-        if isinstance(module, _CLAMPED) and clamp is None:
-            clamp, relu = str(node.target), True
-        elif isinstance(module, _HOMOGENEOUS):
-            relu = relu or isinstance(module, nn.ReLU)
-        else:
+        relu = relu or isinstance(module, nn.ReLU) or (module is None and call.name in ("relu", "relu_"))
+        shifts = shifts and not (isinstance(module, _AVERAGE) and _mixes_in_zeros(module))
+        shifts = shifts and not isinstance(module, nn.LeakyReLU | nn.PReLU) and call.name != "leaky_relu"
+        found = _behind(call, channels)
+        if found is None:
             return None
+        channels = found
+    return None
+
+
+def _mixes_in_zeros(pool: Any) -> bool:
+    padding = pool.padding if isinstance(pool.padding, tuple) else (pool.padding,)
+    return any(padding) or pool.ceil_mode or getattr(pool, "divisor_override", None) is not None
+
+
+def _behind(call: Call, channels: _Channels) -> _Channels | None:
+    """Return where the channels are behind a call f with f(s x) = s f(x) for each of them; None for another call."""
+    module, name = call.module, call.name
+    is_function = module is None
+    if isinstance(module, (*_SAME, *_RELU)) or (is_function and name in (*_SAME_CALLS, *_RELU_CALLS)):
+        return channels if call.shape == call.source else None
+    if isinstance(module, (*_MAX, *_ADAPTIVE, *_AVERAGE)) or (is_function and name == "adaptive_avg_pool2d"):
+        return channels if channels.axis == 1 and len(call.source) > 2 else None
+    if isinstance(module, nn.Flatten) or (is_function and name in _RESHAPES):
+        return _reshaped(call.source, call.shape, channels)
+    if not is_function or name not in ("mean", "permute", "transpose"):
+        return None
+    rank, rest = len(call.source), call.arguments[1:]
+    if name == "transpose":
+        one, other = (axis % rank for axis in rest)
+        return _Channels({one: other, other: one}.get(channels.axis, channels.axis), channels.block)
+    given = rest[0] if rest and isinstance(rest[0], tuple | list) else call.keywords.get("dim", rest)
+    if name == "permute":
+        return _Channels([axis % rank for axis in given].index(channels.axis), channels.block)
+    axes = [axis % rank for axis in (given if isinstance(given, tuple | list) else (given,)) if axis is not None]
+    if not axes or channels.axis in axes or channels.block > 1:
+        return None
+    kept = len(call.shape) == rank
+    return channels if kept else _Channels(channels.axis - sum(axis < channels.axis for axis in axes))
+
+
+def _reshaped(source: torch.Size, shape: torch.Size, channels: _Channels) -> _Channels | None:
+    """Return where the channels are after a reshape, which may put all that follows them on their axis."""
+    before, count = math.prod(source[: channels.axis]), source[channels.axis]
+    behind = {math.prod(source[channels.axis + 1 : end]) for end in range(channels.axis + 1, len(source) + 1)}
+    for axis, size in enumerate(shape):
+        if math.prod(shape[:axis]) == before and size % count == 0 and size // count in behind:
+            return _Channels(axis, channels.block * (size // count))
     return None
 
 
 @torch.no_grad()
-def equalize(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` (BatchNorm folded) with equal weight ranges on both sides of each pair."""
-    model = copy.deepcopy(model)
-    pairs = find_pairs(model)
+def equalize(model: nn.Module, images: Tensor | None = None) -> nn.Module:
+    """Return a copy of `model` (BatchNorm folded) with equal weight ranges on both sides of each pair.
+
+    `images`, float32 [N, C, H, W], are what it is captured on; None for random ones of a usual size.
+    """
+    model = copy_of(model)
+    pairs = find_pairs(capture(model, example_images(model) if images is None else images))
     for pair in pairs:
         if pair.clamp and not isinstance(model.get_submodule(pair.clamp), ChannelReLU):
             first: Any = model.get_submodule(pair.first)
-            model.set_submodule(pair.clamp, ChannelReLU(torch.full((len(first.weight),), 6.0)))
+            channels = len(out_channels_first(first, first.weight))
+            bound = first.weight.new_full((channels,), 6.0)
+            model.set_submodule(pair.clamp, ChannelReLU(bound, pair.clamp_axis))
     for _ in range(ROUNDS):
         if max((_equalize_pair(model, pair) for pair in pairs), default=0.0) < TOLERANCE:
             break
@@ -107,11 +170,12 @@ def _equalize_pair(model: nn.Module, pair: Pair) -> float:
     """Equalize one pair in place and return the largest |log s|."""
     first: Any = model.get_submodule(pair.first)
     second: Any = model.get_submodule(pair.second)
-    columns = _by_input_channel(second.weight, first.weight.shape[0], getattr(second, "groups", 1))
-    range_first, range_second = first.weight.flatten(1).abs().amax(1), columns.abs().amax((0, 2))
-    usable = (range_first > 0) & (range_second > 0)
-    s = torch.where(usable, (range_first * range_second).sqrt() / range_second, 1.0)
-    first.weight.div_(s.view(-1, *[1] * (first.weight.ndim - 1)))
+    rows = out_channels_first(first, first.weight)
+    columns = _by_input_channel(second, len(rows))
+    range_first, range_second = rows.flatten(1).abs().amax(1), columns.abs().amax((0, 2))
+    usable = (range_first > SMALLEST_RANGE * range_first.max()) & (range_second > SMALLEST_RANGE * range_second.max())
+    s = torch.where(usable, (range_first / range_second).sqrt(), 1.0)
+    first.weight.copy_(as_stored(first, rows / s.view(-1, *[1] * (rows.ndim - 1))))
     if first.bias is not None:
         first.bias.div_(s)
     if pair.clamp:
@@ -120,44 +184,46 @@ def _equalize_pair(model: nn.Module, pair: Pair) -> float:
     return float(s.log().abs().max())
 
 
-def _by_input_channel(weight: Tensor, channels: int, groups: int) -> Tensor:
+def _by_input_channel(layer: Any, channels: int) -> Tensor:
     """Return a layer's weight as [outputs of a group, channels, the rest]: the columns that read each channel.
 
     A linear layer behind a flattened image has several columns a channel.
     """
-    if weight.ndim == 2:
-        return weight.unflatten(1, (channels, -1))
-    grouped = weight.unflatten(0, (groups, -1))  # [groups, O / groups, I / groups, kH, kW]
-    return grouped.permute(1, 0, 2, 3, 4).flatten(1, 2).flatten(2)
-
-
-def _mean_response(weight: Tensor, means: Tensor, groups: int = 1) -> Tensor:
-    """Return the mean of a layer's outputs, [O], where its input has `means`, [C], and the weight is all it has.
-
-    Padding is not looked at: it counts like the rest of an image.
-    """
-    columns = _by_input_channel(weight, len(means), groups)
-    reached = (columns.sum(2) * means).unflatten(1, (groups, -1)).sum(2)  # [O / groups, groups]
-    return reached.T.flatten()
+    if isinstance(layer, nn.Linear):
+        return layer.weight.unflatten(1, (channels, -1))
+    weight = out_channels_first(layer, layer.weight)
+    grouped = weight.unflatten(0, (layer.groups, -1)).transpose(0, 1)  # [O / groups, groups, I / groups, ...]
+    return grouped.flatten(1, 2).flatten(2)
 
 
 def _from_input_channels(columns: Tensor, layer: Any) -> Tensor:
     if isinstance(layer, nn.Linear):
         return columns.flatten(1)
-    grouped = columns.unflatten(1, (layer.groups, -1)).transpose(0, 1)
-    return grouped.reshape(layer.weight.shape)
+    weight = out_channels_first(layer, layer.weight)
+    return as_stored(layer, columns.unflatten(1, (layer.groups, -1)).transpose(0, 1).reshape(weight.shape))
+
+
+def _mean_response(layer: Any, means: Tensor) -> Tensor:
+    """Return the mean of a layer's outputs, [O], where its input has `means`, [C], and the weight is all it has."""
+    groups = getattr(layer, "groups", 1)
+    columns = _by_input_channel(layer, len(means))
+    reached = (columns.sum(2) * means).unflatten(1, (groups, -1)).sum(2)  # [O / groups, groups]
+    return reached.T.flatten()
 
 
 @torch.no_grad()
 def absorb_high_biases(model: nn.Module, images: Iterable[Tensor]) -> None:
     """Move what a ReLU never cuts from the bias of each first layer to that of the second, in place."""
-    pairs = [pair for pair in find_pairs(model) if pair.relu and _can_absorb(model, pair)]
+    images = list(images)
+    graph = capture(model, images[0])
+    pairs = [pair for pair in find_pairs(graph) if pair.relu and pair.shifts and _can_absorb(model, pair)]
     modules = {pair.first: model.get_submodule(pair.first) for pair in pairs}
     sums: dict[str, Tensor] = {}
 
     def watch(name: str, value: Tensor) -> None:
         y = modules[name].forward(value)  # the call would come back here
-        y = y.transpose(0, 1).flatten(1).double() if y.ndim == 4 else y.flatten(0, -2).T.double()
+        is_linear = isinstance(modules[name], nn.Linear)
+        y = y.flatten(0, -2).T.double() if is_linear else y.transpose(0, 1).flatten(1).double()
         found = torch.stack([torch.full_like(y[:, 0], y.shape[1]), y.sum(1), y.square().sum(1)])
         sums[name] = sums.get(name, torch.zeros_like(found)) + found
 
@@ -172,14 +238,15 @@ def absorb_high_biases(model: nn.Module, images: Iterable[Tensor]) -> None:
 def _can_absorb(model: nn.Module, pair: Pair) -> bool:
     first: Any = model.get_submodule(pair.first)
     second: Any = model.get_submodule(pair.second)
-    padded = isinstance(second, nn.Conv2d) and second.padding not in ((0, 0), "valid")
-    return first.bias is not None and second.bias is not None and not padded
+    padding = getattr(second, "padding", "valid")
+    padded = padding != "valid" and (isinstance(padding, str) or any(padding))
+    return first.bias is not None and second.bias is not None and not padded and not is_transposed(second)
 
 
 def _absorb(model: nn.Module, pair: Pair, amount: Tensor) -> None:
     first: Any = model.get_submodule(pair.first)
     second: Any = model.get_submodule(pair.second)
     first.bias.sub_(amount)
-    second.bias.add_(_mean_response(second.weight, amount, getattr(second, "groups", 1)))
+    second.bias.add_(_mean_response(second, amount))
     if pair.clamp:
         model.get_submodule(pair.clamp).bound.sub_(amount)  # type: ignore[union-attr,operator]

@@ -29,9 +29,11 @@ def correct_gains(model: nn.Module, network: nn.Module, moments: dict[str, Momen
     Args:
         model: the fp32 network.
         network: a copy of it with quantized layers.
-        moments: those of every quantized layer's input in `model`.
+        moments: those of the layers' inputs in `model`; a layer without is left.
     """
     for name, layer in quantized_layers(network).items():
+        if name not in moments:
+            continue
         weight = model.get_submodule(name).weight
         gain = output_gain(weight, layer.dequantized(), moments[name]).clamp(LEAST, MOST)  # type: ignore[arg-type]
         layer.set_codes(layer.weight_codes(), layer.weight_scale.float() / gain[:, None])

@@ -13,7 +13,6 @@ Blankevoort 2022, *Overcoming Oscillations in Quantization-Aware Training*, sect
 and BatchNorm is folded into scales and biases.
 """
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,8 +22,8 @@ from torch import Tensor, nn
 from quantstudy import params as P
 from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.recipe import TrainedRecipe, register
-from quantstudy.methods.uniform import layer_schemes
-from quantstudy.network.folding import conv_norm_pairs
+from quantstudy.methods.uniform import layer_schemes, left_as_they_are
+from quantstudy.network.folding import NORMS, copy_of, fold_pairs, scaled_outputs
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.learned import LearnedActivation, LearnedWeight
 from quantstudy.quantization.ranges import ActivationRange, activation_range
@@ -35,20 +34,27 @@ RE_ESTIMATION_BATCHES = 50
 
 @torch.no_grad()
 def learnable(
-    model: nn.Module, statistics: dict[str, Any], schemes: dict[str, LayerScheme], how: ActivationRange
+    model: nn.Module,
+    statistics: dict[str, Any],
+    schemes: dict[str, LayerScheme],
+    how: ActivationRange,
+    pairs: list[tuple[str, str]],
 ) -> nn.Module:
     """Return a copy of `model`, its BatchNorm not folded, whose layers quantize with learned scales.
 
-    `statistics` are the layers' of `observers.collect`, `schemes` name the layers, `how` their starting range.
+    `statistics` are the layers' of `observers.collect`, `schemes` name the layers, `how` their starting range,
+    `pairs` each layer and the BatchNorm that folds into it.
     """
-    network = copy.deepcopy(model)
-    for name, norm_name in conv_norm_pairs(network):
-        convolution: Any = network.get_submodule(name)
+    network = copy_of(model)
+    for name, norm_name in pairs:
+        before: Any = network.get_submodule(name)
         norm: Any = network.get_submodule(norm_name)
+        if norm.weight is None:
+            continue
         sign = torch.where(norm.weight < 0, -1.0, 1.0)
-        convolution.weight.mul_(sign.view(-1, 1, 1, 1))
-        if convolution.bias is not None:
-            convolution.bias.mul_(sign)
+        before.weight.copy_(scaled_outputs(before, sign))
+        if before.bias is not None:
+            before.bias.mul_(sign)
         norm.weight.mul_(sign)
         norm.running_mean.mul_(sign)
     for name, layer in quantize_layers(network, schemes).items():
@@ -62,8 +68,8 @@ def learnable(
 
 @torch.no_grad()
 def estimate_batchnorm(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Set the running mean and variance of every BatchNorm2d to their averages over some training batches, in place."""
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    """Set the running mean and variance of every BatchNorm to their averages over some training batches, in place."""
+    norms = [m for m in network.modules() if isinstance(m, NORMS) and m.running_mean is not None]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
@@ -83,7 +89,7 @@ def estimate_batchnorm(network: nn.Module, batches: Iterable[tuple[Tensor, Tenso
 
 @torch.no_grad()
 def freeze_learned(network: nn.Module, pairs: list[tuple[str, str]]) -> None:
-    """Round the weights of a trained network and fold BatchNorm, in place; `pairs` are `conv_norm_pairs`.
+    """Round the weights of a trained network and fold BatchNorm, in place; `pairs` are those of `fold_pairs`.
 
     A gamma that became negative in training gives its channel the codes of the negated weight, the lowest one clipped.
     """
@@ -93,12 +99,15 @@ def freeze_learned(network: nn.Module, pairs: list[tuple[str, str]]) -> None:
     for name, norm_name in pairs:
         layer: Any = network.get_submodule(name)
         norm: Any = network.get_submodule(norm_name)
-        factor, scheme = norm.weight / (norm.running_var + norm.eps).sqrt(), layer.scheme.weight
-        codes = layer.weight_codes().int() * torch.where(factor < 0, -1, 1).view(-1, 1, 1, 1)
+        factor, scheme = (norm.running_var + norm.eps).rsqrt(), layer.scheme.weight
+        beta = 0 if norm.bias is None else norm.bias
+        factor = factor if norm.weight is None else factor * norm.weight
+        sign = torch.where(factor < 0, -1, 1).view(-1, *[1] * (len(layer.shape) - 1))
+        codes = layer.weight_codes().int() * sign
         codes = codes.clamp(scheme.lowest, scheme.highest).to(torch.int8)
         layer.set_codes(codes, layer.weight_scale.float() * factor.abs()[:, None])
         before = 0 if layer.bias is None else layer.bias
-        layer.bias = nn.Parameter((before - norm.running_mean) * factor + norm.bias, requires_grad=False)
+        layer.bias = nn.Parameter((before - norm.running_mean) * factor + beta, requires_grad=False)
         network.set_submodule(norm_name, nn.Identity())
 
 
@@ -110,13 +119,17 @@ class LsqRecipe(TrainedRecipe[P.QatLsq]):
 
     def prepare(self, model: nn.Module, calibration: Calibration, row: P.QatLsq) -> Variant:
         """Return a copy with learned scales."""
-        schemes = layer_schemes(model, row, calibration.replaceable, "static")
-        variant = Variant(learnable(model, calibration.statistics, schemes, row.activation_range))
-        variant.requires_grad_(True)
+        graph = calibration.graph
+        schemes = layer_schemes(graph, row, calibration.replaceable, "static")
+        pairs, unfolded = fold_pairs(graph, [name for name, m in model.named_modules() if isinstance(m, NORMS)])
+        network = learnable(model, calibration.statistics, schemes, row.activation_range, pairs)
+        variant = Variant(network.requires_grad_(True))
+        variant.pairs = pairs
+        variant.skipped = left_as_they_are(model, graph) | ({"folding": unfolded} if unfolded else {})
         return variant
 
     def finish(self, variant: Variant, model: nn.Module, row: P.QatLsq) -> Variant:
-        freeze_learned(variant.network, conv_norm_pairs(model))
+        freeze_learned(variant.network, variant.pairs)
         return variant
 
     def distillation(self, row: P.QatLsq) -> float:

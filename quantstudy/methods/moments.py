@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quantstudy.network.graph import is_transposed
 from quantstudy.quantization.observers import quantizable_layers, run_watched
 
 BLOCK = 4096
@@ -32,13 +33,16 @@ class Moments:
 def input_moments(
     model: nn.Module, batches: Iterable[Tensor], names: Collection[str] | None = None
 ) -> dict[str, Moments]:
-    """Return the moments of the input of every Conv2d and Linear, or of those of `names`, over `batches` [N, 3, S, S].
+    """Return the moments of the input of every layer, or of those of `names`, over `batches` [N, C, H, W].
+
+    A transposed convolution has none: a place of its output is no product of a patch.
 
     Of each batch a layer sees at most 8,192 patches, evenly spread.
     """
     totals: dict[str, list[Tensor]] = {}
     counts: Counter[str] = Counter()
-    layers = {name: layer for name, layer in quantizable_layers(model).items() if names is None or name in names}
+    layers = {n: layer for n, layer in quantizable_layers(model).items() if not is_transposed(layer)}
+    layers = {name: layer for name, layer in layers.items() if names is None or name in names}
 
     def watch(name: str, value: Tensor) -> None:
         x = _some_patches(layers[name], value)
@@ -63,18 +67,17 @@ def _some_patches(layer: Any, value: Tensor) -> Tensor:
 
 
 def patches(layer: Any, x: Tensor) -> Tensor:
-    """Return a layer's input as float32 [groups, patches, K]."""
+    """Return a layer's input as float32 [groups, patches, K]; a transposed convolution has no patches."""
     if isinstance(layer, nn.Linear):
         return x.reshape(1, -1, x.shape[-1]).float()
-    padding = layer.padding if isinstance(layer.padding, tuple) else _same_padding(layer)
-    columns = F.unfold(x.float(), layer.kernel_size, layer.dilation, padding, layer.stride)  # [N, C * kH * kW, L]
-    columns = columns.unflatten(1, (layer.groups, -1))  # [N, groups, K, L]
-    return columns.permute(1, 0, 3, 2).flatten(1, 2)
+    sizes, dimensions = list(zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)), len(layer.kernel_size)
+    x = F.pad(x.float(), layer._reversed_padding_repeated_twice if isinstance(layer.padding, str) else _both(layer))
+    for axis, (size, dilation, stride) in enumerate(sizes, start=2):
+        x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]  # [N, C, places..., kernel...]
+    x = x.unflatten(1, (layer.groups, -1))
+    order = [1, 0, *range(3, 3 + dimensions), 2, *range(3 + dimensions, 3 + 2 * dimensions)]
+    return x.permute(order).flatten(2 + dimensions).flatten(1, 1 + dimensions)
 
 
-def _same_padding(layer: Any) -> tuple[int, int]:
-    if layer.padding == "valid":
-        return (0, 0)
-    sizes = zip(layer.kernel_size, layer.dilation, strict=True)
-    height, width = (dilation * (size - 1) // 2 for size, dilation in sizes)
-    return (height, width)
+def _both(layer: Any) -> list[int]:
+    return [pad for pad in reversed(layer.padding) for _ in range(2)]

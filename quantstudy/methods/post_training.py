@@ -8,31 +8,45 @@
 6. `finetune`: all of it at once on the calibration images, without labels (`methods.joint`).
 """
 
+import copy
+
 import torch
 from torch import nn
 
 from quantstudy import params as P
 from quantstudy.methods.bias_correction import correct_biases
 from quantstudy.methods.calibration import Calibration
-from quantstudy.methods.equalization import absorb_high_biases, equalize, find_pairs
+from quantstudy.methods.equalization import TOLERANCE, absorb_high_biases, equalize, find_pairs
 from quantstudy.methods.gain_correction import correct_gains
 from quantstudy.methods.gptq import gptq_codes
 from quantstudy.methods.joint import finetune_jointly
 from quantstudy.methods.reconstruction import LARGE, Limits, reconstruct
+from quantstudy.network.graph import is_transposed, relative_error, run_in_eval
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.variant import Skipped
 
 
+@torch.no_grad()
 def equalized(model: nn.Module, calibration: Calibration, row: P.Scheme) -> tuple[nn.Module, Calibration, Skipped]:
-    """Return the network that is quantized, its calibration, and what could not be equalized."""
+    """Return the network that is quantized, its calibration, and what could not be equalized.
+
+    Each step is compared with the network before on the calibration images, and undone where the output differs.
+    """
     if not row.equalize:
         return model, calibration, {}
-    skipped: Skipped = {}
-    if not find_pairs(model):
-        skipped["equalize"] = {"the network": "no two layers that only each other read, or it cannot be traced"}
-    model = equalize(model)
-    absorb_high_biases(model, calibration.images)
-    return model, calibration.of(model), skipped
+    images = calibration.images
+    if not find_pairs(calibration.graph):
+        reason = calibration.graph.problem or "no two layers that only each other read"
+        return model, calibration, {"equalize": {"": reason}}
+    wanted, found = run_in_eval(model, images[0]), equalize(model, images[0])
+    if (error := relative_error(wanted, run_in_eval(found, images[0]))) > TOLERANCE:
+        return model, calibration, {"equalize": {"": f"undone: the output would differ by {error:.2g} of its norm"}}
+    absorbed = copy.deepcopy(found)
+    absorb_high_biases(absorbed, images)
+    if (error := relative_error(wanted, run_in_eval(absorbed, images[0]))) > TOLERANCE:
+        reason = f"undone: the output would differ by {error:.2g} of its norm"
+        return found, calibration.of(found), {"absorption of high biases": {"": reason}}
+    return absorbed, calibration.of(absorbed), {}
 
 
 @torch.no_grad()
@@ -56,9 +70,15 @@ def freeze(model: nn.Module, network: nn.Module, calibration: Calibration, row: 
     else:
         moments = calibration.moments(layers if row.gain_correction else waiting)
         for name, layer in waiting.items():
+            if name not in moments:
+                layer.freeze()
+                continue
             scheme, weight = layer.scheme.weight, layer.weight.detach()
             scale = scheme.choose_scale(weight)
             layer.set_codes(gptq_codes(weight, scale, scheme, moments[name]), scale)
+    for technique, wanted in (("rounding", row.rounding != "nearest"), ("gain_correction", row.gain_correction)):
+        transposed = [name for name, layer in layers.items() if wanted and is_transposed(layer)]
+        skipped[technique] = dict.fromkeys(transposed, "a transposed convolution: its weights are rounded to nearest")
     if row.gain_correction:
         correct_gains(model, network, calibration.moments(layers))
     if row.bias_correction:

@@ -19,6 +19,7 @@ from quantstudy.methods.allocation import HALF, stored_bits
 from quantstudy.methods.bias_correction import correct_own_biases
 from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.uniform import WeightOnlyRecipe
+from quantstudy.network.graph import as_stored
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.sqnr import sqnr_db
 
@@ -111,7 +112,7 @@ def _changed(layer: Any, quantized: Any) -> Iterator[None]:
     if quantized is None:
         dense = weight.half().float()
     else:
-        dense = quantized.dequantized()
+        dense = as_stored(layer, quantized.dequantized())
         layer.bias = quantized.bias
     laid_out_alike = torch.empty_like(weight).copy_(dense)  # so that the same numbers give the same logits
     layer.weight = nn.Parameter(laid_out_alike, requires_grad=False)

@@ -17,12 +17,12 @@ from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.joint import freeze_trained, make_trainable, parameter_groups
 from quantstudy.methods.post_training import equalized, freeze
 from quantstudy.methods.recipe import Recipe, Row, TrainedRecipe, register
+from quantstudy.network.graph import Graph
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
-from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.ranges import activation_range
 from quantstudy.quantization.saturation import limit_of
 from quantstudy.quantization.schemes import ActivationScheme, Mode, WeightScheme
-from quantstudy.quantization.variant import Variant
+from quantstudy.quantization.variant import Skipped, Variant
 
 
 class UniformRecipe(Recipe[Row]):
@@ -38,13 +38,13 @@ class UniformRecipe(Recipe[Row]):
         """Return a copy of `model` with quantized layers whose weights are still float."""
         network = copy.deepcopy(model)
         names = self.chosen(calibration.replaceable, row)
-        quantize_layers(network, layer_schemes(model, row, names, self.mode))
-        return Variant(network)
+        quantize_layers(network, layer_schemes(calibration.graph, row, names, self.mode))
+        return Variant(network, skipped=left_as_they_are(model, calibration.graph))
 
     def quantize(self, model: nn.Module, calibration: Calibration, row: Any) -> Variant:
         model, calibration, skipped = equalized(model, calibration, row)
         variant = self.simulated(model, calibration, row)
-        variant.skipped = skipped | freeze(model, variant.network, calibration, row)
+        variant.skipped |= skipped | freeze(model, variant.network, calibration, row)
         return variant
 
 
@@ -113,17 +113,22 @@ class JointRecipe(TrainedRecipe[P.QatJoint]):
         return 1.0
 
 
-def layer_schemes(model: nn.Module, row: P.Scheme, names: Collection[str], mode: Mode) -> dict[str, LayerScheme]:
-    """Return the scheme of each named layer; `edge_bits` are for the first and the last layer of `model`."""
-    layers: dict[str, Any] = quantizable_layers(model)
-    edges = (next(iter(layers)), next(reversed(layers)))
+def left_as_they_are(model: nn.Module, graph: Graph) -> Skipped:
+    """Return the layers that no method quantizes and the normalizations that were not folded, with the reasons."""
+    found = {"quantization": graph.left, "folding": getattr(model, "unfolded", {})}
+    return {technique: dict(left) for technique, left in found.items() if left}
+
+
+def layer_schemes(graph: Graph, row: P.Scheme, names: Collection[str], mode: Mode) -> dict[str, LayerScheme]:
+    """Return the scheme of each named layer; `edge_bits` are for the first to run and the head."""
+    edges = (graph.order[0], graph.head() or graph.order[-1]) if graph.order else ()
     activation_bits = int(getattr(row, "activation_bits", 32))
 
     def scheme(name: str) -> LayerScheme:
         least = (row.edge_bits or 0) if name in edges else 0
         bits = max(row.weight_bits, least)
         limited = bits == 8 and getattr(row, "saturation_free", False)
-        limit = limit_of(layers[name]) if limited else "none"
+        limit = limit_of(graph.plain[name]) if limited else "none"
         weight = WeightScheme(bits, row.group_size, row.weight_range, limit)
         return LayerScheme(weight, ActivationScheme(mode, max(activation_bits, least)))
 

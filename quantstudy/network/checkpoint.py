@@ -7,10 +7,13 @@ dtype are views into one storage.
 
 import pickle
 import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from quantstudy.errors import UserError
 from quantstudy.files import save_tensors
@@ -30,6 +33,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise UserError(f"{path}: format {found!r} is not {FORMAT!r}; run the stage that writes it again")
     return checkpoint
+
+
+def load_into(
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor], *, strict: bool = True, assign: bool = False
+) -> None:
+    """Load tensors into a network of the same version of its code: what a plain dictionary does not say."""
+    state = OrderedDict(state_dict)
+    state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(state, strict=strict, assign=assign)
 
 
 def load_tensors(path: Path) -> Any:

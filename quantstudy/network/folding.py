@@ -1,57 +1,178 @@
-"""Fold BatchNorm into the convolutions before it."""
+"""Fold normalizations into the layers before them, and weights that are computed from others into plain ones."""
 
+import contextlib
 import copy
-from collections import Counter
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+from quantstudy.errors import one_line
+from quantstudy.network.graph import (
+    Call,
+    Graph,
+    as_stored,
+    capture,
+    example_images,
+    is_transposed,
+    out_channels_first,
+    relative_error,
+    run_in_eval,
+)
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+TOLERANCE = 1e-4
+"""How far the logits of the folded network may lie from those before, relative to their norm."""
 
 
-def fold_batchnorm(model: nn.Module) -> nn.Module:
-    """Return a copy in eval mode where each BatchNorm2d that follows a Conv2d is folded into it.
+def fold_batchnorm(model: nn.Module, images: Tensor | None = None) -> nn.Module:
+    """Return a copy in eval mode where each BatchNorm that alone reads a convolution or a linear layer is folded in.
 
-    The names of the layers stay: the convolution takes the folded weight and a bias, the BatchNorm becomes an
-    `Identity`. A BatchNorm that does not directly follow a convolution stays as it is, and so does every one of a
-    network that `torch.fx` cannot trace.
+    The names of the layers stay: the layer takes the folded weight and a bias, the BatchNorm becomes an `Identity`. The
+    copy has `unfolded`, a dictionary of the BatchNorms that stay, by name, each with the reason.
+
+    Args:
+        model: float32, on the CPU.
+        images: float32 [N, C, H, W], N of 2 or more, that it is captured on; None for random ones of a usual size.
     """
-    return fold_in_place(copy.deepcopy(model).eval())
+    return fold_in_place(copy_of(model).eval(), images)
 
 
-def fold_in_place(model: nn.Module) -> nn.Module:
-    """Do what `fold_batchnorm` does, to the model itself, which is in eval mode, and return it."""
+def fold_in_place(model: Any, images: Tensor | None = None) -> Any:
+    """Do what `fold_batchnorm` does, to the model itself, which is in eval mode, and return it.
+
+    The folded network is compared with the one before on the images; where it differs, nothing is folded.
+    """
+    settle_weights(model)
+    model.unfolded = {}
+    norms = [name for name, module in model.named_modules() if isinstance(module, NORMS)]
+    if not norms:
+        return model.requires_grad_(False)
+    try:
+        images = example_images(model) if images is None else images
+        graph = capture(model, images)
+    except Exception as error:  # the code of a network of one's own may raise anything
+        model.unfolded = dict.fromkeys(norms, f"the network was not captured: {one_line(error)}")
+        return model.requires_grad_(False)
+    pairs, model.unfolded = fold_pairs(graph, norms)
     modules = dict(model.named_modules())
-    for conv_name, norm_name in conv_norm_pairs(model):
-        conv, norm = modules[conv_name], modules[norm_name]
-        model.set_submodule(conv_name, _fused(conv, norm))
-        model.set_submodule(norm_name, nn.Identity())
+    before = run_in_eval(model, images)
+    for name, norm in pairs:
+        model.set_submodule(name, _fused(modules[name], modules[norm]))
+        model.set_submodule(norm, nn.Identity())
+    change = 0.0 if before.is_meta else relative_error(before, run_in_eval(model, images))
+    if change > TOLERANCE:
+        for name in (name for pair in pairs for name in pair):
+            model.set_submodule(name, modules[name])
+        reason = f"folded, the network's output would differ by {change:.2g} of its norm"
+        model.unfolded |= {norm: reason for _, norm in pairs}
     return model.requires_grad_(False)
 
 
-def _fused(conv: Any, norm: Any) -> nn.Module:
-    if not conv.weight.is_meta:
-        return fuse_conv_bn_eval(conv, norm)
-    conv.bias = nn.Parameter(torch.empty(norm.num_features, device="meta"))  # empty_like would import sympy
-    return conv  # type: ignore[no-any-return]
+def fold_like(model: nn.Module, names: Collection[str]) -> nn.Module:
+    """Make a network of random weights, in place, one whose state_dict has the tensors `names`: of a folded network."""
+    settle_weights(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, NORMS) and f"{name}.running_mean" not in names and module.running_mean is not None:
+            model.set_submodule(name, nn.Identity())
+        elif getattr(module, "bias", "") is None and f"{name}.bias" in names:
+            weight: Any = module.weight
+            outputs = out_channels_first(module, weight).shape[0]
+            module.bias = nn.Parameter(torch.empty(outputs, device=weight.device))
+    return model.requires_grad_(False)
 
 
-def conv_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """Return the names of each convolution and the BatchNorm2d that alone reads it."""
-    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        return []
+def fold_pairs(graph: Graph, norms: Collection[str]) -> tuple[list[tuple[str, str]], dict[str, str]]:
+    """Return the names of each layer and the BatchNorm that folds into it, and of the others of `norms` why not."""
+    pairs: list[tuple[str, str]] = []
+    unfolded: dict[str, str] = {}
+    for norm in norms:
+        layer, reason = _layer_before(graph, norm)
+        if layer is None:
+            unfolded[norm] = reason
+        else:
+            pairs.append((layer, norm))
+    return pairs, unfolded
+
+
+def _layer_before(graph: Graph, norm: str) -> tuple[str | None, str]:
+    calls = graph.calls_of.get(norm, [])
+    if graph.problem is not None or len(calls) != 1:
+        return None, graph.problem or ("it does not run" if not calls else f"it runs {len(calls)} times")
+    module: Any = calls[0].module
+    before = calls[0].inputs[0] if len(calls[0].inputs) == 1 else Call("what it reads")
+    if type(module) not in NORMS or module._forward_hooks or module._forward_pre_hooks:
+        return None, "its forward is its own, or it has hooks"
+    if module.running_mean is None:
+        return None, "it has no running statistics"
+    if before.name not in graph.plain:
+        return None, f"{before.name} is no layer that it could fold into"
+    if len(before.readers) > 1:
+        return None, f"{before.name} is read elsewhere too"
+    if graph.only_call(before.name) is None:
+        return None, f"{before.name} runs {len(graph.calls_of[before.name])} times"
+    if isinstance(before.module, nn.Linear) and len(before.shape) > 2:
+        return None, f"the channels of {before.name} come last, its own come second"
+    return before.name, ""
+
+
+@torch.no_grad()
+def _fused(layer: Any, norm: Any) -> Any:
+    """Return the layer with the BatchNorm behind it, as `torch.nn.utils.fusion` has it."""
+    fused = copy.copy(layer)
+    fused._parameters = dict(layer._parameters)
+    deviation = torch.rsqrt(norm.running_var + norm.eps)
+    gamma = torch.ones_like(deviation) if norm.weight is None else norm.weight
+    beta = torch.zeros_like(deviation) if norm.bias is None else norm.bias
+    bias = torch.zeros_like(norm.running_mean) if layer.bias is None else layer.bias
+    fused.weight = nn.Parameter(scaled_outputs(layer, gamma * deviation), requires_grad=False)
+    fused.bias = nn.Parameter((bias - norm.running_mean) * deviation * gamma + beta, requires_grad=False)
+    return fused
+
+
+def scaled_outputs(layer: Any, factor: Tensor) -> Tensor:
+    """Return a layer's weight times `factor`, [O], of each output channel, laid out in memory like the weight."""
+    weight = layer.weight.detach()
+    scaled = out_channels_first(layer, weight) * factor.view(-1, *[1] * (weight.ndim - 1))
+    if not is_transposed(layer):
+        return scaled
+    return torch.empty_like(weight).copy_(as_stored(layer, scaled))
+
+
+def settle_weights(model: nn.Module) -> None:
+    """Make each weight that is computed in every forward pass a plain parameter of the value that it has, in place.
+
+    Such are weight_norm's and spectral_norm's, both as parametrizations and as hooks, and pruned weights.
+    """
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(module, name)
+        for hook in list(module._forward_pre_hooks.values()):
+            kind, name = type(hook).__name__, getattr(hook, "name", "weight")
+            if kind == "WeightNorm":
+                torch.nn.utils.remove_weight_norm(module, name)
+            elif kind == "SpectralNorm":
+                torch.nn.utils.remove_spectral_norm(module, name)
+            elif isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)  # type: ignore[no-untyped-call]
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """Return a deep copy, also of a network whose weights are computed: PyTorch copies no tensor with a history."""
+    with _without_history(model):
+        return copy.deepcopy(model)
+
+
+@contextlib.contextmanager
+def _without_history(model: nn.Module) -> Iterator[None]:
+    found = [(m, k, v) for m in model.modules() for k, v in vars(m).items() if isinstance(v, Tensor)]
+    for module, key, value in found:
+        module.__dict__[key] = value.detach()
     try:
-        graph = fx.Tracer().trace(model)
-    except Exception:  # the code of a network of one's own may raise anything at the tracer's stand-in for an image
-        return []
-    modules = dict(model.named_modules())
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    pairs = []
-    for node in graph.nodes:
-        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
-            continue
-        before = node.args[0]
-        is_conv = before.op == "call_module" and isinstance(modules[before.target], nn.Conv2d)
-        if is_conv and len(before.users) == calls[before.target] == calls[node.target] == 1:
-            pairs.append((before.target, node.target))
-    return pairs
+        yield
+    finally:
+        for module, key, value in found:
+            module.__dict__[key] = value

@@ -1,5 +1,6 @@
 """The file of an fp32 model, and the network of a file, with or without its weights."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ from torch import nn
 
 from quantstudy import params as P
 from quantstudy.network.architectures import IMAGE_SIZE, build, check_code, code_sha256, is_own
-from quantstudy.network.checkpoint import load_checkpoint, save_checkpoint
-from quantstudy.network.folding import fold_in_place
+from quantstudy.network.checkpoint import load_checkpoint, load_into, save_checkpoint
+from quantstudy.network.folding import fold_in_place, fold_like, settle_weights
+from quantstudy.network.graph import example_images
 
 
 def save_fp32(path: Path, model: nn.Module, architecture: str, classes: int, preprocessing: P.Preprocessing) -> None:
@@ -34,25 +36,42 @@ def load_fp32(path: Path, *, fold: bool = True) -> nn.Module:
     """Read a model that `save_fp32` wrote: float32, BatchNorm folded or not, eval mode, channels_last, on the CPU."""
     checkpoint = load_checkpoint(path)
     model = _network_of(checkpoint, path)
-    model.load_state_dict(checkpoint["state_dict"], assign=True)
+    load_into(model, checkpoint["state_dict"], assign=True)
     model.eval()
     if fold:
-        fold_in_place(model)
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+        size = checkpoint["preprocessing"]["image_size"]
+        fold_in_place(model, example_images(model, [(3, size, size)]))
+    else:
+        settle_weights(model)
+    return channels_last(model)
 
 
 def skeleton_of(path: Path) -> nn.Module:
-    """Return the network of a file, fp32 or a variant, as `skeleton` does."""
-    return fold_in_place(_network_of(load_checkpoint(path), path).eval())
+    """Return the network of a variant's file: what was folded is, and its tensors have no values yet."""
+    checkpoint = load_checkpoint(path)
+    return fold_like(_network_of(checkpoint, path).eval(), checkpoint["state_dict"].keys())
 
 
-def skeleton(architecture: str, classes: int, image_size: int = IMAGE_SIZE) -> nn.Module:
+def skeleton(
+    architecture: str, classes: int, image_size: int = IMAGE_SIZE, names: Collection[str] | None = None
+) -> nn.Module:
     """Return an architecture as quantization sees it: BatchNorm folded, eval mode.
 
     The tensors of torchvision's networks have no storage; those of one's own have their random start, since what
-    its code computes besides parameters has to be there.
+    its code computes besides parameters has to be there. `names` are those of a state_dict that says what is folded.
     """
-    return fold_in_place(_without_weights(architecture, classes, image_size).eval())
+    model = _without_weights(architecture, classes, image_size).eval()
+    if names is not None:
+        return fold_like(model, names)
+    return fold_in_place(model, example_images(model, [(3, image_size, image_size)]))  # type: ignore[no-any-return]
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """Lay out the weights of 2d convolutions channels_last, in place, and return the model."""
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+    return model
 
 
 def _network_of(checkpoint: dict[str, Any], path: Path) -> nn.Module:

@@ -11,7 +11,7 @@ from quantstudy.errors import UserError
 from quantstudy.files import check_sha256
 from quantstudy.network.architectures import build, check_logits, torchvision_names
 from quantstudy.network.attention import opened_names
-from quantstudy.network.checkpoint import load_tensors
+from quantstudy.network.checkpoint import load_into, load_tensors
 
 AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 """Tensors of GoogLeNet and Inception that only their own training needs."""
@@ -73,7 +73,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str, key: str
         found += f", {wanted} ({len(strange)} of {len(state)} tensors do not fit)"
         raise UserError(f"{key}: {source!r} is not of architecture {architecture}: it {found}")
     usable = {name: tensor for name, tensor in state.items() if tensor.shape == own[name].shape}
-    model.load_state_dict(usable, strict=False)
+    load_into(model, usable, strict=False)
     return LoadReport(source, list(usable), [name for name in own if name not in usable])
 
 

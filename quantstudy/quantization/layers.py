@@ -1,6 +1,7 @@
 """The quantized layer: one layer that trains, simulates, is stored packed, and compiles to int8 kernels.
 
-`QuantConv2d` and `QuantLinear` take the place of a Conv2d or Linear. They live in one of two states:
+`QuantConv` and `QuantLinear` take the place of a convolution, transposed ones too, or a Linear. They live in one of two
+states:
 
 - trainable: a float weight, rounded in each forward pass with a straight-through gradient (QAT);
 - frozen: integer codes and scales. `packed` and `weight_scale` are all that a file stores of the weight.
@@ -19,7 +20,9 @@ from typing import Any
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from quantstudy.network.graph import as_stored, out_channels_first
 from quantstudy.quantization.packing import pack, unpack
 from quantstudy.quantization.saturation import may_saturate
 from quantstudy.quantization.schemes import SMALLEST_SCALE, ActivationScheme, WeightScheme
@@ -84,7 +87,9 @@ class ActivationQuantizer(nn.Module):
 
 
 class _QuantLayer(nn.Module):
-    """What the two quantized layers share; a subclass adds the operator."""
+    """What the quantized layers share; a subclass adds the operator."""
+
+    captured_whole = True
 
     weight: nn.Parameter | None
     weight_quantizer: Any
@@ -97,10 +102,12 @@ class _QuantLayer(nn.Module):
     def __init__(self, layer: Any, scheme: LayerScheme) -> None:
         super().__init__()
         self.scheme = scheme
-        self.shape = layer.weight.shape
+        weight = out_channels_first(layer, layer.weight.detach())
+        self.shape = weight.shape
+        """Of the weight, [O, I / groups, ...], which a transposed convolution itself has another way round."""
         self.dtype = torch.float32  # of the network around it; `cast` changes it
         self.activation = ActivationQuantizer(scheme.activation)
-        self.weight = nn.Parameter(layer.weight.detach())
+        self.weight = nn.Parameter(weight)
         self.weight_quantizer = None  # a module that learns how to round; else rounding to nearest
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach())
 
@@ -194,51 +201,71 @@ class _QuantLayer(nn.Module):
         return f"{tuple(self.shape)}, {self.scheme.weight}, {'frozen' if self.frozen else 'trainable'}"
 
 
-class QuantConv2d(_QuantLayer):
-    """A Conv2d with quantized weight and input; any groups, so depthwise too. Input and output [N, C, H, W]."""
+class QuantConv(_QuantLayer):
+    """A convolution of 1 to 3 dimensions, transposed or not, with quantized weight and input; any groups.
 
-    def __init__(self, layer: nn.Conv2d, scheme: LayerScheme) -> None:
+    Input and output are [N, C, ...].
+    """
+
+    def __init__(self, layer: Any, scheme: LayerScheme) -> None:
         if layer.padding_mode != "zeros":
             raise NotImplementedError(f"padding_mode {layer.padding_mode!r}; only zeros can be quantized")
         super().__init__(layer, scheme)
-        self.stride, self.padding = layer.stride, layer.padding
+        self.transposed, self.kernel_size = layer.transposed, layer.kernel_size
+        self.stride, self.padding, self.output_padding = layer.stride, layer.padding, layer.output_padding
         self.dilation, self.groups = layer.dilation, layer.groups
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Convolve the quantized input with the quantized weight."""
-        weight = self.forward_weight()
-        geometry: Any = (self.stride, self.padding, self.dilation, self.groups)
-        return nn.functional.conv2d(self.activation(x), weight, self.bias, *geometry)
+        weight, dimensions = as_stored(self, self.forward_weight()), len(self.kernel_size)
+        if self.transposed:
+            function: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dimensions - 1]
+            geometry: Any = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        else:
+            function = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1]
+            geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return function(self.activation(input), weight, self.bias, *geometry)  # type: ignore[no-any-return]
+
+
+class QuantConv2d(QuantConv):
+    """A Conv2d with quantized weight and input, which int8 kernels take: [N, C, H, W]."""
 
 
 class QuantLinear(_QuantLayer):
     """A Linear with quantized weight and input. Input [..., in_features], output [..., out_features]."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Multiply the quantized input with the quantized weight."""
         weight = self.forward_weight()
-        return nn.functional.linear(self.activation(x), weight, self.bias)
+        return F.linear(self.activation(input), weight, self.bias)
 
 
 class ChannelReLU(nn.Module):
-    """min(max(x, 0), bound) with a bound for each channel: ReLU6 after cross-layer equalization. [N, C, H, W]."""
+    """min(max(x, 0), bound) with a bound for each channel: ReLU6 after cross-layer equalization.
 
-    def __init__(self, bound: Tensor) -> None:
+    `axis` is that of the channels, from the end: -3 for [N, C, H, W], -1 behind a linear layer.
+    """
+
+    captured_whole = True
+
+    def __init__(self, bound: Tensor, axis: int = -3) -> None:
         super().__init__()
+        self.axis = axis
         self.register_buffer("bound", bound)
         self.bound: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Clamp `x` at zero and at each channel's bound."""
-        return torch.minimum(x.relu(), self.bound.view(-1, 1, 1))
+    def forward(self, input: Tensor) -> Tensor:
+        """Clamp at zero and at each channel's bound."""
+        return torch.minimum(input.relu(), self.bound.view(-1, *[1] * (-1 - self.axis)))
 
 
 def quantize_layers(model: nn.Module, schemes: dict[str, LayerScheme]) -> dict[str, _QuantLayer]:
-    """Replace the named Conv2d and Linear modules of `model` in place; return the new layers by name."""
+    """Replace the named convolutions and linear layers of `model` in place; return the new layers by name."""
     replaced: dict[str, _QuantLayer] = {}
     for name, scheme in schemes.items():
         layer: Any = model.get_submodule(name)
-        replaced[name] = (QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear)(layer, scheme)
+        is_2d, kind = isinstance(layer, nn.Conv2d), QuantLinear if isinstance(layer, nn.Linear) else QuantConv
+        replaced[name] = (QuantConv2d if is_2d else kind)(layer, scheme)
     put_layers(model, replaced)
     return replaced
 

@@ -6,6 +6,7 @@ histogram of fixed bins between them, so nothing is approximated by merging. Eve
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,13 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-QUANTIZABLE = (nn.Conv2d, nn.Linear)
+from quantstudy.network.graph import LAYERS
+
+QUANTIZABLE = LAYERS
 AVERAGING = 0.1
 """The weight of a new batch in the moving averages: calibration has few batches."""
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every Conv2d and Linear by name, in the order of the model's definition."""
+    """Return every convolution and linear layer by name, in the order of the model's definition."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QUANTIZABLE)}
 
 
@@ -70,10 +73,14 @@ def run_watched(
     """Run `model` on batches of images, calling `watch` with the name and the input of each of `layers` on its way."""
     with contextlib.ExitStack() as hooks:
         for name, layer in layers.items():
-            hook = layer.register_forward_pre_hook(lambda _, inputs, name=name: watch(name, inputs[0]))  # type: ignore[misc]
-            hooks.enter_context(hook)
+            watching = functools.partial(_watched, name, watch)
+            hooks.enter_context(layer.register_forward_pre_hook(watching, with_kwargs=True))
         for batch in images:
             model(batch)
+
+
+def _watched(name: str, watch: Callable[[str, Tensor], None], layer: nn.Module, inputs: Any, keywords: Any) -> None:
+    watch(name, inputs[0] if inputs else keywords["input"])
 
 
 def _span(low: float, high: float) -> tuple[float, float]:

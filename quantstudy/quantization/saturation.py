@@ -14,10 +14,12 @@ otherwise, by one of them at least; its codes stay within 7 bits. Depthwise conv
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from quantstudy.network.graph import out_channels_first
 
 Limit = Literal["none", "pairs", "codes"]
 """What codes are held to: nothing, the sum of two neighbours, or 7 bits each."""
@@ -28,9 +30,9 @@ _AT_ONCE = 2**18
 """Codes that are looked at while they are in the cache."""
 
 
-def limit_of(layer: nn.Conv2d | nn.Linear) -> Limit:
+def limit_of(layer: Any) -> Limit:
     """Return what keeps 8-bit codes of a layer's weight from saturating."""
-    rows, inputs = layer.weight.shape[:2]
+    rows, inputs = out_channels_first(layer, layer.weight).shape[:2]
     if getattr(layer, "groups", 1) == rows and inputs == 1:
         return "none"
     return "codes" if inputs % 2 else "pairs"

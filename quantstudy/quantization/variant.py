@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantstudy.network.checkpoint import load_checkpoint, save_checkpoint
-from quantstudy.network.fp32 import load_fp32, network_facts, skeleton_of
+from quantstudy.network.checkpoint import load_checkpoint, load_into, save_checkpoint
+from quantstudy.network.fp32 import channels_last, load_fp32, network_facts, skeleton_of
 from quantstudy.quantization.layers import ChannelReLU, LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
 
@@ -28,6 +28,8 @@ class Variant(nn.Module):
     def __init__(self, network: nn.Module, dtype: torch.dtype = torch.float32, skipped: Skipped | None = None) -> None:
         super().__init__()
         self.network, self.dtype, self.skipped = network, dtype, skipped or {}
+        self.pairs: list[tuple[str, str]] = []
+        """Each layer and the BatchNorm that is to be folded into it, while it trains with its BatchNorm."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Cast the images to the network's type, and its logits to float32."""
@@ -47,7 +49,7 @@ def save_variant(path: Path, variant: Variant, fp32: dict[str, Any], name: str) 
         "dtype": str(variant.dtype).removeprefix("torch."),
         "layers": layers,
         "skipped": variant.skipped,
-        "channel_relus": [name for name, module in variant.network.named_modules() if isinstance(module, ChannelReLU)],
+        "channel_relus": {n: m.axis for n, m in variant.network.named_modules() if isinstance(m, ChannelReLU)},
     }
     save_checkpoint(path, variant.network.state_dict(), **facts)
 
@@ -63,16 +65,13 @@ def load_variant(path: Path) -> Variant:
     }
     for name, layer in quantize_layers(network, schemes).items():
         layer.empty_codes()
-        if layer.bias is None and f"{name}.bias" in checkpoint["state_dict"]:  # bias correction gave it one
-            layer.bias = nn.Parameter(torch.empty(layer.shape[0], device="meta"))
         layer.dtype = dtype
         row = checkpoint["layers"][name]
         layer.activation.scale, layer.activation.zero_point = row["scale"], row["zero_point"]
-    for name in checkpoint.get("channel_relus", []):
-        network.set_submodule(name, ChannelReLU(checkpoint["state_dict"][f"{name}.bound"]))
-    network.load_state_dict(checkpoint["state_dict"], assign=True)
-    network.requires_grad_(False).eval()
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for name, axis in checkpoint["channel_relus"].items():
+        network.set_submodule(name, ChannelReLU(checkpoint["state_dict"][f"{name}.bound"], axis))
+    load_into(network, checkpoint["state_dict"], assign=True)
+    network = channels_last(network.requires_grad_(False).eval())
     return Variant(network, dtype, checkpoint["skipped"]).eval()
 
 

@@ -22,6 +22,7 @@ from quantstudy.data.container import Split
 from quantstudy.data.sampling import validation_indices
 from quantstudy.errors import UserError
 from quantstudy.machine.device import autocast
+from quantstudy.network.checkpoint import load_into
 from quantstudy.training import parallel
 from quantstudy.training.optimization import make_optimizer, make_schedule, training_loss
 from quantstudy.training.progress import Run, State, keep, restore, save, write_curve
@@ -67,7 +68,7 @@ def train(model: nn.Module, training: Batches, validation: Batches, run: Run) ->
         if epoch < run.settings.epochs and save_seconds <= SAVE_SHARE * elapsed:
             save_seconds = save(run, parts, state)
             saved_at = time.perf_counter()
-    model.load_state_dict(state.best)
+    load_into(model, state.best)
     if not parallel.rank():
         run.resume.unlink(missing_ok=True)
     return state

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from quantstudy import params as P
 from quantstudy.files import save_tensors, write_csv
+from quantstudy.network.checkpoint import load_into
 
 COLUMNS = (
     *("epoch", "train_loss", "train_top1", "validation_loss", "validation_top1"),
@@ -89,7 +90,10 @@ def restore(run: Run, parts: dict[str, Any]) -> State:
         tqdm.write(f"{run.name}: {run.resume} cannot be read ({error}); training starts anew")
         return State()
     for name, part in parts.items():
-        part.load_state_dict(content[name])
+        if isinstance(part, nn.Module):
+            load_into(part, content[name])
+        else:
+            part.load_state_dict(content[name])
     torch.set_rng_state(content["random"])
     state = State(**content["state"])
     tqdm.write(f"{run.name}: resumes after epoch {state.epoch} of {run.settings.epochs}")

@@ -7,6 +7,7 @@ from quantstudy.errors import UserError
 from quantstudy.methods.equalization import Pair, absorb_high_biases, equalize, find_pairs
 from quantstudy.network.architectures import build
 from quantstudy.network.folding import fold_batchnorm
+from quantstudy.network.graph import capture
 from quantstudy.quantization.layers import ChannelReLU
 from quantstudy.runtimes.onnx_model import to_onnx
 
@@ -78,13 +79,14 @@ def test_pairs_end_where_a_value_is_read_twice() -> None:
             y = self.a(x)
             return self.c(torch.relu(self.b(y))) + y
 
-    assert find_pairs(Residual()) == [Pair("b", "c", None, True)]
+    images = torch.randn(2, 4, 5, 5)
+    assert find_pairs(capture(Residual(), images)) == [Pair("b", "c", None, 0, True, True)]
 
     class Branch(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x if x.sum() > 0 else -x
 
-    assert find_pairs(Branch()) == []
+    assert find_pairs(capture(Branch(), images)) == []
 
 
 @pytest.mark.parametrize("bound", [None, 20.5])

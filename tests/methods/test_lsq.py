@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from quantstudy.methods.lsq import estimate_batchnorm, freeze_learned, learnable
 from quantstudy.network.architectures import build
-from quantstudy.network.folding import conv_norm_pairs, fold_batchnorm
+from quantstudy.network.folding import fold_batchnorm, fold_pairs
+from quantstudy.network.graph import capture
 from quantstudy.params import Qat, QatLsq, QatOverrides
 from quantstudy.quantization import schemes
 from quantstudy.quantization.layers import LayerScheme, quantized_layers
@@ -86,10 +87,13 @@ def network(images: Tensor) -> nn.Module:
 def test_folding_after_training_leaves_the_function(network: nn.Module, images: Tensor) -> None:
     statistics = collect(fold_batchnorm(network), [(images, torch.zeros(16))], 256)["layers"]
     scheme = LayerScheme(WeightScheme(4, weight_range="mse"), ActivationScheme("static", 8))
-    found = learnable(network, statistics, dict.fromkeys(quantizable_layers(network), scheme), "mse").eval()
+    norms = [name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    pairs, unfolded = fold_pairs(capture(network, images), norms)
+    assert len(pairs) == 52 and not unfolded
+    found = learnable(network, statistics, dict.fromkeys(quantizable_layers(network), scheme), "mse", pairs).eval()
     with torch.no_grad():
         trained = found(images)
-        freeze_learned(found, conv_norm_pairs(network))
+        freeze_learned(found, pairs)
         frozen = found(images)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in found.modules())
     assert len(quantized_layers(found)) == 53

@@ -1,0 +1,316 @@
+"""The captured graph of a network: what it calls, in which order and on what, when it runs on a few images.
+
+The network runs as it is, with its own control flow. A hook on each layer and a `TorchFunctionMode` write down every
+call of a module of `torch.nn` and, outside of these, of a function of PyTorch, with the calls whose results it reads.
+Whoever asks in what order layers run, who reads whose output, or whether a layer's arithmetic is the one that its class
+is known for, asks a `Graph`.
+"""
+
+import contextlib
+import functools
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from quantstudy.errors import one_line
+
+LAYERS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    nn.Linear,
+)
+"""What can be quantized."""
+_READS_VALUES = frozenset(["__bool__", "__int__", "__float__", "__index__", "item", "tolist", "nonzero"])
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module or a function; the first one of a graph stands for the images.
+
+    `arguments` and `keywords` have the shape of a tensor in its place.
+    """
+
+    name: str
+    """Of the module in the network, or of the function."""
+    module: nn.Module | None = None
+    arguments: tuple[Any, ...] = ()
+    keywords: dict[str, Any] = field(default_factory=dict)
+    inputs: list["Call"] = field(default_factory=list)
+    """Whose results it reads; what is the same for all images, such as a parameter, is left out."""
+    readers: list["Call"] = field(default_factory=list)
+    reads: frozenset[str] = frozenset()
+    """The parameters and buffers of the network that a function reads."""
+    source: torch.Size = field(default_factory=torch.Size)
+    """The shape of the first tensor that it is given."""
+    shape: torch.Size = field(default_factory=torch.Size)
+    """The shape of its first result."""
+    writes: bool = False
+    """Whether it changes a tensor that it is given."""
+
+
+@dataclass
+class Graph:
+    """What a network calls, in order. `problem` says why nothing may be concluded from it for other images."""
+
+    calls: list[Call]
+    result: Call | None
+    """Whose result the network returns."""
+    plain: dict[str, Any]
+    """The layers whose arithmetic is their class's, by name, in the order in which they first run."""
+    left: dict[str, str]
+    """The other layers, each with the reason."""
+    problem: str | None = None
+
+    @functools.cached_property
+    def calls_of(self) -> dict[str, list[Call]]:
+        """The calls of each module, by name."""
+        found: dict[str, list[Call]] = defaultdict(list)
+        for call in self.calls:
+            if call.module is not None:
+                found[call.name].append(call)
+        return dict(found)
+
+    def only_call(self, name: str) -> Call | None:
+        """Return the call of a module that is called once; None for another one."""
+        calls = self.calls_of.get(name, [])
+        return calls[0] if len(calls) == 1 else None
+
+    @property
+    def order(self) -> list[str]:
+        """The names of all layers that run, in the order in which they first do."""
+        return [name for name, calls in self.calls_of.items() if isinstance(calls[0].module, LAYERS)]
+
+    def head(self) -> str | None:
+        """Return the name of the layer that makes the logits: the last one before the result, over calls between."""
+        call = self.result
+        while call is not None and not isinstance(call.module, LAYERS):
+            call = call.inputs[0] if len(call.inputs) == 1 else None
+        return None if call is None else call.name
+
+
+@torch.no_grad()
+def capture(model: nn.Module, images: Tensor) -> Graph:
+    """Run `model` on images [N, C, H, W] with N of 2 or more, in eval mode, and return its graph.
+
+    It is run on the first image alone too: a network that calls something else then has a `problem`, and so has one
+    whose control flow depends on values. A module with the attribute `captured_whole` is one call.
+
+    Raises:
+        Whatever the network raises.
+    """
+    training = model.training
+    model.eval()
+    try:
+        graph = _captured(model, images)
+        if graph.problem is None:
+            alone = _captured(model, images[:1])
+            if [call.name for call in alone.calls] != [call.name for call in graph.calls]:
+                graph.problem = "it computes otherwise for one image than for several"
+    finally:
+        model.train(training)
+    return graph
+
+
+def _captured(model: nn.Module, images: Tensor) -> Graph:
+    own_hooks = {name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks}
+    recorder = _Recorder(model, images)
+    with contextlib.ExitStack() as stack:
+        for name, module in model.named_modules():
+            if _is_leaf(module):
+                before, after = (functools.partial(hook, name) for hook in (recorder.enter, recorder.leave))
+                stack.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+                stack.enter_context(module.register_forward_hook(after, with_kwargs=True))
+        stack.enter_context(recorder)
+        result = model(images)
+    tensors = [value for value in tree_flatten(result)[0] if isinstance(value, Tensor)]
+    graph = Graph(recorder.calls, recorder.made.get(id(tensors[0])) if tensors else None, {}, {}, recorder.problem)
+    _sort_layers(model, graph, own_hooks)
+    return graph
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether a call of a module is one call of the graph: a layer, or what has no modules in it and is PyTorch's."""
+    if isinstance(module, LAYERS) or hasattr(module, "captured_whole"):
+        return True
+    return type(module).__module__.startswith("torch.nn.modules.") and not any(True for _ in module.children())
+
+
+class _Recorder(TorchFunctionMode):
+    """Writes down what is called. Tensors are kept until the end, so that none takes another's place in memory."""
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        super().__init__()
+        named = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
+        self.parameters = {id(tensor): name for name, tensor in named}
+        self.calls = [Call("images", shape=images.shape)]
+        self.made: dict[int, Call] = {id(images): self.calls[0]}
+        self.kept: list[Tensor] = [images]
+        self.versions: list[list[tuple[Tensor, int]]] = []
+        self.problem: str | None = None
+
+    def enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.versions.append(_versions((args, kwargs)))
+
+    def leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        given = self.versions.pop()
+        if not self.versions:
+            self._add(name, module, args, kwargs, result, given)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.versions:  # inside a module that is one call
+            return function(*args, **kwargs)
+        given, name = _versions((args, kwargs)), getattr(function, "__name__", str(function))
+        if name in _READS_VALUES and any(id(tensor) in self.made for tensor, _ in given):
+            self.problem = "its control flow depends on values"
+        result = function(*args, **kwargs)
+        self._add(name, None, args, kwargs, result, given)
+        return result
+
+    def _add(
+        self, name: str, module: nn.Module | None, args: Any, kwargs: Any, result: Any, given: list[tuple[Tensor, int]]
+    ) -> None:
+        made = [value for value in tree_flatten(result)[0] if isinstance(value, Tensor)]
+        written = [tensor for tensor, version in given if tensor._version != version]
+        reads = frozenset(self.parameters[id(tensor)] for tensor, _ in given if id(tensor) in self.parameters)
+        inputs = [self.made[id(tensor)] for tensor, _ in given if id(tensor) in self.made]
+        if not made and not written:
+            return
+        if not inputs and not reads:
+            return
+        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.shape, (tuple(args), dict(kwargs)))
+        call = Call(name, module, args, kwargs, inputs, reads=reads, writes=bool(written))
+        call.source = given[0][0].shape if given else torch.Size()
+        call.shape = (made or written)[0].shape
+        for source in inputs:
+            source.readers.append(call)
+        self.calls.append(call)
+        places = {tensor.untyped_storage()._cdata for tensor in written}
+        shared = [tensor for tensor in self.kept if places and tensor.untyped_storage()._cdata in places]
+        for tensor in (*shared, *written, *made):
+            if inputs and id(tensor) not in self.parameters:
+                self.made[id(tensor)] = call
+        self.kept += [*made, *written]
+
+
+def _versions(arguments: Any) -> list[tuple[Tensor, int]]:
+    return [(value, value._version) for value in tree_flatten(arguments)[0] if isinstance(value, Tensor)]
+
+
+def _sort_layers(model: nn.Module, graph: Graph, hooked: set[str]) -> None:
+    """Say of each layer whether it is plain, and why if not."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    owners: Counter[int] = Counter(id(layer._parameters["weight"]) for layer in layers.values() if _owns(layer))
+    read: dict[str, str] = {name: call.name for call in graph.calls if call.module is None for name in call.reads}
+    for name in [*graph.order, *(set(layers) - set(graph.order))]:
+        reason = _reason(name, layers[name], owners, read, name in graph.calls_of, name in hooked)
+        if reason is None:
+            graph.plain[name] = layers[name]
+    for name, layer in layers.items():
+        if name not in graph.plain:
+            ran, has_hooks = name in graph.calls_of, name in hooked
+            graph.left[name] = str(_reason(name, layer, owners, read, ran, has_hooks))
+
+
+def _owns(layer: nn.Module) -> bool:
+    return layer._parameters.get("weight") is not None
+
+
+def _reason(name: str, layer: Any, owners: Counter[int], read: dict[str, str], ran: bool, hooked: bool) -> str | None:
+    """Return why a layer is not plain; None for one that is."""
+    known: Any = next(kind for kind in type(layer).__mro__ if kind in LAYERS)
+    forwards = ("forward", "_conv_forward", "__call__")
+    own = any(getattr(type(layer), key, None) is not getattr(known, key, None) for key in forwards)
+    if own or "forward" in vars(layer):
+        return "its forward is its own"
+    if parametrize.is_parametrized(layer):
+        return "its weight is parametrized"
+    if f"{name}.weight" in read:
+        return f"{read[f'{name}.weight']} reads its weight too" if ran else f"{read[f'{name}.weight']} reads its weight"
+    if not ran:
+        return "it does not run"
+    if hooked:
+        return "it has hooks"
+    if not _owns(layer):
+        return "its weight is no parameter"
+    if owners[id(layer.weight)] > 1:
+        return "another layer has the same weight"
+    mode = getattr(layer, "padding_mode", "zeros")
+    return None if mode == "zeros" else f"padding_mode {mode!r}"
+
+
+def example_images(model: nn.Module, shapes: Sequence[Sequence[int]] = ()) -> Tensor:
+    """Return two random images that `model` takes: of one of `shapes`, [C, H, W], or of a usual size.
+
+    Raises:
+        ValueError: it takes none of them.
+    """
+    first = next((module for module in model.modules() if isinstance(module, LAYERS)), None)
+    channels = first.in_channels if isinstance(first, nn.Conv2d) else 3
+    device = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
+    problem = ""
+    for shape in shapes or [(channels, side, side) for side in (32, 64, 128, 224, 8, 299)]:
+        images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+        try:
+            run_in_eval(model, images)
+        except Exception as error:  # a network may raise anything at images of another size
+            problem = problem or one_line(error)
+            continue
+        return images
+    raise ValueError(f"the network fails on images of every usual size: {problem}")
+
+
+@torch.no_grad()
+def run_in_eval(model: nn.Module, images: Tensor) -> Tensor:
+    """Return what `model` makes of images in eval mode; its mode stays as it is."""
+    training = model.training
+    try:
+        return model.eval()(images)  # type: ignore[no-any-return]
+    finally:
+        model.train(training)
+
+
+def relative_error(wanted: Tensor, found: Tensor) -> float:
+    """Return the norm of the difference as a share of the norm of `wanted`; infinity for what is not finite."""
+    error = (found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)
+    return float(error) if bool(error.isfinite()) else float("inf")
+
+
+def out_channels_first(layer: Any, weight: Tensor) -> Tensor:
+    """Return a layer's weight, or a tensor of its shape, as [O, I / groups, ...].
+
+    That is how all layers have it but transposed convolutions, [I, O / groups, ...].
+    """
+    if not is_transposed(layer):
+        return weight
+    grouped = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2)  # [groups, O / groups, I / groups, ...]
+    return grouped.flatten(0, 1)
+
+
+def as_stored(layer: Any, weight: Tensor) -> Tensor:
+    """Undo `out_channels_first`."""
+    if not is_transposed(layer):
+        return weight
+    return weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def is_transposed(layer: Any) -> bool:
+    """Whether a layer is a transposed convolution, or a quantized one."""
+    return bool(getattr(layer, "transposed", False))
+
+
+def walk(start: Call, step: Callable[[Call], bool]) -> Iterator[Call]:
+    """Yield the calls after `start` of which each alone reads the one before, as long as `step` says so."""
+    call = start
+    while len(call.readers) == 1:
+        call = call.readers[0]
+        yield call
+        if not step(call):
+            return
