@@ -92,8 +92,8 @@ def compare(model: nn.Module, graph: onnx.ModelProto, x: Tensor, seconds: float)
     static, dynamic = (quantize(model, Calibration(model, [x]), row).network for row in (STATIC, DYNAMIC))
     builders: dict[str, Callable[[], Runtime]] = {
         "fp32 eager": lambda: model,
-        "int8 static, lowered": lambda: lower_int8(static),
-        "int8 dynamic, lowered": lambda: lower_int8(dynamic),
+        "int8 static, lowered": lambda: lower_int8(static, x),
+        "int8 dynamic, lowered": lambda: lower_int8(dynamic, x),
     }
     for runtime, name in (("onnxruntime", "onnxruntime, tuned"), ("openvino", "openvino")):
         if why_missing(runtime) is None:

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 from quantstudy import layout
 from quantstudy.errors import run_stage
-from quantstudy.network.checkpoint import load_checkpoint
-from quantstudy.network.fp32 import load_preprocessing
-from quantstudy.runtimes.onnx_graph import network_graph
+from quantstudy.network.fp32 import load_fp32, load_preprocessing
+from quantstudy.runtimes.onnx_graph import graph_of
 from quantstudy.runtimes.onnx_model import save_onnx
 from stages._flags import flags
 
@@ -16,8 +15,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = flags(argv, __doc__).study
 
     fp32 = layout.model(name, "fp32")
-    facts, path = load_checkpoint(fp32), layout.graph(name)
-    graph = network_graph(facts["architecture"], facts["classes"], load_preprocessing(fp32).image_size)
+    size, path = load_preprocessing(fp32).image_size, layout.graph(name)
+    graph = graph_of(load_fp32(fp32), (3, size, size))
     save_onnx(path, graph)
     print(f"{path}: {len(graph.graph.node)} operators, {path.stat().st_size / 1e3:.1f} kB")
 

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -304,13 +304,3 @@ def as_stored(layer: Any, weight: Tensor) -> Tensor:
 def is_transposed(layer: Any) -> bool:
     """Whether a layer is a transposed convolution, or a quantized one."""
     return bool(getattr(layer, "transposed", False))
-
-
-def walk(start: Call, step: Callable[[Call], bool]) -> Iterator[Call]:
-    """Yield the calls after `start` of which each alone reads the one before, as long as `step` says so."""
-    call = start
-    while len(call.readers) == 1:
-        call = call.readers[0]
-        yield call
-        if not step(call):
-            return

@@ -14,23 +14,22 @@ arithmetic: not real. On a CPU without VNNI, sums that may saturate (`quantizati
 mode, which simulates them, nor on inductor and OpenVINO, which saturate; ONNX Runtime gets them in uint8 and is exact.
 """
 
-import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from quantstudy.machine.hardware import arithmetic_is_native
-from quantstudy.quantization.layers import put_layers, quantized_layers
+from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.variant import Variant
 from quantstudy.runtimes.kernels import int8_kernels_available
-from quantstudy.runtimes.lowering import lower_int8, make_kernel, runs_in_int8, saturates
+from quantstudy.runtimes.lowering import fuse, runs_in_int8, saturates, use_kernels
 from quantstudy.runtimes.weight_only import has_kernel, use_weight_only_kernels
 
 if TYPE_CHECKING:
@@ -59,14 +58,15 @@ class Executable:
 def build_executable(model: nn.Module, runtime: str, device: torch.device) -> Executable:
     """Turn `model`, an fp32 network or a `Variant`, into an executable; the model is used up."""
     model = model.to(device).eval()
+    dtype = network_of(model)[1]
     layers = real_layers(model, runtime, device)
     if isinstance(model, Variant):
         use_weight_only_kernels(model.network, device)
     if runtime == "inductor":
         return Executable(runtime, _compiled(model, device), layers)
-    if int8_kernels_available(device):
-        model = use_int8_kernels(model)
-    if _is_native(network_of(model)[1], device):
+    if int8_kernels_available(device) and isinstance(model, Variant) and quantized_layers(model):
+        model = Int8Network(model).eval()
+    if _is_native(dtype, device):
         return Executable(runtime, model, layers)
 
     def run(images: Tensor) -> Tensor:
@@ -136,15 +136,21 @@ def _is_int8(layer: Any) -> bool:
     return layer.scheme.weight.bits in (7, 8) and layer.scheme.activation.bits == 8
 
 
-def use_int8_kernels(model: nn.Module) -> nn.Module:
-    """Return `model` on int8 kernels, without float32 between them where `torch.fx` can trace it, else one by one."""
-    if not isinstance(model, Variant) or not quantized_layers(model):
-        return model
-    with contextlib.suppress(fx.proxy.TraceError):
-        model = Variant(lower_int8(model.network), model.dtype).eval()
-    layers = quantized_layers(model).items()
-    put_layers(model, {name: make_kernel(layer) for name, layer in layers if runs_in_int8(layer)})
-    return model
+class Int8Network(nn.Module):
+    """A variant on int8 kernels. With its first images it hands on codes from kernel to kernel where it can."""
+
+    def __init__(self, variant: Variant) -> None:
+        super().__init__()
+        self.variant, self._is_fused = variant, False
+        use_kernels(variant.network)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images to logits, as the variant's."""
+        if not self._is_fused:
+            fuse(self.variant.network, images.to(self.variant.dtype))
+            self._is_fused = True
+        logits: Tensor = self.variant(images)
+        return logits
 
 
 def _compiled(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -16,6 +16,7 @@ geometries. A 1x1 convolution of stride 1 is computed as a linear layer over the
 On an x86 CPU without VNNI the kernels refuse weights whose sums may saturate (`quantization.saturation`).
 """
 
+import copy
 import functools
 import warnings
 from collections.abc import Sequence
@@ -66,6 +67,7 @@ class _Int8Layer(nn.Module):
     """
 
     _packed: Tensor
+    captured_whole = True
 
     def __init__(
         self,
@@ -81,15 +83,25 @@ class _Int8Layer(nn.Module):
         super().__init__()
         if int8_sums_saturate() and may_saturate(weight_codes, groups, activation.highest):
             raise RuntimeError("without VNNI the sums of these weights may saturate: quantize with saturation_free")
-        if output is not None and output.highest != 255:
-            raise ValueError(f"output.highest is {output.highest}; a kernel writes 8-bit codes only, up to 255")
-        self.activation, self.post_op, self.output = activation, post_op, output
-        grid = (1.0, 0, torch.float32) if output is None else (output.scale, output.zero_point, torch.uint8)
-        self._last_arguments = (*grid, *_ATTRIBUTES[post_op], "")
+        self.activation = activation
+        self._set_output(post_op, output)
         self._scale = weight_scale.detach().float().flatten().contiguous()
         self._zero_point = torch.zeros(len(self._scale), dtype=torch.int32)
         self._bias = None if bias is None else bias.detach().float().contiguous()
         self._code_sum = weight_codes.flatten(1).sum(dim=1).double().mul(self._scale).float()
+
+    def fused(self, post_op: PostOp, output: StaticActivation | None) -> "_Int8Layer":
+        """Return the layer with an activation in it, writing the codes of `output` where that is given."""
+        layer = copy.copy(self)
+        layer._set_output(post_op, output)
+        return layer
+
+    def _set_output(self, post_op: PostOp, output: StaticActivation | None) -> None:
+        if output is not None and output.highest != 255:
+            raise ValueError(f"output.highest is {output.highest}; a kernel writes 8-bit codes only, up to 255")
+        self.post_op, self.output = post_op, output
+        grid = (1.0, 0, torch.float32) if output is None else (output.scale, output.zero_point, torch.uint8)
+        self._last_arguments = (*grid, *_ATTRIBUTES[post_op], "")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Int8Layer":
         return self  # nothing in it ever changes, and a packed weight cannot be copied
@@ -164,9 +176,9 @@ class Int8Conv2d(_Int8Layer):
             geometry = (self.stride, self.padding, self.dilation, groups)
             self._packed = torch.ops.onednn.qconv_prepack(weight_codes, self._scale, 1.0, 0, *geometry, None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Convolve."""
-        codes, scale, zero_point = self._quantize(x.contiguous(memory_format=torch.channels_last))
+        codes, scale, zero_point = self._quantize(input.contiguous(memory_format=torch.channels_last))
         if self._pointwise:
             return self._multiply(codes.permute(0, 2, 3, 1), scale, zero_point).permute(0, 3, 1, 2)
         padding = self.padding
@@ -194,9 +206,9 @@ class Int8Linear(_Int8Layer):
         super().__init__(weight_codes, weight_scale, bias, activation, **fused)
         self._packed = torch.ops.onednn.qlinear_prepack(weight_codes, None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Multiply."""
-        codes, scale, zero_point = self._quantize(x.contiguous())
+        codes, scale, zero_point = self._quantize(input.contiguous())
         return self._multiply(codes, scale, zero_point)
 
 

@@ -16,7 +16,8 @@ from quantstudy.methods import recipes
 from quantstudy.methods.calibration import Calibration
 from quantstudy.network.checkpoint import FORMAT, load_checkpoint, load_tensors
 from quantstudy.network.folding import fold_batchnorm
-from quantstudy.network.fp32 import network_facts
+from quantstudy.network.fp32 import channels_last, network_facts, skeleton
+from quantstudy.network.graph import example_images
 from quantstudy.network.weights import network_of_state, read_state_dict
 from quantstudy.quantization.variant import Variant, load_any, save_variant
 from quantstudy.runtimes.executables import Executable, build_executable, open_executable
@@ -50,9 +51,13 @@ class Model:
     @functools.cached_property
     def graph(self) -> "onnx.ModelProto":
         """The ONNX graph of the architecture, without weights."""
-        from quantstudy.runtimes.onnx_graph import network_graph
+        from quantstudy.runtimes.onnx_graph import graph_of
 
-        return network_graph(self.facts["architecture"], self.facts["classes"], self.preprocessing.image_size)
+        size, network = self.preprocessing.image_size, self.network
+        if isinstance(network, Variant):
+            names = network.network.state_dict().keys()
+            network = skeleton(self.facts["architecture"], self.facts["classes"], size, names)
+        return graph_of(network, (3, size, size))
 
     def executable(self, runtime: str, device: torch.device) -> Executable:
         """Return the model ready to run on a runtime of `RUNTIMES`; it is made once."""
@@ -107,7 +112,7 @@ def load_model(
         raise UserError(f"{first['loc'][0]}: {first['input']}: {first['msg']}") from None
     network, classes = network_of_state(read_state_dict(path), str(path), architecture, image_size)
     facts = {"architecture": architecture, "classes": classes, "preprocessing": preprocessing.model_dump()}
-    return Model(fold_batchnorm(network).to(memory_format=torch.channels_last), facts)  # type: ignore[call-overload]
+    return Model(channels_last(fold_batchnorm(network, example_images(network, [(3, image_size, image_size)]))), facts)
 
 
 def quantize(model: Model, images: Tensor | Sequence[Tensor], method: str | P.MethodRow = "int8_static") -> Model:
@@ -172,7 +177,7 @@ def export_onnx(model: Model, path: str | Path) -> None:
     """Write a model as ONNX: weights in the bits of their method, any batch size.
 
     Raises:
-        UserError: equalization changed the network's ReLU6, for which the graph has no place.
+        UserError: the network cannot be exported.
     """
     from quantstudy.runtimes.onnx_model import save_onnx, to_onnx
 

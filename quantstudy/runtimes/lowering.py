@@ -1,9 +1,8 @@
 """Turn a simulated quantized network into one that runs in int8 on a CPU, in eager mode, in a second.
 
-`torch.fx` records the network's graph, with the quantized layers as its leaves. Then
-1. each frozen quantized layer that the kernels can run becomes an `Int8Conv2d` or `Int8Linear`;
-2. a ReLU or ReLU6 that alone reads such a layer moves into it;
-3. what is left between two layers and does not change the values, or keeps their order, is followed: Identity,
+1. Each frozen quantized layer that the kernels can run becomes an `Int8Conv2d` or `Int8Linear`.
+2. A ReLU or ReLU6 that alone reads such a layer moves into it, as the network's captured graph tells.
+3. What is left between two layers and does not change the values, or keeps their order, is followed: Identity,
    Dropout, max pooling, flattening. Where every reader at the end is a layer with one and the same static 8-bit
    grid, the first layer writes the codes of that grid and the readers take them. No float32 image exists there;
    the pooling and flattening run on uint8.
@@ -12,60 +11,75 @@ The rest stays in float32, and so does the input of a layer with run-time ranges
 can differ by one where float32 rounding falls on the other side of a half.
 """
 
-from collections import Counter
+import copy
 from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import Tensor, nn
 
-from quantstudy.errors import one_line
 from quantstudy.machine.hardware import int8_sums_saturate
-from quantstudy.quantization.layers import QuantConv2d, QuantLinear
+from quantstudy.network.graph import Call, Graph, capture
+from quantstudy.quantization.layers import QuantConv2d, QuantLinear, put_layers, quantized_layers
 from quantstudy.runtimes.kernels import Activation, DynamicActivation, Int8Conv2d, Int8Linear, PostOp, StaticActivation
 from quantstudy.runtimes.onednn_geometry import is_right
 from quantstudy.runtimes.uint8 import CodeMaxPool2d
 
 Kernel = Int8Conv2d | Int8Linear
 _POST_OPS: dict[type[nn.Module], PostOp] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
-_POST_FUNCTIONS: dict[Any, PostOp] = dict.fromkeys([torch.relu, nn.functional.relu, "relu", "relu_"], "relu")
-_POST_FUNCTIONS[nn.functional.relu6] = "relu6"
+_RELU_CALLS = ("relu", "relu_")
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d)
-_ORDER_KEEPING = (CodeMaxPool2d, nn.Flatten)
-_ORDER_KEEPING_CALLS = (torch.flatten, "flatten")
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, QuantConv2d | QuantLinear) or super().is_leaf_module(module, name)
+def use_kernels(network: nn.Module) -> None:
+    """Put an int8 kernel in the place of each layer of `network` that can have one (`runs_in_int8`)."""
+    layers = quantized_layers(network).items()
+    put_layers(network, {name: make_kernel(layer) for name, layer in layers if runs_in_int8(layer)})
 
 
-def lower_int8(model: nn.Module) -> fx.GraphModule:
+def fuse(network: nn.Module, images: Tensor) -> None:
+    """Move activations into the kernels of `network`, and let them hand on codes, in place.
+
+    A network whose graph has a problem, or fails on two images, stays as it is.
+
+    Args:
+        network: after `use_kernels`, in eval mode.
+        images: float32 [N, C, H, W], to capture it on.
+    """
+    try:
+        graph = capture(network, images[:2] if len(images) > 1 else images.expand(2, *images.shape[1:]))
+    except Exception:  # the code of a network of one's own may raise anything at two images
+        return
+    if graph.problem is not None:
+        return
+    for name, calls in graph.calls_of.items():
+        module = calls[0].module
+        if type(module) is nn.MaxPool2d and not module.return_indices:
+            network.set_submodule(name, CodeMaxPool2d(module))
+        elif isinstance(module, Kernel) and len(calls) == 1:
+            post_op, activation = _post_op(graph, calls[0])
+            if activation is not None:
+                network.set_submodule(activation, nn.Identity())
+            match list(_readers(calls[0], is_positive=post_op != "none")):
+                case [StaticActivation(highest=255) as shared]:
+                    network.set_submodule(name, module.fused(post_op, shared))
+                case _:
+                    network.set_submodule(name, module.fused(post_op, None))
+
+
+def lower_int8(model: nn.Module, images: Tensor) -> nn.Module:
     """Return an int8 network for CPU inference that computes what `model` simulates; `model` stays as it is.
 
-    `model` is in eval mode, on the CPU, float32, its quantized layers frozen, and `torch.fx` can trace it. Layers
-    that the kernels cannot run (`runs_in_int8`) stay simulated. The result shares tensors with `model`.
+    `model` is in eval mode, on the CPU, float32, its quantized layers frozen; `images` are those of `fuse`. Layers that
+    the kernels cannot run (`runs_in_int8`) stay simulated.
 
     Raises:
         RuntimeError: `int8_kernels_available` is False, or the model is in training mode.
-        torch.fx.proxy.TraceError: the model cannot be traced: its control flow depends on its input, for one.
     """
     if model.training:
         raise RuntimeError("an int8 network is for inference: call model.eval() first")
-    try:
-        graph = _Tracer().trace(model)
-    except Exception as error:  # the code of a network of one's own may raise anything at a stand-in for an image
-        raise fx.proxy.TraceError(one_line(error)) from None
-    lowered = fx.GraphModule(model, graph).eval()
-    _simplify(lowered)
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    for node in list(graph.nodes):
-        layer = _module(lowered, node)
-        if runs_in_int8(layer):
-            post_op, output = _fuse(lowered, node) if calls[node.target] == 1 else ("none", None)
-            lowered.set_submodule(str(node.target), make_kernel(layer, post_op, output))
-    graph.lint()
-    lowered.recompile()
-    return lowered
+    network = copy.deepcopy(model)
+    use_kernels(network)
+    fuse(network, images)
+    return network
 
 
 def make_kernel(layer: Any, post_op: PostOp = "none", output: StaticActivation | None = None) -> Kernel:
@@ -101,50 +115,33 @@ def _grid(layer: Any) -> Activation:
     return StaticActivation(layer.activation.scale, layer.activation.zero_point, scheme.highest)
 
 
-def _module(model: fx.GraphModule, node: fx.Node) -> Any:
-    return model.get_submodule(str(node.target)) if node.op == "call_module" else None
+def _post_op(graph: Graph, call: Call) -> tuple[PostOp, str | None]:
+    """Return the activation that alone reads a call, and the name of its module if it runs nowhere else.
+
+    A ReLU that stays computes the same once more; a ReLU6 would not, on codes, so that it has to go.
+    """
+    reader = call.readers[0] if len(call.readers) == 1 else Call("nothing")
+    while isinstance(reader.module, _NOTHING) and len(reader.readers) == 1:
+        reader = reader.readers[0]
+    if reader.module is None:
+        return ("relu" if reader.name in _RELU_CALLS else "none"), None
+    post_op, once = _POST_OPS.get(type(reader.module), "none"), graph.only_call(reader.name) is not None
+    if once and post_op != "none":
+        return post_op, reader.name
+    return ("relu" if post_op == "relu" else "none"), None
 
 
-def _simplify(model: fx.GraphModule) -> None:
-    """Remove the calls that do nothing in eval mode (folded BatchNorms, Dropouts); let max pooling take codes."""
-    for node in list(model.graph.nodes):
-        module = _module(model, node)
-        if isinstance(module, _NOTHING):
-            node.replace_all_uses_with(node.args[0])
-            model.graph.erase_node(node)
-        elif isinstance(module, nn.MaxPool2d) and not module.return_indices:
-            model.set_submodule(str(node.target), CodeMaxPool2d(module))
-
-
-def _fuse(model: fx.GraphModule, node: fx.Node) -> tuple[PostOp, StaticActivation | None]:
-    """Move a following ReLU into the layer of `node`; return it, and the grid that all readers share, if any."""
-    post_op: PostOp = "none"
-    reader = next(iter(node.users)) if len(node.users) == 1 else None
-    if reader is not None and (found := _post_op(model, reader)):
-        post_op = found
-        reader.replace_all_uses_with(node)
-        model.graph.erase_node(reader)
-    match list(_readers(model, node)):
-        case [StaticActivation(highest=255) as shared]:
-            return post_op, shared
-    return post_op, None
-
-
-def _post_op(model: fx.GraphModule, node: fx.Node) -> PostOp | None:
-    if node.op == "call_module":
-        return _POST_OPS.get(type(_module(model, node)))
-    return _POST_FUNCTIONS.get(node.target) if node.op in ("call_function", "call_method") else None
-
-
-def _readers(model: fx.GraphModule, node: fx.Node) -> set[Activation | None]:
-    """Return the input grids of the layers that read `node`, through order-keeping calls; None for any other reader."""
+def _readers(call: Call, is_positive: bool) -> set[Activation | None]:
+    """Return the input grids of the layers that read `call`, through order-keeping calls; None for any other reader."""
     found: set[Activation | None] = set()
-    for user in node.users:
-        layer = _module(model, user)
-        if isinstance(layer, Kernel) or runs_in_int8(layer):
-            found.add(_grid(layer))
-        elif isinstance(layer, _ORDER_KEEPING) or user.target in _ORDER_KEEPING_CALLS:
-            found |= _readers(model, user)
+    for reader in call.readers:
+        module = reader.module
+        relu = is_positive and (type(module) in _POST_OPS or (module is None and reader.name in _RELU_CALLS))
+        keeps_order = isinstance(module, (nn.MaxPool2d, CodeMaxPool2d, nn.Flatten, *_NOTHING))
+        if isinstance(module, Kernel):
+            found.add(module.activation)
+        elif relu or keeps_order or (module is None and reader.name == "flatten"):
+            found |= _readers(reader, is_positive)
         else:
             found.add(None)
     return found

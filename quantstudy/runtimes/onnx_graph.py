@@ -7,8 +7,10 @@ weight that PyTorch stored transposed gets its own layout back, and a Transpose 
 pixels, which is what adaptive pooling comes to when the image already has the size that is asked for, is left out.
 """
 
+import ast
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ import torch
 from onnx import helper, numpy_helper
 from torch import nn
 
-from quantstudy.errors import UserError
+from quantstudy.errors import UserError, one_line
+from quantstudy.network.folding import NORMS, copy_of
 from quantstudy.network.fp32 import skeleton
 
 OPSET = 21
@@ -27,20 +30,39 @@ INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 
 
 def network_graph(architecture: str, classes: int, image_size: int) -> onnx.ModelProto:
-    """Return a network's graph, float32 [batch, 3, S, S] to float32 [batch, classes]; batch is free.
+    """Return the graph of an architecture's network, as `graph_of` does."""
+    return graph_of(skeleton(architecture, classes, image_size), (3, image_size, image_size))
 
-    Each parameter of the network is an initializer of its name and shape, without data. Other constants have theirs.
+
+def graph_of(network: nn.Module, shape: Sequence[int]) -> onnx.ModelProto:
+    """Return a network's graph, float32 [batch, C, H, W] to float32 [batch, classes]; batch is free.
+
+    Each parameter of the network is an initializer of its name and shape, without data. Other constants have theirs. A
+    Clip that is a module has the module's name.
+
+    Args:
+        network: fp32 with BatchNorm folded; it stays as it is.
+        shape: of an image, [C, H, W].
+
+    Raises:
+        UserError: the network cannot be exported.
     """
-    network = skeleton(architecture, classes, image_size)
+    network = copy_of(network).eval()
     if any(tensor.is_meta for tensor in network.state_dict().values()):
         network.to_empty(device="cpu")
     _untie(network)
+    for name, module in list(network.named_modules()):
+        if isinstance(module, NORMS) and module.running_mean is not None:
+            network.set_submodule(name, _Normalization(module))
     state = network.state_dict()
     generator = torch.Generator().manual_seed(0)
     for tensor in state.values():
         if tensor.is_floating_point():
             tensor.uniform_(0.5, 1.5, generator=generator)
-    model = _exported(network, image_size, frozenset(state))
+    try:
+        model = _exported(network, shape, frozenset(state))
+    except Exception as error:  # the exporter raises many types, and so may the code of a network of one's own
+        raise UserError(f"export: the network cannot be exported to ONNX: {one_line(error)}") from None
     _strip(model)
     _drop_poolings_of_one_pixel(model.graph)
     _restore_layouts(model, {name: tensor.numpy() for name, tensor in state.items()})
@@ -48,6 +70,22 @@ def network_graph(architecture: str, classes: int, image_size: int) -> onnx.Mode
         if initializer.name in state:
             initializer.ClearField("raw_data")
     return model
+
+
+class _Normalization(nn.Module):
+    """A BatchNorm in eval mode from plain operators: the exporter would compute with its random numbers."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        self.register_buffer("running_mean", norm.running_mean)
+        self.register_buffer("running_var", norm.running_var)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        shape = (1, -1, *[1] * (input.ndim - 2))
+        mean, deviation = (self.running_mean.view(shape), (self.running_var + self.eps).sqrt().view(shape))  # type: ignore[operator, union-attr]
+        y = (input - mean) / deviation
+        return y if self.weight is None else y * self.weight.view(shape) + self.bias.view(shape)
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
@@ -67,32 +105,38 @@ def _untie(network: nn.Module) -> None:
             seen.add(id(parameter))
 
 
-def _exported(network: nn.Module, image_size: int, weights: frozenset[str]) -> onnx.ModelProto:
+def _exported(network: nn.Module, shape: Sequence[int], weights: frozenset[str]) -> onnx.ModelProto:
     from onnxscript.optimizer import optimize_ir
 
     def should_fold(node: Any) -> bool | None:
         return False if any(value is not None and value.name in weights for value in node.inputs) else None
 
-    images = (torch.randn(2, 3, image_size, image_size),)
+    images = (torch.randn(2, *shape),)
     names: Any = {"input_names": [INPUT], "output_names": [OUTPUT]}
     names["dynamic_shapes"] = ({0: torch.export.Dim(BATCH)},)
     level = logging.getLogger("torch.onnx").level
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.onnx.export(
-            network, images, dynamo=True, opset_version=OPSET, verbose=False, optimize=False, **names
-        )
-        logging.getLogger("torch.onnx").setLevel(level)
+        try:
+            program = torch.onnx.export(
+                network, images, dynamo=True, opset_version=OPSET, verbose=False, optimize=False, **names
+            )
+        finally:
+            logging.getLogger("torch.onnx").setLevel(level)
     assert program is not None
     optimize_ir(program.model, should_fold=should_fold)
     return program.model_proto
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Remove names and shapes that only a debugger reads: they are larger than a small network's 4-bit weights."""
+    """Remove what only a debugger reads, larger than a small network's 4-bit weights, but for the names of Clips."""
     graph = model.graph
     del graph.value_info[:]
+    for node in graph.node:
+        scopes = [entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"]
+        if node.op_type == "Clip" and scopes:
+            node.name = ast.literal_eval(scopes[0])[-2]
     for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
         part.ClearField("doc_string")
         part.ClearField("metadata_props")

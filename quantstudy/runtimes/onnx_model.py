@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from quantstudy.errors import UserError
 from quantstudy.files import atomic
+from quantstudy.network.graph import is_transposed
 from quantstudy.quantization.layers import ChannelReLU, quantized_layers
 from quantstudy.quantization.packing import pack
 from quantstudy.quantization.variant import Variant
@@ -30,24 +31,20 @@ from quantstudy.quantization.variant import Variant
 PRODUCER = "quantstudy"
 CALL = "@"
 """Between a layer's name and the number of a call of it that is not the first, in a node's name."""
-_MULTIPLIES = ("Conv", "Gemm", "MatMul")
+_MULTIPLIES = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
 def to_onnx(model: nn.Module, graph: onnx.ModelProto) -> onnx.ModelProto:
     """Return an ONNX model that computes what `model`, an fp32 network or a frozen `Variant`, does.
 
-    `graph` is its architecture's, from `network_graph`; it stays as it is. The nodes of the layers have the layers'
-    names. The model is checked before it is returned.
+    `graph` is its architecture's, from `graph_of`; it stays as it is. The nodes of the layers have the layers' names.
+    The model is checked before it is returned.
 
     Raises:
-        UserError: equalization gave the network's ReLU6 a bound per channel, for which the graph has no place.
+        UserError: the graph has no Clip for a ReLU6 that equalization gave a bound per channel.
     """
-    network = model.network if isinstance(model, Variant) else model
-    if any(isinstance(module, ChannelReLU) for module in network.modules()):
-        what = "the network's ReLU6 have bounds per channel now, which the ONNX graph lacks"
-        raise UserError(f"equalize: {what}; export a method without equalize")
-    return _Builder(network, graph).build()
+    return _Builder(model.network if isinstance(model, Variant) else model, graph).build()
 
 
 def checked(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -81,10 +78,15 @@ class _Builder:
         self.layer_of = {f"{name}.weight": first[id(module)] for name, module in modules if id(module) in first}
         self.quantized_inputs: dict[tuple[Any, ...], str] = {}
         self.calls: Counter[str] = Counter()
+        modules = network.named_modules()
+        self.bounded: dict[str, ChannelReLU] = {name: m for name, m in modules if isinstance(m, ChannelReLU)}
 
     def build(self) -> onnx.ModelProto:
         for initializer in self.source.graph.initializer:
             self._fill(initializer)
+        if missing := self.bounded.keys() - {node.name for node in self.source.graph.node if node.op_type == "Clip"}:
+            what = f"the bounds per channel of {min(missing)} have no place in the ONNX graph"
+            raise UserError(f"equalize: {what}; export a method without equalize")
         for node in self.source.graph.node:
             self._append(node)
         result = copy.deepcopy(self.source)
@@ -109,7 +111,7 @@ class _Builder:
         name = initializer.name
         if name in self.layer_of:
             layer = self.layers[self.layer_of[name]]
-            if layer.scheme.activation.mode != "dynamic":
+            if not _multiplies_integers(layer):
                 self._dequantize_weight(name, layer)
         elif name not in self.state:
             self.initializers[name] = initializer
@@ -119,6 +121,22 @@ class _Builder:
             self._constant(name, self.state[name])
 
     def _dequantize_weight(self, name: str, layer: Any) -> None:
+        if not is_transposed(layer):
+            self._dequantize_rows(name, layer)
+            return
+        rows = self._dequantize_rows(
+            f"{name}.rows", layer
+        )  # [O, I / groups, ...]; ConvTranspose wants [I, O / groups, ...]
+        outputs, inputs, *kernel = layer.shape
+        shapes = {"grouped": [layer.groups, outputs // layer.groups, inputs, *kernel]}
+        shapes["flat"] = [layer.groups * inputs, outputs // layer.groups, *kernel]
+        parts = {part: self._constant(f"{name}.{part}", np.array(shape, np.int64)) for part, shape in shapes.items()}
+        grouped = self._add("Reshape", [rows, parts["grouped"]], f"{name}.by_group")
+        turned = self._add("Transpose", [grouped], f"{name}.turned", perm=[0, 2, 1, *range(3, 3 + len(kernel))])
+        self._add("Reshape", [turned, parts["flat"]], name)
+
+    def _dequantize_rows(self, name: str, layer: Any) -> str:
+        """Dequantize a weight to the value `name`, [O, I / groups, ...]."""
         scheme = layer.scheme.weight
         if scheme.group_size is None:
             has_odd_rows = len(layer.shape) == 2 and layer.shape[1] % 2  # OpenVINO 2026.4 misreads those in 4 bits
@@ -128,8 +146,7 @@ class _Builder:
             inputs = [codes, scale]
             if scheme.bits > 4 and len(layer.shape) == 2:  # without it, ONNX Runtime multiplies in float32
                 inputs.append(self._constant(f"{name}.zero_point", np.zeros(layer.shape[0], np.int8)))
-            self._add("DequantizeLinear", inputs, name, axis=0)
-            return
+            return self._add("DequantizeLinear", inputs, name, axis=0)
         layout = scheme.layout(layer.shape)
         whole = layout.columns // layout.length
         parts = [self._dequantize_blocks(f"{name}.blocks", layer, slice(0, whole), layout.length)]
@@ -137,7 +154,7 @@ class _Builder:
             parts.append(self._dequantize_blocks(f"{name}.rest", layer, slice(whole, whole + 1), layout.rest))
         flat = parts[0] if len(parts) == 1 else self._add("Concat", parts, f"{name}.flat", axis=1)
         shape = self._constant(f"{name}.shape", np.array(layer.shape, dtype=np.int64))
-        self._add("Reshape", [flat, shape], name)
+        return self._add("Reshape", [flat, shape], name)
 
     def _dequantize_blocks(self, name: str, layer: Any, groups: slice, block: int) -> str:
         """Dequantize some groups of each row: OpenVINO wants a row to be whole blocks, so a rest stands alone."""
@@ -160,25 +177,43 @@ class _Builder:
         """Copy a node; quantize the input of one that multiplies with a quantized weight."""
         if node.op_type == "Transpose" and node.input[0] in self.layer_of:
             self.layer_of[node.output[0]] = name = self.layer_of[node.input[0]]
-            if self.layers[name].scheme.activation.mode != "dynamic":
+            if not _multiplies_integers(self.layers[name]):
                 self.nodes.append(self._copied(node, None))
+            return
+        if node.op_type == "Clip" and node.name in self.bounded:
+            self._append_bounded(node, self.bounded[node.name])
             return
         layer = self.layer_of.get(node.input[1]) if node.op_type in _MULTIPLIES else None
         mode = "none" if layer is None else self.layers[layer].scheme.activation.mode
-        if layer is not None and mode == "dynamic":
+        if layer is not None and _multiplies_integers(self.layers[layer]):
             self._append_dynamic(node, layer)
             return
         copied = self._copied(node, layer)
         if layer is not None and mode == "static":
             copied.input[0] = self._quantize_input(node.input[0], self.layers[layer])
+        elif layer is not None and mode == "dynamic":
+            copied.input[0] = self._add(
+                "DequantizeLinear", self._dynamic_codes(node.input[0]), f"{node.input[0]}.rounded"
+            )
         self.nodes.append(copied)
+
+    def _append_bounded(self, node: onnx.NodeProto, module: ChannelReLU) -> None:
+        """Clamp at zero and at each channel's own bound."""
+        bound = module.bound.float().view(-1, *[1] * (-1 - module.axis))
+        above = self._add("Relu", [node.input[0]], f"{node.output[0]}.above")
+        self._add("Min", [above, self._constant(f"{node.name}.bound", bound)], node.output[0])
 
     def _copied(self, node: onnx.NodeProto, name: str | None) -> onnx.NodeProto:
         """Copy a node, give it its layer's name, and a bias that only the quantized layer has."""
         copied = copy.deepcopy(node)
         if name is not None:
             copied.name = self._call(name)
-        if name is not None and node.op_type == "Conv" and len(node.input) < 3 and self.layers[name].bias is not None:
+        if (
+            name is not None
+            and node.op_type in ("Conv", "ConvTranspose")
+            and len(node.input) < 3
+            and self.layers[name].bias is not None
+        ):
             copied.input.append(self._constant(f"{name}.bias", self.layers[name].bias.detach().float()))
         return copied
 
@@ -201,14 +236,18 @@ class _Builder:
             self.quantized_inputs[(value, *grid)] = dequantized
         return self.quantized_inputs[(value, *grid)]
 
+    def _dynamic_codes(self, value: str) -> list[str]:
+        """Quantize a value in its own range; return its codes, scale and zero point."""
+        parts = [f"{value}.{part}" for part in ("codes", "scale", "zero_point")]
+        if (value,) not in self.quantized_inputs:
+            self.quantized_inputs[(value,)] = parts[0]
+            self.nodes.append(helper.make_node("DynamicQuantizeLinear", [value], parts))
+        return parts
+
     def _append_dynamic(self, node: onnx.NodeProto, name: str) -> None:
         """Multiply in integers: y = (sum of codes) * (scale of the input * scale of the weight) + bias."""
         layer, is_conv, call = self.layers[name], node.op_type == "Conv", self._call(name)
-        value = node.input[0]
-        codes, scale, zero_point = (f"{value}.{part}" for part in ("codes", "scale", "zero_point"))
-        if (value,) not in self.quantized_inputs:
-            self.quantized_inputs[(value,)] = codes
-            self.nodes.append(helper.make_node("DynamicQuantizeLinear", [value], [codes, scale, zero_point]))
+        codes, scale, zero_point = self._dynamic_codes(node.input[0])
         weight = layer.weight_codes()
         weight = weight.contiguous() if is_conv else weight.T.contiguous()
         spread = (-1, *[1] * (weight.ndim - 2)) if is_conv else (-1,)
@@ -227,6 +266,11 @@ class _Builder:
             self.initializers.pop(unused, None)
         bias = self._constant(f"{name}.spread_bias", layer.bias.detach().float().reshape(spread))
         self._add("Add", [product, bias], node.output[0])
+
+
+def _multiplies_integers(layer: Any) -> bool:
+    """Whether ONNX has an operator for a layer whose input has the batch's own range."""
+    return layer.scheme.activation.mode == "dynamic" and len(layer.shape) in (2, 4) and not is_transposed(layer)
 
 
 def _tensor(name: str, tensor: Tensor) -> TensorProto:

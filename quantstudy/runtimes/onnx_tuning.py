@@ -33,7 +33,7 @@ AS_EXPORTED, TUNED = "as exported", "tuned for onnxruntime"
 """The forms of an exported model."""
 _FOLLOWED = ("Relu", "Clip", "MaxPool", "Reshape", "Flatten")
 """Operators through which ONNX Runtime looks for the codes that a layer can write."""
-MULTIPLIES = ("Conv", "Gemm", "MatMul", "ConvInteger", "MatMulInteger")
+MULTIPLIES = ("Conv", "ConvTranspose", "Gemm", "MatMul", "ConvInteger", "MatMulInteger")
 """The operators that a layer's multiplications are in."""
 _Parts = tuple[list[onnx.NodeProto], list[TensorProto]]
 
