@@ -64,7 +64,7 @@ def _start(study: P.Study, name: str, classes: int) -> tuple[nn.Module, LoadRepo
     key, size = f"studies.{name}.model", study.data.image_size
     check_code(study.model.architecture, study.model.code_sha256, f"{key}.code_sha256")
     model = build(study.model.architecture, classes, size, f"{key}.architecture")
-    check_logits(model, classes, size, f"{key}.architecture")
+    check_logits(model, classes, size, f"{key}.architecture", trains=study.training.epochs > 0)
     loaded = load_pretrained(model, study.model, name)
     if not study.training.epochs and loaded.missing:
         gaps = f"{len(loaded.missing)} tensors have a random start, {loaded.missing[0]} for one"

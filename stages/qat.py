@@ -9,6 +9,7 @@ from quantstudy.files import sha256, write_json
 from quantstudy.machine.device import describe, set_up
 from quantstudy.methods.calibration import load_calibration
 from quantstudy.methods.recipes import method_row, naming, trained_recipe_of
+from quantstudy.network.architectures import check_logits
 from quantstudy.network.checkpoint import load_checkpoint
 from quantstudy.network.fp32 import load_fp32, load_preprocessing
 from quantstudy.params import load_params
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     fp32, recipe = layout.model(name, "fp32"), trained_recipe_of(row)
     model, preprocessing = load_fp32(fp32, fold=not recipe.keeps_batchnorm), load_preprocessing(fp32)
+    key = f"studies.{name}.model.architecture"
+    check_logits(model, load_checkpoint(fp32)["classes"], preprocessing.image_size, key, trains=True)
     with naming(row, f"methods.{method}"):
         variant = recipe.prepare(model, load_calibration(name, study, model, preprocessing), row)
     variant.to(device)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from quantstudy.measure.per_layer import weight_storage
-from quantstudy.network.attention import SelfAttention
+from quantstudy.network.attention import OpenAttention
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.variant import Variant
@@ -46,7 +46,7 @@ def not_quantized(model: nn.Module) -> dict[str, Any]:
     return {
         "layers": [] if model.dtype.itemsize < 4 else list(rest),
         "parameters": dict(counts),
-        "attention": sum(isinstance(module, SelfAttention) for module in model.network.modules()),
+        "attention": sum(isinstance(module, OpenAttention) for module in model.network.modules()),
     }
 
 

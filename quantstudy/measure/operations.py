@@ -11,8 +11,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from quantstudy.network.graph import LAYERS
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.runtimes.executables import network_of
 
@@ -28,10 +30,10 @@ def count_macs(model: nn.Module, image_size: int) -> tuple[int, dict[str, int]]:
         image_size: side of the square images, in pixels.
     """
     device = next(model.parameters()).device
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # a fused operator is not counted
         model(torch.zeros(1, 3, image_size, image_size, device=device))
     found = {name.partition(".")[2]: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    layers = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
     return counter.get_total_flops() // 2, {name: found.get(name, 0) for name in layers}
 
 
@@ -48,7 +50,7 @@ def layer_bits(model: nn.Module) -> dict[str, tuple[int, int]]:
         if name in layers:
             scheme = layers[name].scheme
             bits[name] = (scheme.weight.bits, width if scheme.activation.mode == "none" else scheme.activation.bits)
-        elif isinstance(module, nn.Conv2d | nn.Linear):
+        elif isinstance(module, LAYERS):
             bits[name] = (width, width)
     return bits
 

@@ -10,7 +10,8 @@ ReLU6 is not homogeneous: min(x / s, 6) is not min(x, 6) / s. The paper puts ReL
 
 Absorption (section 4.1.3) moves c_i = max(0, mean_i - 3 std_i) of an output of A that is followed by ReLU into B's
 bias, so that the activation between them has a smaller range. The paper has mean and std from BatchNorm; here they
-are measured on calibration images. Only a B without padding is taken: what is moved is missing in the padding.
+are measured on calibration images, and no more is moved than the least output on them, so that the function stays.
+Only a B without padding is taken: what is moved is missing in the padding.
 """
 
 import math
@@ -219,6 +220,7 @@ def absorb_high_biases(model: nn.Module, images: Iterable[Tensor]) -> None:
     pairs = [pair for pair in find_pairs(graph) if pair.relu and pair.shifts and _can_absorb(model, pair)]
     modules = {pair.first: model.get_submodule(pair.first) for pair in pairs}
     sums: dict[str, Tensor] = {}
+    least: dict[str, Tensor] = {}
 
     def watch(name: str, value: Tensor) -> None:
         y = modules[name].forward(value)  # the call would come back here
@@ -226,13 +228,14 @@ def absorb_high_biases(model: nn.Module, images: Iterable[Tensor]) -> None:
         y = y.flatten(0, -2).T.double() if is_linear else y.transpose(0, 1).flatten(1).double()
         found = torch.stack([torch.full_like(y[:, 0], y.shape[1]), y.sum(1), y.square().sum(1)])
         sums[name] = sums.get(name, torch.zeros_like(found)) + found
+        least[name] = torch.minimum(y.amin(1), least.get(name, y.amin(1)))
 
     run_watched(model, modules, images, watch)
     for pair in pairs:
         count, total, squares = sums[pair.first]
         mean = total / count
         std = (squares / count - mean.square()).clamp_min(0).sqrt()
-        _absorb(model, pair, (mean - 3 * std).clamp_min(0).float())
+        _absorb(model, pair, (mean - 3 * std).minimum(least[pair.first]).clamp_min(0).float())
 
 
 def _can_absorb(model: nn.Module, pair: Pair) -> bool:

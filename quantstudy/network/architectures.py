@@ -22,12 +22,12 @@ from torch import nn
 from quantstudy.errors import UserError, one_line, unknown
 from quantstudy.files import sha256
 from quantstudy.network.attention import open_attention
+from quantstudy.network.folding import channels_last, copy_of
+from quantstudy.network.graph import LAYERS
 from quantstudy.network.source_code import transitive_imports
 
 IMAGE_SIZE = 224
 """What torchvision's networks are made for, where nothing else is said."""
-ATTENTION = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2")
-"""Modules of Swin that read the weights of the linear layers in them, so that these cannot be replaced."""
 _SIZED = {"vit_": "image_size", "maxvit_": "input_size"}
 """The argument by which the families whose parameters depend on the image size take it."""
 
@@ -43,7 +43,7 @@ def build(architecture: str, classes: int, image_size: int = IMAGE_SIZE, key: st
     `image_size` only matters to networks whose parameters depend on it. `key` is the param that an error names.
 
     Raises:
-        UserError: there is no classifier of that name, it cannot be built, or it has attention of Swin's.
+        UserError: there is no classifier of that name, or it cannot be built.
     """
     make = _own(architecture, key) if is_own(architecture) else _torchvision(architecture, key)
     torch.backends.mha.set_fastpath_enabled(False)  # it reads the weights of an encoder's linear layers itself
@@ -61,25 +61,34 @@ def build(architecture: str, classes: int, image_size: int = IMAGE_SIZE, key: st
     if not isinstance(model, nn.Module):
         raise UserError(f"{key}: {architecture!r} returned {type(model).__name__}, not a torch.nn.Module")
     open_attention(model)
-    for module in model.modules():
-        if (kind := type(module).__name__) in ATTENTION:
-            raise UserError(f"{key}: {architecture!r} has {kind}, which is not quantized here; choose another")
+    model.example_shape = (3, image_size, image_size)  # type: ignore[assignment]
     return model
 
 
-def check_logits(model: nn.Module, classes: int, image_size: int, key: str) -> None:
-    """Run `model` on an image; raise `UserError`, naming `key`, unless it returns logits [1, classes]."""
-    training = model.training
-    try:
-        with torch.no_grad():
-            logits = model.eval()(torch.zeros(1, 3, image_size, image_size))
-    except Exception as error:  # one's own code may raise anything; torchvision's does at images that are too small
-        raise UserError(f"{key}: the network fails on an image of {image_size} px: {one_line(error)}") from None
-    finally:
-        model.train(training)
-    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if shape != (1, classes):
-        raise UserError(f"{key}: the network returns {shape} for one image, not logits of shape {(1, classes)}")
+def check_logits(model: nn.Module, classes: int, image_size: int, key: str, *, trains: bool = False) -> None:
+    """Run `model` on images as everything here does; raise `UserError`, naming `key`, where it cannot be used.
+
+    It has to take one image and several, channels_last, return logits [N, classes], in training mode too where it
+    `trains`, and have a layer that can be quantized.
+    """
+    if not any(isinstance(module, LAYERS) for module in model.modules()):
+        raise UserError(f"{key}: the network has no convolution and no linear layer, so there is nothing to quantize")
+    images = torch.zeros(2, 3, image_size, image_size).contiguous(memory_format=torch.channels_last)
+    network = channels_last(copy_of(model))
+    for is_training, batch in ((False, images), (False, images[:1]), *([(True, images)] if trains else [])):
+        mode = " in training mode" if is_training else ""
+        try:
+            with torch.no_grad():
+                logits = network.train(is_training)(batch)
+        except Exception as error:  # one's own code may raise anything; torchvision's does at images that are too small
+            reason = one_line(error)
+            if "view size is not compatible" in str(error):
+                reason = "it calls view() on maps that lie channels_last; write flatten(1) or reshape() instead"
+            raise UserError(f"{key}: the network fails{mode} on images of {image_size} px: {reason}") from None
+        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        if shape != (len(batch), classes):
+            what = f"logits of shape {(len(batch), classes)}"
+            raise UserError(f"{key}: the network returns {shape}{mode} for {len(batch)} images, not {what}")
 
 
 def code_sha256(architecture: str, key: str = "model.architecture") -> str | None:

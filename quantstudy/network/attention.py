@@ -1,52 +1,106 @@
 """Attention whose projections are ordinary linear layers, so that they are quantized like any other.
 
 `nn.MultiheadAttention` reads the weights of its projections itself: put a quantized layer in their place and it is
-never called. `SelfAttention` computes the same from two `nn.Linear` modules that it does call. The two matrix products
+never called. `OpenAttention` computes the same from two `nn.Linear` modules that it does call. The two matrix products
 of attention (queries with keys, weights with values) have no weights; they stay in floating point.
 """
 
+import math
 import re
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FUSED = re.compile(r"\.self_attention\.in_proj_(weight|bias)$")
-"""How torchvision's files name the projection of queries, keys and values in one."""
+FUSED = re.compile(r"(^|\.)in_proj_(weight|bias)$")
+"""How PyTorch names the projection of queries, keys and values in one."""
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017) from the parameters of `source`, an `nn.MultiheadAttention`.
+class OpenAttention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017) from the parameters of `source`, an `nn.MultiheadAttention`.
 
-    `in_proj` makes queries, keys and values of the input, `out_proj` the output of the heads' results.
+    `in_proj` makes queries, keys and values of its input, `out_proj` the output of the heads' results.
     """
 
     def __init__(self, source: nn.MultiheadAttention) -> None:
         super().__init__()
-        self.heads, self.dropout = source.num_heads, source.dropout
+        self.embed_dim, self.num_heads, self.batch_first = source.embed_dim, source.num_heads, source.batch_first
+        self.dropout = source.dropout
         self.in_proj = _linear(source.in_proj_weight, source.in_proj_bias)
         self.out_proj = _linear(source.out_proj.weight, source.out_proj.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False) -> tuple[Tensor, None]:
-        """Return (output, None), as the encoder block expects it; all three inputs are one tensor [N, L, E]."""
-        split = self.in_proj(query).unflatten(-1, (3, self.heads, -1))  # [N, L, 3, heads, E / heads]
-        q, k, v = split.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2)), None
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the output and, where they are needed, the weights, as `nn.MultiheadAttention` does."""
+        is_batched, is_first = query.ndim == 3, self.batch_first or query.ndim == 2
+        if not is_batched:
+            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+        q, k, v = (
+            self._heads(part if is_first else part.transpose(0, 1)) for part in self._projected(query, key, value)
+        )
+        mask = self._mask(attn_mask, key_padding_mask, q)
+        dropout, weights = self.dropout if self.training else 0.0, None
+        if need_weights:
+            scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+            weights = (scores if mask is None else scores + mask).softmax(-1)
+            mixed = F.dropout(weights, dropout, self.training) @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        output = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        if not is_batched:
+            return output.squeeze(0), None if weights is None else weights.squeeze(0)
+        return (output if is_first else output.transpose(0, 1)), weights
+
+    def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        if query is key and key is value:
+            return list(self.in_proj(query).chunk(3, -1))
+        return [self.in_proj(x).chunk(3, -1)[place] for place, x in enumerate((query, key, value))]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [N, heads, L, E / heads]
+
+    def _mask(self, attention: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
+        """Return what is added to the scores: minus infinity where a mask of booleans says so."""
+        if attention is not None:
+            attention = _added(attention, q)
+            attention = attention.unflatten(0, (-1, self.num_heads)) if attention.ndim == 3 else attention
+        if padding is None:
+            return attention
+        hidden = _added(padding if padding.ndim == 2 else padding.unsqueeze(0), q)[:, None, None]
+        return hidden if attention is None else attention + hidden
+
+
+def _added(mask: Tensor, like: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
 
 
 def open_attention(model: nn.Module) -> None:
-    """Put a `SelfAttention` into each encoder block of torchvision's vision transformers in `model`."""
-    for module in model.modules():
-        if type(module).__module__ == "torchvision.models.vision_transformer":
-            attention = getattr(module, "self_attention", None)
-            if isinstance(attention, nn.MultiheadAttention):
-                module.self_attention = SelfAttention(attention)
+    """Put an `OpenAttention` in the place of each `nn.MultiheadAttention` of `model` that projects in one.
+
+    Those with keys or values of another size, or with biases of keys, stay as they are.
+    """
+    for name, module in list(model.named_modules()):
+        is_plain = type(module) is nn.MultiheadAttention and module._qkv_same_embed_dim and module.bias_k is None
+        if is_plain and not module.add_zero_attn:  # type: ignore[union-attr]
+            model.set_submodule(name, OpenAttention(module))  # type: ignore[arg-type]
 
 
 def opened_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a torchvision state_dict with the names that `open_attention` gives to the tensors."""
-    return {FUSED.sub(r".self_attention.in_proj.\1", name): tensor for name, tensor in state.items()}
+    """Return a state_dict with the names that `open_attention` gives to the tensors."""
+    return {FUSED.sub(r"\1in_proj.\2", name): tensor for name, tensor in state.items()}
 
 
 def _linear(weight: Any, bias: Any) -> nn.Linear:

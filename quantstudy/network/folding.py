@@ -146,7 +146,7 @@ def settle_weights(model: nn.Module) -> None:
 
     Such are weight_norm's and spectral_norm's, both as parametrizations and as hooks, and pruned weights.
     """
-    for module in model.modules():
+    for module in list(model.modules()):
         if parametrize.is_parametrized(module):
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name)
@@ -158,6 +158,14 @@ def settle_weights(model: nn.Module) -> None:
                 torch.nn.utils.remove_spectral_norm(module, name)
             elif isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)  # type: ignore[no-untyped-call]
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """Lay out the weights of 2d convolutions channels_last, in place, and return the model."""
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+    return model
 
 
 def copy_of(model: nn.Module) -> nn.Module:

@@ -10,8 +10,7 @@ from torch import nn
 from quantstudy import params as P
 from quantstudy.network.architectures import IMAGE_SIZE, build, check_code, code_sha256, is_own
 from quantstudy.network.checkpoint import load_checkpoint, load_into, save_checkpoint
-from quantstudy.network.folding import fold_in_place, fold_like, settle_weights
-from quantstudy.network.graph import example_images
+from quantstudy.network.folding import channels_last, fold_in_place, fold_like, settle_weights
 
 
 def save_fp32(path: Path, model: nn.Module, architecture: str, classes: int, preprocessing: P.Preprocessing) -> None:
@@ -39,8 +38,7 @@ def load_fp32(path: Path, *, fold: bool = True) -> nn.Module:
     load_into(model, checkpoint["state_dict"], assign=True)
     model.eval()
     if fold:
-        size = checkpoint["preprocessing"]["image_size"]
-        fold_in_place(model, example_images(model, [(3, size, size)]))
+        fold_in_place(model)
     else:
         settle_weights(model)
     return channels_last(model)
@@ -63,15 +61,7 @@ def skeleton(
     model = _without_weights(architecture, classes, image_size).eval()
     if names is not None:
         return fold_like(model, names)
-    return fold_in_place(model, example_images(model, [(3, image_size, image_size)]))  # type: ignore[no-any-return]
-
-
-def channels_last(model: nn.Module) -> nn.Module:
-    """Lay out the weights of 2d convolutions channels_last, in place, and return the model."""
-    for parameter in model.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.to(memory_format=torch.channels_last)
-    return model
+    return fold_in_place(model)  # type: ignore[no-any-return]
 
 
 def _network_of(checkpoint: dict[str, Any], path: Path) -> nn.Module:

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -246,8 +245,8 @@ def _reason(name: str, layer: Any, owners: Counter[int], read: dict[str, str], r
     return None if mode == "zeros" else f"padding_mode {mode!r}"
 
 
-def example_images(model: nn.Module, shapes: Sequence[Sequence[int]] = ()) -> Tensor:
-    """Return two random images that `model` takes: of one of `shapes`, [C, H, W], or of a usual size.
+def example_images(model: nn.Module) -> Tensor:
+    """Return two random images that `model` takes: of its `example_shape`, [C, H, W], or of a usual size.
 
     Raises:
         ValueError: it takes none of them.
@@ -255,9 +254,10 @@ def example_images(model: nn.Module, shapes: Sequence[Sequence[int]] = ()) -> Te
     first = next((module for module in model.modules() if isinstance(module, LAYERS)), None)
     channels = first.in_channels if isinstance(first, nn.Conv2d) else 3
     device = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
+    usual = [(channels, side, side) for side in (32, 64, 128, 224, 8, 299)]
     problem = ""
-    for shape in shapes or [(channels, side, side) for side in (32, 64, 128, 224, 8, 299)]:
-        images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    for shape in [model.example_shape] if hasattr(model, "example_shape") else usual:
+        images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)  # type: ignore[misc]
         try:
             run_in_eval(model, images)
         except Exception as error:  # a network may raise anything at images of another size
@@ -265,6 +265,15 @@ def example_images(model: nn.Module, shapes: Sequence[Sequence[int]] = ()) -> Te
             continue
         return images
     raise ValueError(f"the network fails on images of every usual size: {problem}")
+
+
+def head_name(model: nn.Module) -> str:
+    """Return the name of the layer that makes the logits, or, where no graph tells, of the last one that is defined."""
+    try:
+        head = capture(model, example_images(model)).head()
+    except Exception:  # the code of a network of one's own may raise anything
+        head = None
+    return head or [name for name, module in model.named_modules() if isinstance(module, LAYERS)][-1]
 
 
 @torch.no_grad()

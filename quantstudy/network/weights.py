@@ -12,6 +12,7 @@ from quantstudy.files import check_sha256
 from quantstudy.network.architectures import build, check_logits, torchvision_names
 from quantstudy.network.attention import opened_names
 from quantstudy.network.checkpoint import load_into, load_tensors
+from quantstudy.network.graph import LAYERS, head_name
 
 AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 """Tensors of GoogLeNet and Inception that only their own training needs."""
@@ -61,8 +62,9 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str, key: str
     Position embeddings of a vision transformer for another image size are interpolated. `source` is what the report
     and errors call the state, `key` the param or file that an error names.
     """
-    state = {k: v for k, v in opened_names(state).items() if not k.startswith(AUXILIARY_HEADS)}
     own = model.state_dict()
+    state = state if state.keys() <= own.keys() else opened_names(state)
+    state = {k: v for k, v in state.items() if not k.startswith(AUXILIARY_HEADS) or k in own}
     _fit_positions(model, state, own)
     head = {f"{head_name(model)}.{tensor}" for tensor in ("weight", "bias")}
     strange = [k for k in state if k not in own or (state[k].shape != own[k].shape and k not in head)]
@@ -112,11 +114,6 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}  # DistributedDataParallel's prefix
 
 
-def head_name(model: nn.Module) -> str:
-    """Return the name of the layer that makes the logits: the last Conv2d or Linear in the model's definition."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
-
-
 def network_of_state(
     state: dict[str, Tensor], source: str, architecture: str, image_size: int
 ) -> tuple[nn.Module, int]:
@@ -127,7 +124,10 @@ def network_of_state(
     Raises:
         UserError: there is no such architecture, or the state is not of it.
     """
-    head = f"{head_name(build(architecture, 1, image_size, 'architecture'))}.weight"
+    network = build(architecture, 1, image_size, "architecture")
+    if not any(isinstance(module, LAYERS) for module in network.modules()):
+        check_logits(network, 1, image_size, "architecture")
+    head = f"{head_name(network)}.weight"
     weight = opened_names(state).get(head)
     if weight is None:
         raise UserError(f"{source}: not of architecture {architecture}: it lacks {head}")

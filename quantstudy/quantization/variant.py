@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from quantstudy.network.checkpoint import load_checkpoint, load_into, save_checkpoint
-from quantstudy.network.fp32 import channels_last, load_fp32, network_facts, skeleton_of
+from quantstudy.network.folding import channels_last
+from quantstudy.network.fp32 import load_fp32, network_facts, skeleton_of
 from quantstudy.quantization.layers import ChannelReLU, LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
 

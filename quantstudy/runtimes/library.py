@@ -15,9 +15,8 @@ from quantstudy.errors import UserError, unknown
 from quantstudy.methods import recipes
 from quantstudy.methods.calibration import Calibration
 from quantstudy.network.checkpoint import FORMAT, load_checkpoint, load_tensors
-from quantstudy.network.folding import fold_batchnorm
-from quantstudy.network.fp32 import channels_last, network_facts, skeleton
-from quantstudy.network.graph import example_images
+from quantstudy.network.folding import channels_last, fold_batchnorm
+from quantstudy.network.fp32 import network_facts, skeleton
 from quantstudy.network.weights import network_of_state, read_state_dict
 from quantstudy.quantization.variant import Variant, load_any, save_variant
 from quantstudy.runtimes.executables import Executable, build_executable, open_executable
@@ -112,7 +111,7 @@ def load_model(
         raise UserError(f"{first['loc'][0]}: {first['input']}: {first['msg']}") from None
     network, classes = network_of_state(read_state_dict(path), str(path), architecture, image_size)
     facts = {"architecture": architecture, "classes": classes, "preprocessing": preprocessing.model_dump()}
-    return Model(channels_last(fold_batchnorm(network, example_images(network, [(3, image_size, image_size)]))), facts)
+    return Model(channels_last(fold_batchnorm(network)), facts)
 
 
 def quantize(model: Model, images: Tensor | Sequence[Tensor], method: str | P.MethodRow = "int8_static") -> Model:
