@@ -337,17 +337,17 @@ def projection_behind_head(num_classes: int = 10) -> nn.Module:
     return Net(run, first=conv(3, 8), second=conv(8, 16), head=nn.Linear(16, num_classes), skip=conv(8, 16, 1))
 
 
-def with_auxiliary(name: str, run: Callable[[Net, Any], Any], reason: str) -> None:
+def with_auxiliary(name: str, run: Callable[[Net, Any], Any], reason: str, **facts: Any) -> None:
     """A network with two heads, `run` on the average over the image."""
 
-    @entry("first head", name, either={"auxiliary": reason})
+    @entry("first head", name, either={"auxiliary": reason}, **facts)
     def factory(num_classes: int = 10) -> nn.Module:
         heads = {name: nn.Linear(8, num_classes) for name in ("head", "auxiliary")}
         return Net(lambda m, x: run(m, F.relu(m.first(x)).mean((2, 3))), first=START(), **heads)
 
 
 with_auxiliary("dropped_head", lambda m, x: (m.head(x), m.auxiliary(x))[0], "read|drop|output|run")
-with_auxiliary("tuple_in_training", lambda m, x: (m.head(x), m.auxiliary(x)) if m.training else m.head(x), "run|train")
+with_auxiliary("tuple_in_training", lambda m, x: (m.head(x), m.auxiliary(x)) if m.training else m.head(x), "run|train", refused="training mode")
 
 
 @entry("", refused="no (layer|conv)|no Conv|nothing")

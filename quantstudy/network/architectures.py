@@ -71,7 +71,7 @@ def check_logits(model: nn.Module, classes: int, image_size: int, key: str, *, t
     It has to take one image and several, channels_last, return logits [N, classes], in training mode too where it
     `trains`, and have a layer that can be quantized.
     """
-    if not any(isinstance(module, LAYERS) for module in model.modules()):
+    if not any(isinstance(module, LAYERS) or hasattr(module, "captured_whole") for module in model.modules()):
         raise UserError(f"{key}: the network has no convolution and no linear layer, so there is nothing to quantize")
     images = torch.zeros(2, 3, image_size, image_size).contiguous(memory_format=torch.channels_last)
     network = channels_last(copy_of(model))

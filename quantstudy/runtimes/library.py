@@ -14,6 +14,7 @@ from quantstudy import params as P
 from quantstudy.errors import UserError, unknown
 from quantstudy.methods import recipes
 from quantstudy.methods.calibration import Calibration
+from quantstudy.network.architectures import check_logits, is_own
 from quantstudy.network.checkpoint import FORMAT, load_checkpoint, load_tensors
 from quantstudy.network.folding import channels_last, fold_batchnorm
 from quantstudy.network.fp32 import network_facts, skeleton
@@ -103,7 +104,11 @@ def load_model(
             what = "a state_dict does not say its architecture; pass architecture, 'resnet18' for one"
             raise UserError(f"{path}: {what}")
         checkpoint = load_checkpoint(path)
-        return Model(load_any(path), network_facts(checkpoint), checkpoint["variant"])
+        model = Model(load_any(path), network_facts(checkpoint), checkpoint["variant"])
+        if is_own(model.facts["architecture"]):
+            size = model.preprocessing.image_size
+            check_logits(model.network, model.facts["classes"], size, f"{path}: architecture")
+        return model
     try:
         preprocessing = P.Preprocessing.model_validate({"image_size": image_size, "mean": mean, "std": std})
     except ValidationError as error:
