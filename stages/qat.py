@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     settings = row.training(study.qat, method)
     split = load_split(layout.split(name, "train"))
-    batches, validation = training.training_and_validation(split, preprocessing, settings, study.seed, device)
+    batches, validation = training.training_and_validation(
+        split, preprocessing, settings, study.seed, device, f"methods.{method}"
+    )
     distillation = recipe.distillation(row)
     run = training.Run(
         name=f"{name} {method}",

@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     fp32 = layout.model(name, "fp32")
     facts, path = load_checkpoint(fp32), layout.graph(name)
-    graph = network_graph(facts["architecture"], facts["classes"], load_preprocessing(fp32).image_size)
+    graph = network_graph(facts["architecture"], facts["classes"], load_preprocessing(fp32).shape)
     save_onnx(path, graph)
     print(f"{path}: {len(graph.graph.node)} operators, {path.stat().st_size / 1e3:.1f} kB")
 

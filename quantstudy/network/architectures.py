@@ -24,6 +24,8 @@ from quantstudy.files import sha256
 from quantstudy.network.attention import open_attention
 from quantstudy.network.source_code import transitive_imports
 
+Shape = tuple[int, int, int]
+"""Channels, height and width of an image."""
 IMAGE_SIZE = 224
 """What torchvision's networks are made for, where nothing else is said."""
 ATTENTION = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2")
@@ -32,15 +34,23 @@ _SIZED = {"vit_": "image_size", "maxvit_": "input_size"}
 """The argument by which the families whose parameters depend on the image size take it."""
 
 
+def image_shape(image_size: int | Shape) -> Shape:
+    """Return the shape of an image: itself, or that of a square of RGB pixels, so many a side."""
+    return (3, image_size, image_size) if isinstance(image_size, int) else image_size
+
+
 def is_own(architecture: str) -> bool:
     """Whether a name is the import path of a factory, `package.module:factory`."""
     return ":" in architecture
 
 
-def build(architecture: str, classes: int, image_size: int = IMAGE_SIZE, key: str = "model.architecture") -> nn.Module:
+def build(
+    architecture: str, classes: int, image_size: int | Shape = IMAGE_SIZE, key: str = "model.architecture"
+) -> nn.Module:
     """Return a classifier with a head of `classes` outputs and random weights, its attention opened.
 
-    `image_size` only matters to networks whose parameters depend on it. `key` is the param that an error names.
+    `image_size`, pixels a side or a shape, only matters to networks whose parameters depend on it, which take it as
+    pixels a side, or as (height, width) where they differ. `key` is the param that an error names.
 
     Raises:
         UserError: there is no classifier of that name, it cannot be built, or it has attention of Swin's.
@@ -51,13 +61,15 @@ def build(architecture: str, classes: int, image_size: int = IMAGE_SIZE, key: st
     sized = next((name for prefix, name in _SIZED.items() if architecture.startswith(prefix)), None)
     if is_own(architecture) and "image_size" in inspect.signature(make).parameters:
         sized = "image_size"
+    _, height, width = image_shape(image_size)
     if sized is not None:
-        arguments[sized] = (image_size, image_size) if sized == "input_size" else image_size
-    expected = Exception if is_own(architecture) else (AssertionError, ValueError)
+        arguments[sized] = height if sized != "input_size" and height == width else (height, width)
+    expected = Exception if is_own(architecture) else (AssertionError, ValueError, TypeError)
     try:
         model = make(**arguments)
     except expected as error:
-        raise UserError(f"{key}: {architecture!r} for {image_size} px cannot be built: {one_line(error)}") from None
+        size = height if height == width else f"{height} by {width}"
+        raise UserError(f"{key}: {architecture!r} for {size} px cannot be built: {one_line(error)}") from None
     if not isinstance(model, nn.Module):
         raise UserError(f"{key}: {architecture!r} returned {type(model).__name__}, not a torch.nn.Module")
     open_attention(model)
@@ -67,14 +79,19 @@ def build(architecture: str, classes: int, image_size: int = IMAGE_SIZE, key: st
     return model
 
 
-def check_logits(model: nn.Module, classes: int, image_size: int, key: str) -> None:
-    """Run `model` on an image; raise `UserError`, naming `key`, unless it returns logits [1, classes]."""
+def check_logits(model: nn.Module, classes: int, image_size: int | Shape, key: str) -> None:
+    """Run `model` on an image of so many pixels a side, or of a shape.
+
+    Raise `UserError`, naming `key`, unless it returns logits [1, classes].
+    """
     training = model.training
     try:
         with torch.no_grad():
-            logits = model.eval()(torch.zeros(1, 3, image_size, image_size))
+            logits = model.eval()(torch.zeros(1, *image_shape(image_size)))
     except Exception as error:  # one's own code may raise anything; torchvision's does at images that are too small
-        raise UserError(f"{key}: the network fails on an image of {image_size} px: {one_line(error)}") from None
+        channels, height, width = image_shape(image_size)
+        what = f"{height} px" if (channels, height) == (3, width) else f"{channels} channels, {height} by {width} px"
+        raise UserError(f"{key}: the network fails on an image of {what}: {one_line(error)}") from None
     finally:
         model.train(training)
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from quantstudy import params as P
 from quantstudy.errors import UserError
 from quantstudy.files import check_sha256
-from quantstudy.network.architectures import build, check_logits, torchvision_names
+from quantstudy.network.architectures import Shape, build, check_logits, torchvision_names
 from quantstudy.network.attention import opened_names
 from quantstudy.network.checkpoint import load_tensors
 
@@ -118,7 +118,7 @@ def head_name(model: nn.Module) -> str:
 
 
 def network_of_state(
-    state: dict[str, Tensor], source: str, architecture: str, image_size: int
+    state: dict[str, Tensor], source: str, architecture: str, image_size: int | Shape
 ) -> tuple[nn.Module, int]:
     """Return the network that a whole state_dict is of, and its classes: as many as its head has.
 

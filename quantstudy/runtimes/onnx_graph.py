@@ -19,6 +19,7 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 from quantstudy.errors import UserError
+from quantstudy.network.architectures import Shape, image_shape
 from quantstudy.network.fp32 import skeleton
 
 OPSET = 21
@@ -26,8 +27,8 @@ OPSET = 21
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 
 
-def network_graph(architecture: str, classes: int, image_size: int) -> onnx.ModelProto:
-    """Return a network's graph, float32 [batch, 3, S, S] to float32 [batch, classes]; batch is free.
+def network_graph(architecture: str, classes: int, image_size: int | Shape) -> onnx.ModelProto:
+    """Return a network's graph, float32 [batch, C, H, W] to float32 [batch, classes]; batch is free.
 
     Each parameter of the network is an initializer of its name and shape, without data. Other constants have theirs.
     """
@@ -67,13 +68,13 @@ def _untie(network: nn.Module) -> None:
             seen.add(id(parameter))
 
 
-def _exported(network: nn.Module, image_size: int, weights: frozenset[str]) -> onnx.ModelProto:
+def _exported(network: nn.Module, image_size: int | Shape, weights: frozenset[str]) -> onnx.ModelProto:
     from onnxscript.optimizer import optimize_ir
 
     def should_fold(node: Any) -> bool | None:
         return False if any(value is not None and value.name in weights for value in node.inputs) else None
 
-    images = (torch.randn(2, 3, image_size, image_size),)
+    images = (torch.randn(2, *image_shape(image_size)),)
     names: Any = {"input_names": [INPUT], "output_names": [OUTPUT]}
     names["dynamic_shapes"] = ({0: torch.export.Dim(BATCH)},)
     level = logging.getLogger("torch.onnx").level
