@@ -83,12 +83,12 @@ def fit(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     target = resized_size(preprocessing, *size)
     mode, antialias = preprocessing.interpolation, preprocessing.antialias
     overshoots = mode == "bicubic"
-    # PIL resizes the width, then the height, and clips what overshoots after each
+    # PIL resizes the width, then the height, and clips and rounds after each
     for step in [(size[0], target[1]), target] if overshoots and antialias else [target]:
         if step != (images.shape[-2], images.shape[-1]):
             images = images.to(torch.float32, memory_format=torch.channels_last)
             images = functional.interpolate(images, size=step, mode=mode, antialias=antialias)
-            images = images.clamp(0, 255) if overshoots else images
+            images = images.round().clamp(0, 255) if overshoots else images
     top, left = _corner(target, preprocessing)
     bottom, right = top + preprocessing.size[0] - target[0], left + preprocessing.size[1] - target[1]
     return functional.pad(images, (-left, right, -top, bottom))  # what is negative cuts
