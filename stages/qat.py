@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = row.training(study.qat, method)
     split = load_split(layout.split(name, "train"))
     batches, validation = training.training_and_validation(
-        split, preprocessing, settings, study.seed, device, f"methods.{method}"
+        split, preprocessing, settings, study.seed, device, f"studies.{name}.qat.epochs"
     )
     distillation = recipe.distillation(row)
     run = training.Run(

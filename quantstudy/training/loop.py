@@ -171,7 +171,7 @@ def training_and_validation(
             there are classes.
     """
     if settings.epochs:
-        _check_classes(split, key or "training.epochs")
+        _check_classes(split, f"{key or 'training.epochs'}: {settings.epochs}")
     if settings.epochs or len(split) > 1:
         kept, held_out = validation_indices(split.labels, settings.validation_fraction, seed)
     else:
@@ -186,13 +186,13 @@ def training_and_validation(
     return training, Batches(split, preprocessing, 2 * settings.batch_size, device, indices=held_out)
 
 
-def _check_classes(split: Split, key: str) -> None:
+def _check_classes(split: Split, setting: str) -> None:
     absent = split.labels.bincount(minlength=len(split.classes)).eq(0).nonzero().flatten().tolist()
     if absent and not 0 < len(split) < len(split.classes):
         lacking = f"{len(absent)} of {len(split.classes)} classes"
         found = f"{lacking} have no training images, {split.classes[absent[0]]} for one"
         remedy = "add some, or set training.epochs to 0 and leave out the methods that train"
-        raise UserError(f"{key}: trains, but {found}; {remedy}")
+        raise UserError(f"{setting} would train, but {found}; {remedy}")
 
 
 def summary(state: State, training: Batches, validation: Batches) -> dict[str, Any]:
