@@ -55,6 +55,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", required=True, help="a folder, .tar or .zip of images; no labels are needed")
     parser.add_argument("--out", required=True, help="the file to write, .onnx or .pth")
     parser.add_argument("--architecture", help=f"{whole}: a torchvision name, vgg11_small, or package.module:factory")
+    parser.add_argument("--preprocessing", help=f"{whole}: torchvision, or the name of some weights of torchvision's")
     parser.add_argument("--image-size", type=int, help=f"{whole}: pixels a side (224)")
     for name in ("mean", "std"):
         parser.add_argument(f"--{name}", type=float, nargs=3, help=f"{whole}: of red, green, blue (ImageNet's)")

@@ -28,11 +28,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     device = parallel.join(set_up(study.seed, tf32=True))
 
-    preprocessing = study.data.preprocessing
     split = load_split(layout.split(name, "train"))
-    batches, validation = training.training_and_validation(split, preprocessing, study.training, study.seed, device)
-    classes = len(split.classes)
-    model, loaded = _start(study, name, classes)
+    preprocessing, classes = split.preprocessing, len(split.classes)
+    key = f"studies.{name}.training.epochs"
+    batches, validation = training.training_and_validation(
+        split, preprocessing, study.training, study.seed, device, key
+    )
+    model, loaded = _start(study, name, classes, preprocessing.shape)
     print(loaded)
     model.to(device, memory_format=training.MEMORY_FORMAT)
 
@@ -49,22 +51,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = training.train(model, batches, validation, run)
     if parallel.rank():
         return
-    save_fp32(layout.model(name, "fp32"), model, study.model.architecture, classes, preprocessing)
+    save_fp32(layout.model(name, "fp32"), model, study.model.architecture, classes, preprocessing, split.classes)
     start = {
         "weights": loaded.source,
         "weights_loaded": len(loaded.loaded),
         "weights_random": loaded.random if loaded.loaded else "all",
     }
     write_json(layout.training_summary(name, "finetune"), start | training.summary(state, batches, validation))
-    print(f"best epoch {state.best_epoch}: validation top-1 {state.best_score[0]:.2f} %")
+    if state.rows:
+        print(f"best epoch {state.best_epoch}: validation top-1 {state.best_score[0]:.2f} %")
 
 
-def _start(study: P.Study, name: str, classes: int) -> tuple[nn.Module, LoadReport]:
+def _start(study: P.Study, name: str, classes: int, shape: tuple[int, int, int]) -> tuple[nn.Module, LoadReport]:
     """Build the study's network and load the weights that its training starts from, or keeps."""
-    key, size = f"studies.{name}.model", study.data.image_size
+    key = f"studies.{name}.model"
     check_code(study.model.architecture, study.model.code_sha256, f"{key}.code_sha256")
-    model = build(study.model.architecture, classes, size, f"{key}.architecture")
-    check_logits(model, classes, size, f"{key}.architecture", trains=study.training.epochs > 0)
+    model = build(study.model.architecture, classes, shape, f"{key}.architecture")
+    check_logits(model, classes, shape, f"{key}.architecture", trains=study.training.epochs > 0)
     loaded = load_pretrained(model, study.model, name)
     if not study.training.epochs and loaded.missing:
         gaps = f"{len(loaded.missing)} tensors have a random start, {loaded.missing[0]} for one"

@@ -32,14 +32,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     fp32, recipe = layout.model(name, "fp32"), trained_recipe_of(row)
     model, preprocessing = load_fp32(fp32, fold=not recipe.keeps_batchnorm), load_preprocessing(fp32)
     key = f"studies.{name}.model.architecture"
-    check_logits(model, load_checkpoint(fp32)["classes"], preprocessing.image_size, key, trains=True)
+    check_logits(model, load_checkpoint(fp32)["classes"], preprocessing.shape, key, trains=True)
     with naming(row, f"methods.{method}"):
         variant = recipe.prepare(model, load_calibration(name, study, model, preprocessing), row)
     variant.to(device)
 
     settings = row.training(study.qat, method)
     split = load_split(layout.split(name, "train"))
-    batches, validation = training.training_and_validation(split, preprocessing, settings, study.seed, device)
+    batches, validation = training.training_and_validation(
+        split, preprocessing, settings, study.seed, device, f"studies.{name}.qat.epochs"
+    )
     distillation = recipe.distillation(row)
     run = training.Run(
         name=f"{name} {method}",

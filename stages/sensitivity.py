@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     calibration = load_calibration(name, study, model, preprocessing, observed=False)
     measured = split.subset(range(min(settings.images or len(split), len(split))))
     batches = list(Batches(measured, preprocessing, size, "cpu"))
-    _, macs = count_macs(model, preprocessing.image_size)
+    _, macs = count_macs(model, preprocessing.shape)
     rows = measure_layers(model, calibration, batches, settings, macs)
 
     write_json(layout.sensitivity(name, "json"), rows)

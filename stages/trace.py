@@ -15,8 +15,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = flags(argv, __doc__).study
 
     fp32 = layout.model(name, "fp32")
-    size, path = load_preprocessing(fp32).image_size, layout.graph(name)
-    graph = graph_of(load_fp32(fp32), (3, size, size))
+    path = layout.graph(name)
+    graph = graph_of(load_fp32(fp32), load_preprocessing(fp32).shape)
     save_onnx(path, graph)
     print(f"{path}: {len(graph.graph.node)} operators, {path.stat().st_size / 1e3:.1f} kB")
 

@@ -18,12 +18,14 @@ from dvc.repo import Repo
 from PIL import Image
 
 from quantstudy import layout
+from quantstudy.data.preprocessing import pixels
 from quantstudy.errors import UserError
 from quantstudy.network.architectures import build
 from quantstudy.network.fp32 import skeleton
+from quantstudy.params import Preprocessing
 from quantstudy.report.documents import filled, pages, read_utf8
 from quantstudy.runtimes.onnx_graph import network_graph
-from quantstudy.runtimes.onnx_model import save_onnx, to_onnx
+from quantstudy.runtimes.onnx_model import described, save_onnx, to_onnx
 from quantstudy.runtimes.sessions import why_missing
 from tests.blocks import Block, blocks, dialogues
 from tests.conftest import ROOT
@@ -74,10 +76,19 @@ def test_a_python_block_runs(block: Block, tmp_path: Path, monkeypatch: pytest.M
     network = skeleton("mobilenet_v2", 10).to_empty(device="cpu")
     for tensor in network.state_dict().values():
         tensor.zero_()
-    exported = to_onnx(network, network_graph("mobilenet_v2", 10, 32))
+    network.classifier[1].bias[7] = 1
+    seen = Preprocessing(
+        image_size=32, crop_fraction=0.9, interpolation="bicubic", mean=(0.4, 0.5, 0.6), std=(0.2,) * 3
+    )
+    facts = {"preprocessing": seen.model_dump(), "class_names": [f"digit {number}" for number in range(10)]}
+    exported = described(to_onnx(network, network_graph("mobilenet_v2", 10, 32)), facts)
     save_onnx(layout.onnx("mobilenetv2_digits", "int8_static"), exported)
-    exec(block.text, {})
-    assert capsys.readouterr().out == "[0 0]\n"
+    photo = np.random.default_rng(0).integers(0, 256, (61, 90, 3), dtype=np.uint8)
+    Image.fromarray(photo).save("photo.jpg")
+    found: dict[str, Any] = {}
+    exec(block.text, found)
+    assert capsys.readouterr().out == "digit 7\n"
+    assert np.array_equal(found["pixels"].transpose(2, 0, 1) * 255, pixels(Path("photo.jpg").read_bytes(), seen))
 
 
 @pytest.mark.parametrize(("command", "output"), DIALOGUES, ids=[command[:48] for command, _ in DIALOGUES])

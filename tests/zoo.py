@@ -347,7 +347,12 @@ def with_auxiliary(name: str, run: Callable[[Net, Any], Any], reason: str, **fac
 
 
 with_auxiliary("dropped_head", lambda m, x: (m.head(x), m.auxiliary(x))[0], "read|drop|output|run")
-with_auxiliary("tuple_in_training", lambda m, x: (m.head(x), m.auxiliary(x)) if m.training else m.head(x), "run|train", refused="training mode")
+with_auxiliary(
+    "tuple_in_training",
+    lambda m, x: (m.head(x), m.auxiliary(x)) if m.training else m.head(x),
+    "run|train",
+    refused="training mode",
+)
 
 
 @entry("", refused="no (layer|conv)|no Conv|nothing")

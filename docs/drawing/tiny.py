@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantstudy.data.digits import digits
+from quantstudy.data.images import store
 from quantstudy.methods.calibration import Calibration
 from quantstudy.network.folding import fold_batchnorm
+from quantstudy.params import Preprocessing
 from quantstudy.quantization.sqnr import sqnr_db
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 12, 64, 4e-3
 CALIBRATION_IMAGES = 256
 BINS = 2048
+SEEN = Preprocessing(image_size=8, mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def _network() -> nn.Sequential:
 def example() -> Example:
     """Train the network, the same each time on one machine; returns it in eval mode."""
     torch.manual_seed(0)
-    (images, labels), test = (_pixels(split) for split in digits())
+    (images, labels), test = (_pixels(split) for split in store(digits(), SEEN))
     network = _network()
     train(network, (images, labels), EPOCHS, LEARNING_RATE)
     model = fold_batchnorm(network)

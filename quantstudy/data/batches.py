@@ -24,7 +24,7 @@ _GPU_SHARE = 0.25
 
 
 class Batches:
-    """An iterable of `(images, labels)`: float32 [B, 3, S, S], channels last, and int64 [B], both on `device`.
+    """An iterable of `(images, labels)`: float32 [B, C, H, W], channels last, and int64 [B], both on `device`.
 
     images: the number of images; `len()` is the number of batches.
     seconds_waiting: time that consumers have spent waiting for a batch, in all iterations so far.
@@ -49,7 +49,7 @@ class Batches:
         share: tuple[int, int] = (0, 1),
     ) -> None:
         self._split = split
-        self._size = preprocessing.image_size
+        self._preprocessing = preprocessing
         self._batch_size = batch_size
         self._device = torch.device(device)
         self._indices = torch.arange(len(split)) if indices is None else indices
@@ -63,8 +63,8 @@ class Batches:
         if split.images is not None and split.images.nbytes <= _room(self._device):
             self._resident = split.images.to(self._device)
         mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
-        self._scale = (1 / (255 * std)).view(1, 3, 1, 1).to(self._device)
-        self._offset = (-mean / std).view(1, 3, 1, 1).to(self._device)
+        self._scale = (1 / (255 * std)).view(1, -1, 1, 1).to(self._device)
+        self._offset = (-mean / std).view(1, -1, 1, 1).to(self._device)
         self.seconds_waiting = 0.0
 
     def __len__(self) -> int:
@@ -99,7 +99,7 @@ class Batches:
         else:
             chunks = torch.split(self._indices, self._batch_size)
         for chunk, pixels in zip(chunks, self._pixels(chunks), strict=True):
-            images = augment(pixels, self._size, self._augmentation, generator)
+            images = augment(pixels, self._preprocessing, self._augmentation, generator)
             images = images.to(torch.float32, memory_format=torch.channels_last)
             yield images.mul_(self._scale).add_(self._offset), self._labels[chunk.to(self._device)]
 
@@ -129,7 +129,7 @@ def _room(device: torch.device) -> float:
 
 
 def images_of(split: Split, preprocessing: Preprocessing, batch_size: int) -> list[Tensor]:
-    """Return the images of a split as the network sees them, float32 [N, 3, S, S] a batch, on the CPU."""
+    """Return the images of a split as the network sees them, float32 [N, C, H, W] a batch, on the CPU."""
     return [images for images, _ in Batches(split, preprocessing, batch_size, "cpu")]
 
 

@@ -15,26 +15,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantstudy.data.decoding import square
+from quantstudy.data.preprocessing import pixels
 from quantstudy.errors import UserError
 from quantstudy.files import atomic, save_tensors
+from quantstudy.params import Preprocessing
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
     """Images of one split, either decoded or encoded, with their labels.
 
-    labels: int64 [N], indices into `classes`.
-    side: height and width, in pixels, of the square images that `decode` returns.
-    images: uint8 [N, 3, side, side], when decoded.
+    labels: int64 [N], indices into `classes`; -1 for an image of none of them, to calibrate on.
+    preprocessing: what the model is to see.
+    images: uint8 [N, channels, height, width], when decoded: as the model sees them, or smaller.
     encoded, offsets: uint8 [bytes] and int64 [N + 1], when encoded; image i is `encoded[offsets[i]:offsets[i + 1]]`.
     """
 
     labels: Tensor
     classes: tuple[str, ...]
-    side: int
+    preprocessing: Preprocessing
     images: Tensor | None = None
     encoded: Tensor | None = None
     offsets: Tensor | None = None
@@ -48,19 +49,22 @@ class Split:
         indices = torch.as_tensor(indices, dtype=torch.int64)
         labels = self.labels[indices]
         if self.images is not None:
-            return Split(labels, self.classes, self.side, images=self.images[indices])
+            return Split(labels, self.classes, self.preprocessing, images=self.images[indices])
         spans = self._spans(indices)
         lengths = torch.tensor([0, *map(len, spans)], dtype=torch.int64)
         encoded = torch.cat(spans) if spans else torch.empty(0, dtype=torch.uint8)
-        return Split(labels, self.classes, self.side, encoded=encoded, offsets=lengths.cumsum(0))
+        return Split(labels, self.classes, self.preprocessing, encoded=encoded, offsets=lengths.cumsum(0))
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Return the images at `indices` (int64 [B]) as uint8 [B, 3, side, side]; safe to call from threads."""
+        """Return the images at `indices` (int64 [B]) as uint8 [B, channels, h, w]; safe to call from threads.
+
+        Encoded ones have the height and width of `preprocessing`, decoded ones their own.
+        """
         if self.images is not None:
             return self.images[indices]
-        out = torch.empty(len(indices), 3, self.side, self.side, dtype=torch.uint8)
+        out = torch.empty(len(indices), *self.preprocessing.shape, dtype=torch.uint8)
         for row, span in enumerate(self._spans(indices)):
-            out[row] = torch.from_numpy(square(span.numpy().tobytes(), self.side)).permute(2, 0, 1)
+            out[row] = torch.from_numpy(pixels(span.numpy().tobytes(), self.preprocessing))
         return out
 
     def _spans(self, indices: Tensor) -> list[Tensor]:
@@ -70,7 +74,8 @@ class Split:
 
 def save_split(path: Path, split: Split) -> None:
     """Write `split` to `path` atomically; equal splits give equal bytes."""
-    save_tensors(path, {"version": _VERSION, **vars(split), "classes": list(split.classes)})
+    plain = {"classes": list(split.classes), "preprocessing": split.preprocessing.model_dump()}
+    save_tensors(path, {"version": _VERSION, **vars(split), **plain})
 
 
 def save_splits(splits: Mapping[Path, Split]) -> None:
@@ -90,7 +95,8 @@ def load_split(path: Path) -> Split:
         content = torch.load(path, mmap=True, weights_only=True)
         if content.pop("version") != _VERSION:
             raise ValueError("another version of the format")
-        return Split(**{**content, "classes": tuple(content["classes"])})
+        preprocessing = Preprocessing.model_validate(content["preprocessing"])
+        return Split(**{**content, "classes": tuple(content["classes"]), "preprocessing": preprocessing})
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run the stage `download`, which writes it") from None
     except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:

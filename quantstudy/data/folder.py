@@ -1,10 +1,12 @@
 """An image-folder tree, `train/<class>/<file>` and `test/<class>/<file>`, or an archive of one.
 
-With `test_fraction` it is `<class>/<file>`, and the test split is drawn. One folder may wrap it all. Hidden files and
-folders are left out, and so is what lies beside the class folders.
+There may be no train/, and classes that only test/ has: what trains refuses that. With `test_fraction` the tree is
+`<class>/<file>`, and the test split is drawn. One folder may wrap it all. Hidden files and folders are left out, and so
+is what lies beside the class folders.
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -14,7 +16,7 @@ from quantstudy.data.images import ImageList
 from quantstudy.data.sampling import validation_indices
 from quantstudy.errors import UserError
 from quantstudy.files import check_sha256, expect_sha256
-from quantstudy.params import Data
+from quantstudy.params import Calibration, Data
 
 _SPLITS = ("train", "test")
 
@@ -22,16 +24,12 @@ _SPLITS = ("train", "test")
 def folder(data: Data, key: str) -> tuple[ImageList, ImageList]:
     """List the images of both splits, by class and then by path; `key` is where `data` lies in the params.
 
-    Raise `UserError` for an archive or a tree whose SHA-256 is not `data.sha256`, a split that is missing, a class
-    without images, and classes that differ between the splits.
+    Raise `UserError` for an archive or a tree whose SHA-256 is not `data.sha256`, a missing test/, a class without
+    images, and classes that only train/ has.
     """
     assert data.path is not None
     path = Path(data.path)
-    if not path.is_dir():
-        check_sha256(path, data.sha256, f"{key}.sha256")
-    files = open_files(path)
-    if path.is_dir():
-        expect_sha256(path, tree_sha256(files), data.sha256, f"{key}.sha256")
+    files = _checked_files(path, data.sha256, f"{key}.sha256")
     root, tops = _root(path, files)
     if data.test_fraction is not None:
         if split := next((name for name in tops if name in _SPLITS), None):
@@ -39,16 +37,51 @@ def folder(data: Data, key: str) -> tuple[ImageList, ImageList]:
         images = _image_list(path, files, _classes(path, files, root))
         kept, drawn = validation_indices(images.labels, data.test_fraction, seed=0)  # the same for every study
         return images.subset(kept), images.subset(drawn)
-    for split in _SPLITS:
-        if split not in tops:
-            inside = "" if root == PurePosixPath() else f" in {root}/"
-            hint = f"to draw the test split from folders of classes set {key}.test_fraction"
-            raise UserError(f"{path}: no folder {split}/{inside}; found {_few(tops)}; {hint}")
-    found = {split: _classes(path, files, root / split) for split in _SPLITS}
-    if set(found["train"]) != set(found["test"]):
-        odd = sorted(set(found["train"]) ^ set(found["test"]))
-        raise UserError(f"{path}: train/ and test/ have different classes; only one of them has {_few(odd)}")
-    return _image_list(path, files, found["train"]), _image_list(path, files, found["test"])
+    if "test" not in tops:
+        inside = "" if root == PurePosixPath() else f" in {root}/"
+        hint = f"to draw the test split from folders of classes set {key}.test_fraction"
+        raise UserError(f"{path}: no folder test/{inside}; found {_few(tops)}; {hint}")
+    test = _classes(path, files, root / "test")
+    train = _classes(path, files, root / "train") if "train" in tops else {}
+    if odd := sorted(set(train) - set(test)):
+        raise UserError(f"{path}: train/ and test/ have different classes; only train/ has {_few(odd)}")
+    return _image_list(path, files, {name: train.get(name, []) for name in test}), _image_list(path, files, test)
+
+
+def images_below(path: Path, files: Files, key: str) -> list[str]:
+    """Return every visible image file of a folder or an archive, by path; raise `UserError`, naming `key`, for none."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    names = [name for name in files.names if name.lower().endswith(IMG_EXTENSIONS) and _is_visible(name)]
+    if not names:
+        raise UserError(f"{key}: no images in {path}; their names end in one of {', '.join(IMG_EXTENSIONS)}")
+    return names
+
+
+def calibration_images(calibration: Calibration, classes: Sequence[str], key: str) -> ImageList | None:
+    """List the images of `calibration.path`, None without one; `key` is where `calibration` lies in the params.
+
+    The label of an image is its folder, where that is named as one of `classes`, else -1.
+    Raise `UserError` for a path whose SHA-256 is not `calibration.sha256`, or that has no images.
+    """
+    if calibration.path is None:
+        return None
+    path = Path(calibration.path)
+    files = _checked_files(path, calibration.sha256, f"{key}.sha256")
+    names = images_below(path, files, f"{key}.path")
+    index = {name: label for label, name in enumerate(classes)}
+    labels = torch.tensor([index.get(PurePosixPath(name).parent.name, -1) for name in names])
+    return ImageList(labels, tuple(classes), [f"{path}: {name}" for name in names], lambda i: files.read(names[i]))
+
+
+def _checked_files(path: Path, expected: str | None, key: str) -> Files:
+    """Open a folder or an archive; raise `UserError`, naming `key`, when its SHA-256 is not the `expected` one."""
+    if not path.is_dir():
+        check_sha256(path, expected, key)
+    files = open_files(path)
+    if path.is_dir():
+        expect_sha256(path, tree_sha256(files), expected, key)
+    return files
 
 
 def tree_sha256(files: Files) -> str:

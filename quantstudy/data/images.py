@@ -1,17 +1,15 @@
 """From images as a source has them to the form a split stores.
 
-Both splits of a study take the same form, by these rules:
+All splits of a study take the same form, by these rules, and none loses what the model would have seen:
 
-- A set whose images all have one size, no larger than the study's `image_size`, keeps that size (CIFAR at 224
-  stays 32 pixels and is enlarged on the device). Any other set is brought to `image_size`: short side first,
-  then a centre crop.
-- Sets up to 64 pixels a side, or up to 256 MiB in all when decoded, are stored decoded, as uint8.
-- Larger sets stay encoded: the original bytes when the short side is at most 1.15 times `image_size`, otherwise
-  resized to a short side of `image_size` and encoded as JPEG at quality 95. Their crop is made when decoding.
+- A set whose images all have one size, smaller than what the model sees and resized to no less, is stored decoded in
+  that size, as uint8 (CIFAR at 224 stays 32 pixels and is enlarged on the device).
+- Any other set is stored decoded as the model sees it when it is up to 64 pixels a side, or up to 256 MiB in all, or
+  its files are larger than that on average, or it has no files.
+- What is left keeps the bytes of its files, which are decoded, resized and cropped when batches are made.
 """
 
-import functools
-import io
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,20 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from quantstudy.data.container import Split
-from quantstudy.data.decoding import opened, resize_short_side, rgb, square
+from quantstudy.data.preprocessing import channels_first, decoded, opened, pixels, resized_size
 from quantstudy.errors import UserError
+from quantstudy.params import Preprocessing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SMALL_SIDE = 64
 _DECODED_BYTES = 2**28
-_KEPT_RATIO = 1.15
-_JPEG_QUALITY = 95
 _CHUNK = 64
 _PEEKED = 256
 
@@ -57,40 +55,53 @@ class ImageList:
         return ImageList(self.labels[indices], self.classes, [self.names[i] for i in rows], lambda i: read(rows[i]))
 
 
-def store(train: ImageList, test: ImageList, image_size: int) -> tuple[Split, Split]:
-    """Read every image of both lists into splits; raise `UserError` naming the first that does not decode."""
-    side = _stored_side((train, test), image_size)
-    decoded = side <= _SMALL_SIDE or (len(train.names) + len(test.names)) * 3 * side**2 <= _DECODED_BYTES
-    form = _store_decoded if decoded else _store_encoded
-    return form(train, side), form(test, side)
+def store(lists: Sequence[ImageList], preprocessing: Preprocessing) -> list[Split]:
+    """Read every image of the lists into a split each; raise `UserError` naming the first that does not decode."""
+    size, bytes_each = _peek(lists, preprocessing, _PEEKED)
+    if size is not None and _is_enlarged(size, preprocessing):
+        size, bytes_each = _peek(lists, preprocessing)
+    own = size is not None and _is_enlarged(size, preprocessing)
+    shape = (preprocessing.channels, *size) if own and size else preprocessing.shape
+    total = sum(len(images.names) for images in lists) * math.prod(shape)
+    small = max(shape[1:]) <= _SMALL_SIDE or total <= _DECODED_BYTES
+    if own or small or bytes_each is None or bytes_each > math.prod(shape):
+        return [_store_decoded(images, preprocessing, shape) for images in lists]
+    return [_store_encoded(images, preprocessing) for images in lists]
 
 
-def _store_decoded(images: ImageList, side: int) -> Split:
-    pixels = torch.empty(len(images.names), 3, side, side, dtype=torch.uint8)
-    for start, chunk in _read_all(images, functools.partial(square, side=side)):
-        pixels[start : start + len(chunk)] = torch.from_numpy(np.stack(chunk)).permute(0, 3, 1, 2)
-    return Split(images.labels, images.classes, side, images=pixels)
+def _is_enlarged(size: tuple[int, int], preprocessing: Preprocessing) -> bool:
+    """Whether images of this height and width are smaller than what the model sees, which is made by enlarging."""
+    resized = resized_size(preprocessing, *size)
+    is_smaller = math.prod(size) < math.prod(preprocessing.size)
+    return is_smaller and all(after >= before for after, before in zip(resized, size, strict=True))
 
 
-def _store_encoded(images: ImageList, side: int) -> Split:
+def _store_decoded(images: ImageList, preprocessing: Preprocessing, shape: tuple[int, int, int]) -> Split:
+    def convert(source: "bytes | Image") -> NDArray[np.uint8]:
+        if shape == preprocessing.shape:
+            return pixels(source, preprocessing)
+        return channels_first(decoded(source, preprocessing))
+
+    stored = torch.empty(len(images.names), *shape, dtype=torch.uint8)
+    for start, chunk in _read_all(images, convert):
+        stored[start : start + len(chunk)] = torch.from_numpy(np.stack(chunk))
+    return Split(images.labels, images.classes, preprocessing, images=stored)
+
+
+def _store_encoded(images: ImageList, preprocessing: Preprocessing) -> Split:
+    def convert(source: "bytes | Image") -> bytes:
+        assert isinstance(source, bytes)
+        decoded(source, preprocessing)
+        return source
+
     encoded, ends = bytearray(), [0]
-    for _, chunk in _read_all(images, functools.partial(_compact, side=side)):
+    for _, chunk in _read_all(images, convert):
         for one in chunk:
             encoded += one
             ends.append(len(encoded))
-    pixels = torch.frombuffer(encoded, dtype=torch.uint8)
-    return Split(images.labels, images.classes, side, encoded=pixels, offsets=torch.tensor(ends, dtype=torch.int64))
-
-
-def _compact(source: "bytes | Image", side: int) -> bytes:
-    """Return the file's own bytes when its short side is near `side`, otherwise a smaller JPEG."""
-    image = rgb(source)
-    if isinstance(source, bytes) and min(image.size) <= _KEPT_RATIO * side:
-        return source
-    buffer = io.BytesIO()
-    image = image if min(image.size) <= side else resize_short_side(image, side)
-    image.save(buffer, "JPEG", quality=_JPEG_QUALITY)
-    return buffer.getvalue()
+    stored = torch.frombuffer(encoded, dtype=torch.uint8) if encoded else torch.empty(0, dtype=torch.uint8)
+    offsets = torch.tensor(ends, dtype=torch.int64)
+    return Split(images.labels, images.classes, preprocessing, encoded=stored, offsets=offsets)
 
 
 def _read_all(images: ImageList, convert: "Callable[[bytes | Image], Any]") -> Iterator[tuple[int, list[Any]]]:
@@ -120,11 +131,24 @@ def _converted(images: ImageList, index: int, convert: "Callable[[bytes | Image]
         raise UserError(f"{images.names[index]}: not an image that can be decoded ({reason})") from None
 
 
-def _stored_side(lists: Sequence[ImageList], image_size: int) -> int:
-    """Return the side that a set is stored at; its sizes are peeked at in images spread evenly over it."""
-    sizes = set()
-    for images in lists:
-        for index in range(0, len(images.names), max(1, len(images.names) // _PEEKED)):
-            sizes.add(_converted(images, index, lambda source: opened(source).size))
-    shorts = {min(size) for size in sizes}
-    return min(image_size, *shorts) if len(sizes) == 1 else image_size
+def _peek(
+    lists: Sequence[ImageList], preprocessing: Preprocessing, number: int | None = None
+) -> tuple[tuple[int, int] | None, float | None]:
+    """Return the height and width of all images, None if they differ, and the mean bytes of a file, None without files.
+
+    Both are taken of about `number` images spread evenly over each list, of all for None.
+    """
+
+    def look(source: "bytes | Image") -> tuple[tuple[int, int], int | None]:
+        image = opened(source)
+        if preprocessing.exif:
+            image = decoded(image, preprocessing)
+        return (image.height, image.width), len(source) if isinstance(source, bytes) else None
+
+    found = [
+        _converted(images, index, look)
+        for images in lists
+        for index in range(0, len(images.names), max(1, len(images.names) // number) if number else 1)
+    ]
+    sizes, lengths = {size for size, _ in found}, [length for _, length in found]
+    return sizes.pop() if len(sizes) == 1 else None, None if None in lengths else sum(lengths) / max(1, len(lengths))

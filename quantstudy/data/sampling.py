@@ -33,15 +33,17 @@ def validation_indices(labels: Tensor, fraction: float, seed: int) -> tuple[Tens
 
 
 def calibration_indices(images: int, calibration: Calibration, seed: int, study: str) -> Tensor:
-    """Draw the calibration images of a training split of `images`, int64, without replacement, in the order drawn.
+    """Draw the calibration images of `images`, int64, without replacement, in the order drawn.
 
-    Raise `UserError` when the split holds fewer than `batches` times `batch_size`.
+    Raise `UserError` when the training split, or `calibration.path`, has fewer than `batches` times `batch_size`.
     """
     needed = calibration.batches * calibration.batch_size
     if needed > images:
+        origin = calibration.path or "the training split"
+        remedy = "raise data.max_train" if images else "name a folder of images in calibration.path"
         raise UserError(
             f"studies.{study}.calibration: {calibration.batches} batches of {calibration.batch_size} need {needed} "
-            f"images, but the training split has {images}; lower batches or batch_size, or raise data.max_train"
+            f"images, but {origin} has {images}; lower batches or batch_size, or {remedy}"
         )
     return torch.randperm(images, generator=torch.Generator().manual_seed(seed))[:needed]
 

@@ -66,10 +66,9 @@ class Task:
         return load_preprocessing(self.path)
 
     def noise(self, batch_size: int) -> Tensor:
-        """Return images to time on, float32 [batch_size, 3, S, S], channels_last on the device."""
-        size = self.preprocessing.image_size
+        """Return images to time on, float32 [batch_size, C, H, W], channels_last on the device."""
         generator = torch.Generator().manual_seed(self.study.seed)
-        images = torch.randn(batch_size, 3, size, size, generator=generator)
+        images = torch.randn(batch_size, *self.preprocessing.shape, generator=generator)
         return images.to(self.device, memory_format=torch.channels_last)
 
     @functools.cached_property
@@ -99,7 +98,7 @@ def evaluate(task: Task, test: Split, reference: np.ndarray | None) -> tuple[Rec
     has computed anything, so that the memory it measures is the variant's alone.
     """
     (eager, model), memory = with_peak_memory_mb(lambda: _eager_after_a_batch(task), task.device)
-    total_macs, macs = count_macs(task.load("fp32"), task.preprocessing.image_size)
+    total_macs, macs = count_macs(task.load("fp32"), task.preprocessing.shape)
     executables, baselines, failed = _executables(task, eager)
     timings = {size: _time(task, executables, baselines, size) for size in BATCH_SIZES}
     chosen = fastest(task.variant, executables, timings)

@@ -14,18 +14,20 @@ import torch
 from quantstudy.data.archive import open_files
 from quantstudy.data.batches import images_of, run_on_split
 from quantstudy.data.container import Split
+from quantstudy.data.folder import images_below
 from quantstudy.data.images import ImageList, store
 from quantstudy.errors import UserError
 from quantstudy.machine.device import set_up
 from quantstudy.measure.accuracy import percent_equal
 from quantstudy.measure.coverage import not_quantized, remark, stored
 from quantstudy.network.checkpoint import FORMAT, load_tensors
+from quantstudy.params import Preprocessing
 from quantstudy.quantization.sqnr import sqnr_db
 from quantstudy.runtimes import library
 from quantstudy.runtimes.library import Model
 
 OUTPUTS = (".onnx", ".pth")
-_OPTIONS = ("architecture", "image_size", "mean", "std")
+_OPTIONS = ("architecture", "preprocessing", "image_size", "mean", "std")
 """What a state_dict does not say."""
 _CPU = torch.device("cpu")
 
@@ -42,9 +44,10 @@ def quantize(arguments: argparse.Namespace) -> None:
     library.post_training_row(arguments.method, "--method")
     set_up(arguments.seed)
     model = _fp32(source, arguments)
-    size = model.preprocessing.image_size
+    height, width = model.preprocessing.size
+    size = f"{height}" if height == width else f"{height} by {width}"
     print(f"{source}: {model.facts['architecture']}, {model.facts['classes']} classes, images of {size} px")
-    images, test, drawn = _images(Path(arguments.images), size, arguments)
+    images, test, drawn = _images(Path(arguments.images), model.preprocessing, arguments)
     variant = library.quantize(model, images_of(images, model.preprocessing, arguments.batch_size), arguments.method)
     counted = stored(variant.network)
     layers = "{layers_quantized} of {layers_quantizable} layers in low bits, {weight_bits:.2f} bits a weight"
@@ -65,6 +68,8 @@ def _fp32(source: Path, arguments: argparse.Namespace) -> Model:
             raise UserError(f"{source}: holds the variant {content['variant']}; give the fp32 model it was made from")
         if given:
             raise UserError(f"--{next(iter(given)).replace('_', '-')}: {source} says that itself; leave the option out")
+    elif "preprocessing" in given and (twice := set(given) - {"architecture", "preprocessing"}):
+        raise UserError(f"--{min(twice).replace('_', '-')}: --preprocessing says that; leave one of them out")
     elif arguments.architecture is None:
         raise UserError(f"{source}: a state_dict does not say its architecture; add --architecture, resnet18 for one")
     try:
@@ -74,23 +79,20 @@ def _fp32(source: Path, arguments: argparse.Namespace) -> Model:
         raise UserError(f"--{key.replace('_', '-')}:{rest}" if key in _OPTIONS else str(error)) from None
 
 
-def _images(path: Path, image_size: int, arguments: argparse.Namespace) -> tuple[Split, Split, str]:
+def _images(path: Path, preprocessing: Preprocessing, arguments: argparse.Namespace) -> tuple[Split, Split, str]:
     """Return the images to calibrate on and those to compare on, drawn by seed, and how many the former are in words.
 
     They are the same where there are no others.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
     files = open_files(path)
-    names = [name for name in files.names if name.lower().endswith(IMG_EXTENSIONS) and "/." not in f"/{name}"]
-    if not names:
-        raise UserError(f"--images: no images in {path}; their names end in one of {', '.join(IMG_EXTENSIONS)}")
+    names = images_below(path, files, "--images")
     labels = torch.zeros(len(names), dtype=torch.int64)
     found = ImageList(labels, ("",), [f"{path}: {name}" for name in names], lambda i: files.read(names[i]))
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(arguments.seed))
     calibration, rest = order[: arguments.calibration_images], order[arguments.calibration_images :]
-    splits = store(found.subset(calibration), found.subset(rest if len(rest) else calibration), image_size)
-    return *splits, f"{len(calibration)} others" if len(rest) else "the same"
+    lists = [found.subset(calibration), found.subset(rest if len(rest) else calibration)]
+    images, test = store(lists, preprocessing)
+    return images, test, f"{len(calibration)} others" if len(rest) else "the same"
 
 
 def _write(out: Path, model: Model, test: Split) -> list[str]:
@@ -99,12 +101,12 @@ def _write(out: Path, model: Model, test: Split) -> list[str]:
         library.save(model, out)
         return []
     from quantstudy.measure.agreement import check
-    from quantstudy.runtimes.onnx_model import save_onnx, to_onnx
+    from quantstudy.runtimes.onnx_model import described, save_onnx, to_onnx
     from quantstudy.runtimes.onnx_tuning import exported_model
     from quantstudy.runtimes.sessions import PACKAGES
 
     plain = to_onnx(model.network, model.graph)
-    save_onnx(out, plain)
+    save_onnx(out, described(plain, model.facts))
     timed = {runtime: exported_model(model.network, model.graph, runtime) for runtime in PACKAGES}
     found = check(copy.deepcopy(model.network), plain, timed, test, model.preprocessing)
     lines = [f"{runtime} agrees with PyTorch on {share:.2f} %" for runtime, share in found["agreement"].items()]

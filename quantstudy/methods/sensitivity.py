@@ -68,13 +68,15 @@ def measure_layers(
     Args:
         model: fp32, BatchNorm folded, eval mode; it stays untouched.
         calibration: of `model`.
-        batches: images float32 [N, 3, S, S] and labels int64 [N], of the training split.
+        batches: images float32 [N, C, H, W] and labels int64 [N], to calibrate on; where there is no label, -1, the
+            class that `model` predicts takes its place.
         settings: widths, and how weights are rounded.
         macs: multiply-accumulates per image of every layer.
     """
     layers = calibration.replaceable
     images, labels = [images for images, _ in batches], torch.cat([labels for _, labels in batches])
     reference = torch.cat([model(batch) for batch in images])
+    labels = torch.where(labels < 0, reference.argmax(1), labels)
     table = quantized_table(model, calibration, settings, [bits for bits in settings.bits if bits < HALF])
     rows = []
     for name, bits in itertools.product(layers, settings.bits):

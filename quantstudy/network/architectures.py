@@ -26,10 +26,17 @@ from quantstudy.network.folding import channels_last, copy_of
 from quantstudy.network.graph import LAYERS
 from quantstudy.network.source_code import transitive_imports
 
+Shape = tuple[int, int, int]
+"""Channels, height and width of an image."""
 IMAGE_SIZE = 224
 """What torchvision's networks are made for, where nothing else is said."""
 _SIZED = {"vit_": "image_size", "maxvit_": "input_size"}
 """The argument by which the families whose parameters depend on the image size take it."""
+
+
+def image_shape(image_size: int | Shape) -> Shape:
+    """Return the shape of an image: itself, or that of a square of RGB pixels, so many a side."""
+    return (3, image_size, image_size) if isinstance(image_size, int) else image_size
 
 
 def is_own(architecture: str) -> bool:
@@ -37,10 +44,13 @@ def is_own(architecture: str) -> bool:
     return ":" in architecture
 
 
-def build(architecture: str, classes: int, image_size: int = IMAGE_SIZE, key: str = "model.architecture") -> nn.Module:
+def build(
+    architecture: str, classes: int, image_size: int | Shape = IMAGE_SIZE, key: str = "model.architecture"
+) -> nn.Module:
     """Return a classifier with a head of `classes` outputs and random weights, its attention opened.
 
-    `image_size` only matters to networks whose parameters depend on it. `key` is the param that an error names.
+    `image_size`, pixels a side or a shape, only matters to networks whose parameters depend on it, which take it as
+    pixels a side, or as (height, width) where they differ. `key` is the param that an error names.
 
     Raises:
         UserError: there is no classifier of that name, or it cannot be built.
@@ -51,21 +61,23 @@ def build(architecture: str, classes: int, image_size: int = IMAGE_SIZE, key: st
     sized = next((name for prefix, name in _SIZED.items() if architecture.startswith(prefix)), None)
     if is_own(architecture) and "image_size" in inspect.signature(make).parameters:
         sized = "image_size"
+    _, height, width = image_shape(image_size)
     if sized is not None:
-        arguments[sized] = (image_size, image_size) if sized == "input_size" else image_size
-    expected = Exception if is_own(architecture) else (AssertionError, ValueError)
+        arguments[sized] = height if sized != "input_size" and height == width else (height, width)
+    expected = Exception if is_own(architecture) else (AssertionError, ValueError, TypeError)
     try:
         model = make(**arguments)
     except expected as error:
-        raise UserError(f"{key}: {architecture!r} for {image_size} px cannot be built: {one_line(error)}") from None
+        size = height if height == width else f"{height} by {width}"
+        raise UserError(f"{key}: {architecture!r} for {size} px cannot be built: {one_line(error)}") from None
     if not isinstance(model, nn.Module):
         raise UserError(f"{key}: {architecture!r} returned {type(model).__name__}, not a torch.nn.Module")
     open_attention(model)
-    model.example_shape = (3, image_size, image_size)  # type: ignore[assignment]
+    model.example_shape = image_shape(image_size)  # type: ignore[assignment]
     return model
 
 
-def check_logits(model: nn.Module, classes: int, image_size: int, key: str, *, trains: bool = False) -> None:
+def check_logits(model: nn.Module, classes: int, image_size: int | Shape, key: str, *, trains: bool = False) -> None:
     """Run `model` on images as everything here does; raise `UserError`, naming `key`, where it cannot be used.
 
     It has to take one image and several, channels_last, return logits [N, classes], in training mode too where it
@@ -73,7 +85,9 @@ def check_logits(model: nn.Module, classes: int, image_size: int, key: str, *, t
     """
     if not any(isinstance(module, LAYERS) or hasattr(module, "captured_whole") for module in model.modules()):
         raise UserError(f"{key}: the network has no convolution and no linear layer, so there is nothing to quantize")
-    images = torch.zeros(2, 3, image_size, image_size).contiguous(memory_format=torch.channels_last)
+    channels, height, width = image_shape(image_size)
+    seen = f"{height} px" if (channels, height) == (3, width) else f"{channels} channels, {height} by {width} px"
+    images = torch.zeros(2, channels, height, width).contiguous(memory_format=torch.channels_last)
     network = channels_last(copy_of(model))
     for is_training, batch in ((False, images), (False, images[:1]), *([(True, images)] if trains else [])):
         mode = " in training mode" if is_training else ""
@@ -84,7 +98,7 @@ def check_logits(model: nn.Module, classes: int, image_size: int, key: str, *, t
             reason = one_line(error)
             if "view size is not compatible" in str(error):
                 reason = "it calls view() on maps that lie channels_last; write flatten(1) or reshape() instead"
-            raise UserError(f"{key}: the network fails{mode} on images of {image_size} px: {reason}") from None
+            raise UserError(f"{key}: the network fails{mode} on images of {seen}: {reason}") from None
         shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         if shape != (len(batch), classes):
             what = f"logits of shape {(len(batch), classes)}"

@@ -1,6 +1,6 @@
 """The file of an fp32 model, and the network of a file, with or without its weights."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +8,29 @@ import torch
 from torch import nn
 
 from quantstudy import params as P
-from quantstudy.network.architectures import IMAGE_SIZE, build, check_code, code_sha256, is_own
+from quantstudy.network.architectures import IMAGE_SIZE, Shape, build, check_code, code_sha256, is_own
 from quantstudy.network.checkpoint import load_checkpoint, load_into, save_checkpoint
 from quantstudy.network.folding import channels_last, fold_in_place, fold_like, settle_weights
 
 
-def save_fp32(path: Path, model: nn.Module, architecture: str, classes: int, preprocessing: P.Preprocessing) -> None:
-    """Write the trained model, BatchNorm not folded, what its input has to be, and the SHA-256 of one's own code."""
+def save_fp32(
+    path: Path,
+    model: nn.Module,
+    architecture: str,
+    classes: int,
+    preprocessing: P.Preprocessing,
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """Write the trained model, BatchNorm not folded, with its input, its classes and the SHA-256 of one's own code."""
     facts = {"architecture": architecture, "classes": classes, "preprocessing": preprocessing.model_dump()}
+    facts |= {"class_names": list(class_names)} if class_names else {}
     code = {"code_sha256": code_sha256(architecture)} if is_own(architecture) else {}
     save_checkpoint(path, model.state_dict(), **facts, **code, variant="fp32")
 
 
 def network_facts(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a checkpoint that says which network its tensors belong to, and for which input."""
-    keys = ("architecture", "classes", "preprocessing", "code_sha256")
+    keys = ("architecture", "classes", "class_names", "preprocessing", "code_sha256")
     return {key: checkpoint[key] for key in keys if key in checkpoint}
 
 
@@ -51,7 +59,7 @@ def skeleton_of(path: Path) -> nn.Module:
 
 
 def skeleton(
-    architecture: str, classes: int, image_size: int = IMAGE_SIZE, names: Collection[str] | None = None
+    architecture: str, classes: int, image_size: int | Shape = IMAGE_SIZE, names: Collection[str] | None = None
 ) -> nn.Module:
     """Return an architecture as quantization sees it: BatchNorm folded, eval mode.
 
@@ -67,10 +75,10 @@ def skeleton(
 def _network_of(checkpoint: dict[str, Any], path: Path) -> nn.Module:
     architecture = checkpoint["architecture"]
     check_code(architecture, checkpoint.get("code_sha256"), f"{path}: code_sha256")
-    return _without_weights(architecture, checkpoint["classes"], checkpoint["preprocessing"]["image_size"])
+    return _without_weights(architecture, checkpoint["classes"], load_preprocessing(path).shape)
 
 
-def _without_weights(architecture: str, classes: int, image_size: int) -> nn.Module:
+def _without_weights(architecture: str, classes: int, image_size: int | Shape) -> nn.Module:
     if is_own(architecture):
         return build(architecture, classes, image_size)
     try:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from quantstudy import params as P
 from quantstudy.errors import UserError
 from quantstudy.files import check_sha256
-from quantstudy.network.architectures import build, check_logits, torchvision_names
+from quantstudy.network.architectures import Shape, build, check_logits, torchvision_names
 from quantstudy.network.attention import opened_names
 from quantstudy.network.checkpoint import load_into, load_tensors
 from quantstudy.network.graph import LAYERS, head_name
@@ -115,7 +115,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
 
 def network_of_state(
-    state: dict[str, Tensor], source: str, architecture: str, image_size: int
+    state: dict[str, Tensor], source: str, architecture: str, image_size: int | Shape
 ) -> tuple[nn.Module, int]:
     """Return the network that a whole state_dict is of, and its classes: as many as its head has.
 

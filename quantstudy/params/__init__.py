@@ -5,6 +5,7 @@ number out of range is an error of one line that names the key, the value and th
 """
 
 from quantstudy.params.methods import *  # noqa: F403
+from quantstudy.params.presets import *  # noqa: F403
 from quantstudy.params.project import *  # noqa: F403
 from quantstudy.params.section import *  # noqa: F403
 from quantstudy.params.studies import *  # noqa: F403

@@ -10,6 +10,7 @@ from quantstudy.errors import UserError, unknown
 from quantstudy.params.checks import check_sections
 from quantstudy.params.methods import Method, Rounding
 from quantstudy.params.mistakes import first_mistake
+from quantstudy.params.presets import with_presets
 from quantstudy.params.section import Bits, Name, Section
 from quantstudy.params.studies import Study
 
@@ -123,7 +124,7 @@ class Params(Section):
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
     """Read and validate `params.yaml`; raise `UserError` with one line for the first mistake in it."""
-    raw = _read(path)
+    raw = with_presets(_read(path))
     try:
         params = Params.model_validate(raw)
     except ValidationError as error:

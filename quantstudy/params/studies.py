@@ -1,10 +1,13 @@
 """The rows of `studies`: a model, its data, how it is trained and calibrated."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from quantstudy.params.section import Augmentation, Name, Optimizer, Schedule, Section, Sha256
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+_SIDES = (8, 1024)
 
 
 class Model(Section):
@@ -20,15 +23,65 @@ class Model(Section):
 
 
 class Preprocessing(Section):
-    """What the model sees: square images of `image_size` pixels a side, pixels / 255 less `mean`, over `std`."""
+    """What the model sees of an image, in torchvision's and timm's words; `data/preprocessing.py` does it.
 
-    image_size: Annotated[int, Field(ge=8, le=1024)]
-    mean: tuple[float, float, float] = Field(strict=False)
-    std: tuple[float, float, float] = Field(strict=False)
+    The image is resized, its centre of `image_size` is cut out, and its pixels / 255 less `mean` are divided by `std`.
+    """
+
+    image_size: int | tuple[int, int]
+    """Pixels a side of a square, or [height, width]."""
+    resize: Literal["short_side", "exact", "none"] = "short_side"
+    """`short_side` keeps the aspect ratio, `exact` goes to `image_size` and may distort, `none` only cuts."""
+    crop_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The share of the resized short side that is kept: 0.875 for a crop of 224 out of 256, rounded to a pixel."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    antialias: bool = True
+    channels: Literal[1, 3] = 3
+    """1 for grey, 3 for red, green and blue."""
+    exif: bool = False
+    """Whether the rotation that a camera noted is applied; torchvision's ImageFolder does not."""
+    mean: tuple[Finite, ...] = Field(strict=False)
+    std: tuple[Annotated[Finite, Field(gt=0)], ...] = Field(strict=False)
+
+    @field_validator("image_size", mode="plain")
+    @classmethod
+    def _image_size_is_sides(cls, value: Any) -> int | tuple[int, int]:
+        sides = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+        if not all(type(side) is int and _SIDES[0] <= side <= _SIDES[1] for side in sides):
+            raise ValueError("write one whole number of pixels, or [height, width], from {} to {}".format(*_SIDES))
+        return value if isinstance(value, int) else (value[0], value[1])
+
+    @field_validator("mean", "std")
+    @classmethod
+    def _one_number_a_channel(cls, value: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        channels = info.data.get("channels", len(value))
+        if len(value) != channels:
+            raise ValueError(f"has {len(value)} numbers; write {channels}, one of each of the channels")
+        return value
+
+    @field_validator("crop_fraction")
+    @classmethod
+    def _crop_follows_a_short_side(cls, value: float, info: ValidationInfo) -> float:
+        if value != 1 and info.data.get("resize") != "short_side":
+            raise ValueError("goes with resize: short_side; leave it out")
+        return value
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of what the model sees, in pixels."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what the model sees."""
+        return self.channels, *self.size
 
 
 class Data(Preprocessing):
-    """Images, and where they come from."""
+    """Images, where they come from, and how the model sees them.
+
+    A row of params.yaml may say `preprocessing: torchvision` instead of the latter: `presets.py` writes it out.
+    """
 
     source: Literal["digits", "torchvision", "folder"]
     dataset: str | None = None
@@ -52,7 +105,7 @@ class Data(Preprocessing):
     @property
     def preprocessing(self) -> Preprocessing:
         """The part that a model is trained for and its file keeps."""
-        return Preprocessing(image_size=self.image_size, mean=self.mean, std=self.std)
+        return Preprocessing(**{key: getattr(self, key) for key in Preprocessing.model_fields})
 
 
 class Training(Section):
@@ -94,11 +147,14 @@ class Qat(Training):
 
 
 class Calibration(Section):
-    """The calibration images: `batches` of `batch_size`, drawn by seed from the training split."""
+    """The calibration images: `batches` of `batch_size`, drawn by seed from the training split or from `path`."""
 
     batches: Annotated[int, Field(ge=1)] = 4
     batch_size: Annotated[int, Field(ge=1)] = 64
     bins: Annotated[int, Field(ge=64)] = 2048
+    path: str | None = None
+    """A folder or an archive of images, labels not needed, for a study whose training images are not at hand."""
+    sha256: Sha256 | None = None
 
 
 class Study(Section):

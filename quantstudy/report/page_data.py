@@ -196,4 +196,4 @@ def thumbnails(test: Split) -> Row:
     import torch
 
     grey = test.decode(torch.arange(len(test))).float().mean(1).round().to(torch.uint8)
-    return {"side": test.side, "grey": base64.b64encode(grey.numpy().tobytes()).decode()}
+    return {"side": grey.shape[-1], "grey": base64.b64encode(grey.numpy().tobytes()).decode()}

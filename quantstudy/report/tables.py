@@ -111,12 +111,14 @@ def number(value: float | None, decimals: int) -> str:
 
 def facts(row: Study, results: Sequence[Result]) -> dict[str, str]:
     """Return what was run, on what, as names and values to read."""
+    height, width = row.data.size
+    size = height if height == width else f"{height} by {width}"
     origin = row.data.dataset or row.data.path or row.data.source
     machines = dict.fromkeys(result.details.get("machine", "a machine not recorded") for result in results)
     return {
         "Network": row.model.architecture,
         "Pretrained weights": row.model.weights or "none (random start)",
-        "Images": f"{origin} at {row.data.image_size} px",
+        "Images": f"{origin} at {size} px",
         "Test images": f"{results[0].value('images'):.0f}",
         "Calibration images": str(row.calibration.batches * row.calibration.batch_size),
         "Seed": str(row.seed),

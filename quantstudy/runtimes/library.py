@@ -34,8 +34,8 @@ class Model:
     """A network, fp32 with BatchNorm folded or a `Variant`, and what its file says of it.
 
     Attributes:
-        network: float32 images [N, 3, S, S], normalized with the `preprocessing`, to float32 logits [N, classes].
-        facts: its `architecture`, `classes` and `preprocessing`, as the file has them.
+        network: float32 images [N, C, H, W], normalized with the `preprocessing`, to float32 logits [N, classes].
+        facts: its `architecture`, `classes`, `preprocessing` and perhaps `class_names`, as the file has them.
         variant: the method it was quantized with, or fp32.
     """
 
@@ -53,11 +53,11 @@ class Model:
         """The ONNX graph of the architecture, without weights."""
         from quantstudy.runtimes.onnx_graph import graph_of
 
-        size, network = self.preprocessing.image_size, self.network
+        shape, network = self.preprocessing.shape, self.network
         if isinstance(network, Variant):
             names = network.network.state_dict().keys()
-            network = skeleton(self.facts["architecture"], self.facts["classes"], size, names)
-        return graph_of(network, (3, size, size))
+            network = skeleton(self.facts["architecture"], self.facts["classes"], shape, names)
+        return graph_of(network, shape)
 
     def executable(self, runtime: str, device: torch.device) -> Executable:
         """Return the model ready to run on a runtime of `RUNTIMES`; it is made once."""
@@ -81,6 +81,7 @@ def load_model(
     path: str | Path,
     architecture: str | None = None,
     *,
+    preprocessing: str | P.Preprocessing | None = None,
     image_size: int = 224,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
@@ -90,6 +91,8 @@ def load_model(
     Args:
         path: the file.
         architecture: of a state_dict: a torchvision name, `vgg11_small`, or `package.module:factory`.
+        preprocessing: of a state_dict: `torchvision` for that of torchvision's weights, the name of some of them, or
+            a row of one's own; None for what follows.
         image_size: of a state_dict: pixels a side.
         mean: of a state_dict: of red, green, blue, of pixels from 0 to 1.
         std: likewise.
@@ -106,15 +109,17 @@ def load_model(
         checkpoint = load_checkpoint(path)
         model = Model(load_any(path), network_facts(checkpoint), checkpoint["variant"])
         if is_own(model.facts["architecture"]):
-            size = model.preprocessing.image_size
-            check_logits(model.network, model.facts["classes"], size, f"{path}: architecture")
+            check_logits(model.network, model.facts["classes"], model.preprocessing.shape, f"{path}: architecture")
         return model
+    shown: Any = preprocessing or {"image_size": image_size, "mean": mean, "std": std}
+    if isinstance(shown, str):
+        shown = P.torchvision_preset(architecture, shown)
     try:
-        preprocessing = P.Preprocessing.model_validate({"image_size": image_size, "mean": mean, "std": std})
+        preprocessing = P.Preprocessing.model_validate(shown)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{first['loc'][0]}: {first['input']}: {first['msg']}") from None
-    network, classes = network_of_state(read_state_dict(path), str(path), architecture, image_size)
+        raise UserError(f"{first['loc'][0]}: {first['input']}: {first['msg'].removeprefix('Value error, ')}") from None
+    network, classes = network_of_state(read_state_dict(path), str(path), architecture, preprocessing.shape)
     facts = {"architecture": architecture, "classes": classes, "preprocessing": preprocessing.model_dump()}
     return Model(channels_last(fold_batchnorm(network)), facts)
 
@@ -124,7 +129,7 @@ def quantize(model: Model, images: Tensor | Sequence[Tensor], method: str | P.Me
 
     Args:
         model: fp32.
-        images: what it is calibrated on: float32 [N, 3, S, S], normalized, or batches of them.
+        images: what it is calibrated on: float32 [N, C, H, W], normalized, or batches of them.
         method: a row of `methods` in the folder's params.yaml, else of those that come with the package, that does not
             train; or such a row itself, `quantstudy.params.WeightOnly(kind="weight_only", weight_bits=3)` for one.
 
@@ -156,7 +161,7 @@ def run(model: Model, images: Tensor, runtime: str = "eager") -> Tensor:
 
     Args:
         model: fp32 or a variant; what it takes to run it is made at the first call.
-        images: float32 [N, 3, S, S], normalized. Eager mode and inductor run where they lie, the others on the CPU.
+        images: float32 [N, C, H, W], normalized. Eager mode and inductor run where they lie, the others on the CPU.
         runtime: one of `RUNTIMES`.
 
     Raises:
@@ -178,11 +183,11 @@ def save(model: Model, path: str | Path) -> None:
 
 
 def export_onnx(model: Model, path: str | Path) -> None:
-    """Write a model as ONNX: weights in the bits of their method, any batch size.
+    """Write a model as ONNX: weights in the bits of their method, any batch size; a .json beside it describes both.
 
     Raises:
         UserError: the network cannot be exported.
     """
-    from quantstudy.runtimes.onnx_model import save_onnx, to_onnx
+    from quantstudy.runtimes.onnx_model import described, save_onnx, to_onnx
 
-    save_onnx(Path(path), to_onnx(model.network, model.graph))
+    save_onnx(Path(path), described(to_onnx(model.network, model.graph), model.facts))

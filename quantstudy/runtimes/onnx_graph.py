@@ -21,6 +21,7 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 from quantstudy.errors import UserError, one_line
+from quantstudy.network.architectures import Shape, image_shape
 from quantstudy.network.folding import NORMS, copy_of
 from quantstudy.network.fp32 import skeleton
 
@@ -29,9 +30,9 @@ OPSET = 21
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 
 
-def network_graph(architecture: str, classes: int, image_size: int) -> onnx.ModelProto:
+def network_graph(architecture: str, classes: int, image_size: int | Shape) -> onnx.ModelProto:
     """Return the graph of an architecture's network, as `graph_of` does."""
-    return graph_of(skeleton(architecture, classes, image_size), (3, image_size, image_size))
+    return graph_of(skeleton(architecture, classes, image_size), image_shape(image_size))
 
 
 def graph_of(network: nn.Module, shape: Sequence[int]) -> onnx.ModelProto:

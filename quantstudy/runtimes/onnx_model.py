@@ -11,6 +11,7 @@ operators' pages at https://onnx.ai/onnx/operators/.
 """
 
 import copy
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from quantstudy.errors import UserError
-from quantstudy.files import atomic
+from quantstudy.files import atomic, write_json
 from quantstudy.network.graph import is_transposed
 from quantstudy.quantization.layers import ChannelReLU, quantized_layers
 from quantstudy.quantization.packing import pack
@@ -54,8 +55,23 @@ def checked(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+def described(model: onnx.ModelProto, facts: dict[str, Any]) -> onnx.ModelProto:
+    """Give a model the facts of its checkpoint that one needs to show it an image and to name what it sees; return it.
+
+    They are its metadata `preprocessing` and, where the checkpoint has them, `class_names`, in JSON.
+    """
+    for key in ("preprocessing", "class_names"):
+        if key in facts:
+            helper.set_model_props(model, _metadata(model) | {key: json.dumps(facts[key])})
+    return model
+
+
+def _metadata(model: onnx.ModelProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
 def save_onnx(path: Path, model: onnx.ModelProto) -> None:
-    """Write an ONNX file atomically, equal models as equal bytes.
+    """Write an ONNX file atomically, equal models as equal bytes, and a .json beside it of what `described` it.
 
     Raises:
         UserError: more than 2 GB, which one file cannot hold.
@@ -64,6 +80,8 @@ def save_onnx(path: Path, model: onnx.ModelProto) -> None:
         raise UserError(f"{path}: {model.ByteSize() / 1e9:.1f} GB; an ONNX file holds at most 2 GB")
     with atomic(path) as temporary:
         temporary.write_bytes(model.SerializeToString(deterministic=True))
+    if metadata := _metadata(model):
+        write_json(path.with_suffix(".json"), {key: json.loads(value) for key, value in metadata.items()})
 
 
 class _Builder:

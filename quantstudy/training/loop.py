@@ -36,11 +36,12 @@ MEMORY_FORMAT = torch.channels_last
 def train(model: nn.Module, training: Batches, validation: Batches, run: Run) -> State:
     """Train `model` in place, leave it with the weights of its best epoch, return the run's state.
 
-    With 0 epochs it is only scored.
+    With 0 epochs it is only scored, if there are validation images.
     """
     if not run.settings.epochs:
         state = State()
-        _score(state, model, validation, run, {"epoch": 0})
+        if validation.images:
+            _score(state, model, validation, run, {"epoch": 0})
         if not parallel.rank():
             write_curve(run.curve, state.rows)
         return state
@@ -160,10 +161,22 @@ def _line(run: Run, row: dict[str, float]) -> str:
 
 
 def training_and_validation(
-    split: Split, preprocessing: P.Preprocessing, settings: P.Training, seed: int, device: torch.device
+    split: Split, preprocessing: P.Preprocessing, settings: P.Training, seed: int, device: torch.device, key: str = ""
 ) -> tuple[Batches, Batches]:
-    """Return the batches to train on and the validation batches, both of the training split."""
-    kept, held_out = validation_indices(split.labels, settings.validation_fraction, seed)
+    """Return the batches to train on and the validation batches, both of the training split.
+
+    With 0 epochs the split may be empty, and so are they.
+
+    Raises:
+        UserError: naming `key`, the param that asks for training: some class has no images, though more are taken than
+            there are classes.
+    """
+    if settings.epochs:
+        _check_classes(split, f"{key or 'training.epochs'}: {settings.epochs}")
+    if settings.epochs or len(split) > 1:
+        kept, held_out = validation_indices(split.labels, settings.validation_fraction, seed)
+    else:
+        kept = held_out = torch.arange(len(split))
     if settings.max_images is not None:
         order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))
         kept = kept[order[: settings.max_images]]
@@ -174,13 +187,22 @@ def training_and_validation(
     return training, Batches(split, preprocessing, 2 * settings.batch_size, device, indices=held_out)
 
 
+def _check_classes(split: Split, setting: str) -> None:
+    absent = split.labels.bincount(minlength=len(split.classes)).eq(0).nonzero().flatten().tolist()
+    if absent and not 0 < len(split) < len(split.classes):
+        lacking = f"{len(absent)} of {len(split.classes)} classes"
+        found = f"{lacking} have no training images, {split.classes[absent[0]]} for one"
+        remedy = "add some, or set training.epochs to 0 and leave out the methods that train"
+        raise UserError(f"{setting} would train, but {found}; {remedy}")
+
+
 def summary(state: State, training: Batches, validation: Batches) -> dict[str, Any]:
     """Return what a finished run is remembered by."""
     return {
         "train_images": training.images,
         "validation_images": validation.images,
         "best_epoch": state.best_epoch,
-        "validation_top1": state.best_score[0],
+        "validation_top1": state.best_score[0] if state.rows else None,
     }
 
 

@@ -1,5 +1,8 @@
 """Batches: what they hold, in which order, and what each augmentation does."""
 
+import io
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,14 +25,20 @@ def data(image_size: int) -> Data:
 def decoded_split(count: int = 25, side: int = 16) -> Split:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
-    return Split(torch.arange(count), tuple(map(str, range(count))), side, images=images)
+    return Split(torch.arange(count), tuple(map(str, range(count))), data(side), images=images)
 
 
 def encoded_split(count: int = 25, side: int = 16) -> Split:
     wide = decoded_split(count, side + 4).images[:, :, :side].permute(0, 2, 3, 1).numpy()
-    images = [Image.fromarray(pixels) for pixels in wide]
+    images = [png(pixels) for pixels in wide]
     names = [str(i) for i in range(count)]
-    return store_encoded(ImageList(torch.arange(count), tuple(names), names, images.__getitem__), side)
+    return store_encoded(ImageList(torch.arange(count), tuple(names), names, images.__getitem__), data(side))
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def epoch(batches: Batches, number: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,7 +127,7 @@ def test_shift_flip_and_resized_crop() -> None:
     assert ((flipped == images).flatten(1).all(1) ^ mirrored).all()
     assert 70 < mirrored.sum() < 130
     ramp = torch.arange(96.0).expand(64, 3, 96, 96)
-    crops = resized_crop(ramp, 80, torch.Generator().manual_seed(0))
+    crops = resized_crop(ramp, (80, 80), torch.Generator().manual_seed(0))
     assert crops.min() >= 0 and crops.max() <= 95
     widths = crops[:, 0, 0, -1] - crops[:, 0, 0, 0]
     assert widths.min() > 0.45 * 95 and widths.max() < 95 and widths.std() > 3

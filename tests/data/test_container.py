@@ -9,22 +9,25 @@ from hypothesis import strategies as st
 
 from quantstudy.data.container import Split, load_split, save_split, save_splits
 from quantstudy.errors import UserError
+from quantstudy.params import Preprocessing
+
+SEEN = Preprocessing(image_size=(8, 16), mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bicubic")
 
 
 def decoded_split(labels: list[int], side: int = 4) -> Split:
     generator = torch.Generator().manual_seed(len(labels))
     images = torch.randint(0, 256, (len(labels), 3, side, side), dtype=torch.uint8, generator=generator)
-    return Split(torch.tensor(labels), ("a", "b", "é"), side, images=images)
+    return Split(torch.tensor(labels), ("a", "b", "é"), SEEN, images=images)
 
 
 def encoded_split(parts: list[bytes]) -> Split:
     lengths = torch.tensor([0, *map(len, parts)])
     encoded = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
-    return Split(torch.zeros(len(parts), dtype=torch.int64), ("a",), 8, encoded=encoded, offsets=lengths.cumsum(0))
+    return Split(torch.zeros(len(parts), dtype=torch.int64), ("a",), SEEN, encoded=encoded, offsets=lengths.cumsum(0))
 
 
 def assert_same(left: Split, right: Split) -> None:
-    assert (left.classes, left.side) == (right.classes, right.side)
+    assert (left.classes, left.preprocessing) == (right.classes, right.preprocessing)
     for field in ("labels", "images", "encoded", "offsets"):
         ours, theirs = getattr(left, field), getattr(right, field)
         assert (ours is None) == (theirs is None)
@@ -60,7 +63,7 @@ def test_equal_splits_give_equal_bytes(tmp_path: Path) -> None:
 
 
 def test_save_splits_writes_all_or_none_and_code_in_a_file_is_not_run(tmp_path: Path) -> None:
-    unwritable = Split(torch.zeros(1), (), 1, images=lambda: None)  # type: ignore[arg-type]
+    unwritable = Split(torch.zeros(1), (), SEEN, images=lambda: None)  # type: ignore[arg-type]
     with pytest.raises(AttributeError):
         save_splits({tmp_path / "train.pt": decoded_split([0]), tmp_path / "test.pt": unwritable})
     assert not list(tmp_path.iterdir())
@@ -70,7 +73,8 @@ def test_save_splits_writes_all_or_none_and_code_in_a_file_is_not_run(tmp_path: 
 
 
 def flipped(content: bytes) -> bytes:
-    return content[:900] + bytes([content[900] ^ 1]) + content[901:]
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from tests.data.conftest import MakeTree, Pack, folder_data
 
 
 def read(path: Path, image_size: int = 16, **keys: object) -> tuple[Split, Split]:
-    return prepare(folder_data(path, image_size, **keys), "tiny")
+    splits = prepare(folder_data(path, image_size, **keys), "tiny")
+    return splits["train"], splits["test"]
 
 
 def message(path: Path, **keys: object) -> str:
@@ -163,8 +164,8 @@ def test_a_tree_of_another_layout(make_tree: MakeTree) -> None:
     (tree / "train" / "cat").mkdir()
     assert message(tree) == "PATH: no images in train/cat/; add some or remove the class"
     tree = make_tree(name="other")
-    (tree / "test" / "bee").rename(tree / "test" / "wasp")
-    assert message(tree) == "PATH: train/ and test/ have different classes; only one of them has bee, wasp"
+    (tree / "train" / "bee").rename(tree / "train" / "wasp")
+    assert message(tree) == "PATH: train/ and test/ have different classes; only train/ has wasp"
     tree = make_tree(test=1, name="flat")
     for found in list((tree / "test").rglob("*.png")):
         found.rename(tree / "test" / f"{found.parent.name}.png")

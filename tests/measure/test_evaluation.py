@@ -169,9 +169,9 @@ def evaluated(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(Task, "load", lambda task, variant: None)
         measure: Any = SimpleNamespace(seconds=0.01, runtimes=[])
         task = Task("study", SimpleNamespace(seed=0), "v", measure, CPU)  # type: ignore[arg-type]
-        vars(task)["preprocessing"] = Preprocessing(image_size=8, mean=(0, 0, 0), std=(1, 1, 1))
+        seen = vars(task)["preprocessing"] = Preprocessing(image_size=8, mean=(0, 0, 0), std=(1, 1, 1))
         pixels = torch.arange(10, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
-        split = Split(torch.from_numpy(LABELS), tuple("abcdefg"), 8, pixels)
+        split = Split(torch.from_numpy(LABELS), tuple("abcdefg"), seen, pixels)
         metrics, details, _ = evaluation.evaluate(task, split, FP32)
         return metrics, details
 

@@ -88,7 +88,7 @@ def test_mistakes_are_one_line_and_leave_no_file(folder: Path) -> None:
     assert "--architecture: 'resnet19' is unknown" in failure(architecture="resnet19")
     assert "not of architecture resnet34: it lacks 80 tensors" in failure(architecture="resnet34")
     assert "not of architecture mobilenet_v2" in failure(architecture="mobilenet_v2")
-    assert "--image-size: 3: Input should be greater" in failure(**{"image-size": "3"})
+    assert "--image-size: 3: write one whole number" in failure(**{"image-size": "3"})
     assert "--images: no images in empty" in failure(images="empty")
     assert "gone: no such file or folder" in failure(images="gone")
     assert "--out: 'x.tflite'" in failure(out="x.tflite")

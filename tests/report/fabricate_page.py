@@ -8,12 +8,13 @@ import torch
 from quantstudy import layout
 from quantstudy.data.container import Split, save_split
 from quantstudy.files import save_tensors, write_json
-from quantstudy.params import Params
+from quantstudy.params import Params, Preprocessing
 from quantstudy.report.histograms import layer_statistics
 from tests.report.fabricate import fabricate
 
 LAYERS = ("features.0", "features.3", "classifier")
 IMAGES, CLASSES, BINS = 60, 5, 128
+SEEN = Preprocessing(image_size=8, mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
 def fabricate_page(params: Params, study: str) -> None:
@@ -22,7 +23,7 @@ def fabricate_page(params: Params, study: str) -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(CLASSES, (IMAGES,), generator=generator)
     images = torch.randint(256, (IMAGES, 3, 8, 8), generator=generator, dtype=torch.uint8)
-    save_split(layout.split(study, "test"), Split(labels, tuple("abcde"), 8, images=images))
+    save_split(layout.split(study, "test"), Split(labels, tuple("abcde"), SEEN, images=images))
     for number, variant in enumerate(params.variants):
         predicted = labels.numpy().astype(np.int16)
         predicted[:3] = (predicted[:3] + 1) % CLASSES  # all get three images wrong, each variant one more or less

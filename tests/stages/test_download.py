@@ -5,9 +5,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from quantstudy import layout
+from quantstudy.data.archive import open_files
 from quantstudy.data.container import Split, load_split
-from stages import download
-from tests.conftest import HALVES
+from quantstudy.data.folder import tree_sha256
+from quantstudy.files import read_json, sha256
+from quantstudy.network.architectures import build, code_sha256
+from quantstudy.network.checkpoint import load_checkpoint
+from stages import calibrate, download, evaluate, export, finetune, outliers, page, plots, ptq, qat, sensitivity, trace
+from tests.conftest import HALVES, Project
+from tests.data.conftest import MakeTree, folder_data, make_tree
+from tests.params import FEW
+
+__all__ = ["make_tree"]
 
 SPLITS = ["data/tiny/calibration.pt", "data/tiny/test.pt", "data/tiny/train.pt"]
 
@@ -69,3 +82,69 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(project) -> None:
     line = "error: the disk is full while writing data/tiny/train.pt; free some space and run the stage again\n"
     assert (done.returncode, done.stderr) == (1, line)
     assert project.files() == []
+
+
+@pytest.mark.slow
+def test_a_study_without_training_images_calibrates_on_its_own(project: Project, make_tree: MakeTree) -> None:
+    """Its classes are those of test/, of which a calibration image may be none."""
+    tree, bad = make_tree(train=20, size=(40, 32)), "studies.tiny.training.epochs"
+    (tree / "train" / "bee").rename(tree / "train" / "unknown")
+    (tree / "train").rename(tree.parent / "photos")
+    torch.save(build("mobilenet_v2", 2).state_dict(), "weights.pth")
+    weights = {"weights": "weights.pth", "weights_sha256": sha256(Path("weights.pth"))}
+    project.edit("studies.tiny.model", {"architecture": "mobilenet_v2", **weights})
+    project.edit("studies.tiny.data", folder_data(tree, 32).model_dump(exclude_none=True, mode="json"))
+    assert "name a folder of images in calibration.path" in project.failure(download.main)
+    project.edit("studies.tiny.calibration.path", str(tree.parent / "photos"))
+    assert f"studies.tiny.calibration.sha256: None is not the SHA-256 of {tree.parent}" in project.failure(
+        download.main
+    )
+    checksum = tree_sha256(open_files(tree.parent / "photos"))
+    project.edit("studies.tiny.calibration.sha256", checksum)
+    download.main(["--study", "tiny"])
+    assert (len(load("train")), len(load("test")), set(load("calibration").labels.tolist())) == (0, 4, {0, -1})
+    assert f"{bad}: 1 would train, but 2 of 2 classes have no training images, ant for one" in project.failure(
+        finetune.main
+    )
+    project.edit(bad, 0)
+    for stage in (finetune, calibrate, sensitivity):
+        stage.main(["--study", "tiny"])
+    ptq.main(["--study", "tiny", "--method", "int8_static"])
+    for variant in ("fp32", "int8_static"):
+        evaluate.main(["--study", "tiny", "--variant", variant])
+        assert load_checkpoint(layout.model("tiny", variant))["class_names"] == ["ant", "bee"]
+    assert "studies.tiny.qat.epochs: 1 would train, but 2 of 2 classes" in project.failure(
+        qat.main, "--method", "qat_int8"
+    )
+
+
+@pytest.mark.slow
+def test_a_study_of_grey_oblong_images(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage shows the network what its row says, in training, the export and the page too."""
+    lines = [
+        "def net(num_classes):",
+        "    conv, head = nn.Conv2d(1, 8, 3, stride=2), nn.Linear(8 * 7 * 11, num_classes)",
+    ]
+    lines += ["    return nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), head)"]
+    Path("grey_network.py").write_text("\n".join(["from torch import nn", "", "", *lines, ""]))
+    monkeypatch.syspath_prepend(project.root)
+    own = {"architecture": "grey_network:net", "code_sha256": code_sha256("grey_network:net")}
+    project.edit("studies.tiny.model", own)
+    data = {"image_size": [16, 24], "channels": 1, "mean": [0.5], "std": [0.5], "resize": "exact"}
+    project.edit("studies.tiny.data", {"source": "digits", "max_train": 96, "max_test": 48, **data})
+    project.edit("studies.tiny.training.augmentation", "crop_flip")
+    for key, value in FEW.items():
+        project.edit(key, value)
+    for stage in (download, finetune, calibrate, sensitivity, outliers, trace):
+        stage.main(["--study", "tiny"])
+    for method in ("int8_static", "int4_weight_only", "mixed_budget"):
+        ptq.main(["--study", "tiny", "--method", method])
+    qat.main(["--study", "tiny", "--method", "qat_int8"])
+    for variant in ("fp32", "int8_static", "int4_weight_only", "mixed_budget", "qat_int8"):
+        evaluate.main(["--study", "tiny", "--variant", variant])
+    export.main(["--study", "tiny", "--variant", "int8_static"])
+    about = read_json(layout.onnx("tiny", "int8_static").with_suffix(".json"))
+    assert about["class_names"] == list("0123456789") and about["preprocessing"]["image_size"] == [16, 24]
+    assert load("test").images.shape == (48, 1, 8, 8)
+    plots.main(["--study", "tiny"])
+    page.main(["--study", "tiny"])

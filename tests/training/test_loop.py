@@ -9,7 +9,7 @@ from torch import nn
 
 from quantstudy import params as P
 from quantstudy.data.batches import Batches
-from quantstudy.data.digits import digits
+from quantstudy.data.prepare import prepare
 from quantstudy.errors import UserError
 from quantstudy.training import loop as training
 
@@ -24,7 +24,7 @@ def network() -> nn.Module:
 
 @pytest.fixture
 def batches() -> Pair:
-    split, _ = digits()
+    split = prepare(DATA, "digits")["train"]
     train = Batches(split, DATA, 32, "cpu", indices=torch.arange(160), shuffle=True, augmentation="shift")
     return train, Batches(split, DATA, 64, "cpu", indices=torch.arange(160, 260))
 
