@@ -59,7 +59,7 @@ def adaround(example: Example) -> Figure:
 
 def equalization(example: Example) -> Figure:
     """Draw the weight range of each channel on both sides of a pair, before and after."""
-    pair = next(pair for pair in find_pairs(example.model) if pair.first.endswith("body.0"))
+    pair = next(pair for pair in find_pairs(example.calibration.graph) if pair.first.endswith("body.0"))
     drawn, (left, right) = figure(1, 2)
     networks = (("before", example.model, style.SKY, "o"), ("after", equalize(example.model), style.VERMILLION, "s"))
     order = _range_of(example.model.get_submodule(pair.first)).argsort()

@@ -148,8 +148,11 @@ def settle_weights(model: nn.Module) -> None:
     """
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(module, name)
+            values = {name: getattr(module, name).detach() for name in module.parametrizations}  # type: ignore[union-attr]
+            module.__class__ = type(module).__bases__[0]  # PyTorch's own way would change the class of copies too
+            del module._modules["parametrizations"]
+            for name, value in values.items():
+                module.register_parameter(name, nn.Parameter(value, requires_grad=False))
         for hook in list(module._forward_pre_hooks.values()):
             kind, name = type(hook).__name__, getattr(hook, "name", "weight")
             if kind == "WeightNorm":
