@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     save_onnx(path, described(plain, load_checkpoint(source)))
     sizes = {"size_mb": path.stat().st_size / 1e6, "pth_size_mb": source.stat().st_size / 1e6}
     write_json(layout.onnx_report(name, variant), sizes | facts)
-    agreement = ", ".join(f"{runtime} {found:.2f} %" for runtime, found in facts["agreement"].items())
+    shares = facts["agreement"].items()
+    agreement = ", ".join(f"{runtime} {found:.2f} %, {facts['sqnr_db'][runtime]:.1f} dB" for runtime, found in shares)
     print(f"{path}: {sizes['size_mb']:.3f} MB; agreement with PyTorch: {agreement or 'not checked'}")
     for line in facts["remarks"]:
         print(f"  {line}")

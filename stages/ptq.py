@@ -10,7 +10,7 @@ from quantstudy.methods.recipes import method_row, quantize
 from quantstudy.network.checkpoint import load_checkpoint
 from quantstudy.network.fp32 import load_fp32, load_preprocessing
 from quantstudy.params import load_params
-from quantstudy.quantization.variant import save_variant
+from quantstudy.quantization.variant import left_out, save_variant
 from stages._flags import flags
 
 
@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = layout.model(name, method)
     save_variant(path, variant, load_checkpoint(fp32), method)
     print(f"{path}: {path.stat().st_size / 1e6:.3f} MB, fp32 {fp32.stat().st_size / 1e6:.3f} MB")
-    for technique, layers in variant.skipped.items():
-        print(f"{technique} left {len(layers)} layers: {', '.join(layers)}")
+    for line in left_out(variant.skipped):
+        print(line)
 
 
 if __name__ == "__main__":

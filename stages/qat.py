@@ -13,7 +13,7 @@ from quantstudy.network.architectures import check_logits
 from quantstudy.network.checkpoint import load_checkpoint
 from quantstudy.network.fp32 import load_fp32, load_preprocessing
 from quantstudy.params import load_params
-from quantstudy.quantization.variant import save_variant
+from quantstudy.quantization.variant import left_out, save_variant
 from quantstudy.training import loop as training
 from quantstudy.training import parallel
 from stages._flags import flags
@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts = training.summary(state, batches, validation) | {"arithmetic": describe(device, run.dtype)}
     write_json(layout.training_summary(name, method), facts)
     print(f"best epoch {state.best_epoch}: validation top-1 {state.best_score[0]:.2f} %")
-    for technique, layers in skipped.items():
-        print(f"{technique} left {len(layers)} layers: {', '.join(layers)}")
+    for line in left_out(skipped):
+        print(line)
 
 
 if __name__ == "__main__":

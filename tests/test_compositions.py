@@ -3,6 +3,7 @@
 `COMPOSITIONS` in the environment is how many are tried, each with a seed of its own then; one in ten is exported.
 """
 
+import copy
 import os
 from collections.abc import Callable
 from typing import Any
@@ -168,8 +169,11 @@ def decibels(model: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor
 def test_folding_and_equalizing_keep_the_function(plans: list[dict[str, Any]], seed: int, size: int) -> None:
     model, images = made(plans, seed, size)
     folded = fold_batchnorm(model)
+    exact = copy.deepcopy(
+        model
+    ).double()  # in float32 BatchNorm itself may be that far off, where channels are constant
     for some in (images, images[:1], images.contiguous(memory_format=torch.channels_last)):
-        assert decibels(model, folded, some) > 80, "folded"  # 1e-4
+        assert decibels(lambda x: exact(x.double()), folded, some) > 80, "folded"  # 1e-4
     equalized = equalize(folded)
     assert decibels(model, equalized, images) > 60, "equalized"
     absorb_high_biases(equalized, [images])

@@ -1,8 +1,13 @@
-"""Compare an ONNX model's predictions with the PyTorch model's, on every runtime that is installed.
+"""Judge an exported model by the logits that every installed runtime makes of it, against eager PyTorch's.
 
-On each it is the form that is timed there; where that is tuned, the file as it is exported is compared too.
+On each runtime it is the form that is timed there; where that is tuned, the file as it is exported is judged too. The
+error may be a thousandth, 60 dB, and twice what rounding explains: how far eager mode lies from the same
+weights in float64 with activations that are not rounded. So weights alone are held to 60 dB, and of an integer network
+values may fall on the other side of a code's half. A form that may saturate on this CPU is compared and named, not
+judged.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,16 +18,22 @@ from torch import nn
 
 from quantstudy.data.batches import run_on_split
 from quantstudy.data.container import Split
-from quantstudy.errors import one_line
+from quantstudy.errors import UserError, one_line
 from quantstudy.machine.hardware import int8_sums_saturate
 from quantstudy.measure.accuracy import percent_equal
 from quantstudy.params import Preprocessing
-from quantstudy.runtimes.executables import build_executable
+from quantstudy.quantization.layers import ActivationQuantizer, quantized_layers
+from quantstudy.quantization.schemes import ActivationScheme
+from quantstudy.quantization.sqnr import sqnr_db
+from quantstudy.quantization.variant import Variant, cast
+from quantstudy.runtimes.executables import build_executable, network_of
 from quantstudy.runtimes.onnx_tuning import AS_EXPORTED, form_of, may_saturate, quantizes_inputs
 from quantstudy.runtimes.sessions import open_session, why_missing
 
 WANTED_AGREEMENT = 99.5
 """Percent of the test images; what is below is explained."""
+SMALLEST_ERROR, ROUNDINGS = 1e-3, 2
+"""Of the least SQNR: the error that float32 may make, and how many times what rounding explains."""
 _BATCH = 32
 _CPU = torch.device("cpu")
 
@@ -34,11 +45,12 @@ def check(
     test: Split,
     preprocessing: Preprocessing,
 ) -> dict[str, Any]:
-    """Return the agreement of exported models with `model` in eager mode, percent by runtime, and what is less, why.
+    """Return how exported models agree with `model` in eager mode, by runtime, and where that is less, why.
 
-    All see the same batches, since a range found at run time depends on them. `agreement` is of the form that
-    `exported` names, and `agreement_as_exported` of `plain` on the runtimes that another form is timed on. A runtime
-    that is not installed, or cannot run the model, is named in `unavailable` with the reason.
+    All see the same batches, since a range found at run time depends on them. `agreement`, the percent of equal
+    classes, and `sqnr_db`, of the logits, are of the form that `exported` names; with `_as_exported` they are of
+    `plain` on the runtimes that another form is timed on. `least_sqnr_db` is what each has to have. A runtime that is
+    not installed, or cannot run the model, is named in `unavailable` with the reason.
 
     Args:
         model: it is used up.
@@ -46,11 +58,19 @@ def check(
         timed: by runtime, what is timed there (`onnx_tuning.exported_model`).
         test: the images.
         preprocessing: what the model wants them to be.
+
+    Raises:
+        UserError: a runtime computes something else.
     """
-    facts: dict[str, Any] = {"agreement": {}, "agreement_as_exported": {}, "exported": {}, "unavailable": {}}
+    facts: dict[str, Any] = {"agreement": {}, "agreement_as_exported": {}, "sqnr_db": {}, "sqnr_db_as_exported": {}}
+    facts |= {"exported": {}, "unavailable": {}}
     remarks: list[str] = []
+    exact = cast(network_of(model)[0], torch.float64)
+    for layer in quantized_layers(exact.network).values():
+        layer.activation = ActivationQuantizer(ActivationScheme())
     eager = build_executable(model, "eager", _CPU)
     expected = run_on_split(eager.run, test, preprocessing, _BATCH, _CPU, eager.memory_format)
+    facts["least_sqnr_db"] = least = least_sqnr_db(exact, expected, test, preprocessing)
     for runtime, tuned in timed.items():
         if reason := why_missing(runtime):
             facts["unavailable"][runtime] = reason
@@ -64,11 +84,26 @@ def check(
         facts["exported"][runtime] = form_of(tuned)
         for key, logits in found.items():
             facts[key][runtime] = percent_equal(logits, expected)
+            facts[key.replace("agreement", "sqnr_db")][runtime] = sqnr = sqnr_db(expected, logits)
+            if sqnr < least and not (int8_sums_saturate() and may_saturate(forms[key])):
+                what = f"{runtime} makes logits of it, {form_of(forms[key])}, at {sqnr:.1f} dB of eager PyTorch's"
+                raise UserError(f"export: {what}, less than {least:.1f}; nothing is written")
             if facts[key][runtime] < WANTED_AGREEMENT:
                 what = f"{runtime}, {form_of(forms[key])}: {_difference(logits, expected.argmax(1))}"
                 remarks.append(what + _cause(forms[key]))
     remarks += [f"{runtime} {reason}" for runtime, reason in facts["unavailable"].items()]
     return {"images": len(expected), **facts, "remarks": remarks}
+
+
+def least_sqnr_db(exact: Variant, expected: np.ndarray, test: Split, preprocessing: Preprocessing) -> float:
+    """Return the SQNR that logits of an exported model need to have against `expected`, eager mode's.
+
+    `exact` is the model in float64 without rounded activations; it runs on the first images of `test` alone.
+    """
+    few = test.subset(range(min(2 * _BATCH, len(test))))
+    found = run_on_split(exact, few, preprocessing, _BATCH, _CPU, torch.channels_last)
+    rounding = 10 ** (-sqnr_db(expected[: len(few)], found) / 20)
+    return float(-20 * math.log10(SMALLEST_ERROR + ROUNDINGS * rounding))
 
 
 def _logits(exported: onnx.ModelProto, runtime: str, test: Split, preprocessing: Preprocessing) -> np.ndarray:

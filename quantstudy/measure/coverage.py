@@ -31,8 +31,9 @@ def stored(model: nn.Module) -> dict[str, float]:
 def not_quantized(model: nn.Module) -> dict[str, Any]:
     """Return what an integer variant left in float; nothing for fp32 and 16-bit networks.
 
-    `layers`: the Conv2d and Linear modules by name, unless the variant stores these in 16 bits; `parameters`: how many
-    parameters lie outside such layers, by the type of their module; `attention`: modules with products of activations.
+    `layers`: the convolutions and linear layers by name, unless the variant stores these in 16 bits; `parameters`: how
+    many parameters lie outside such layers, by the type of their module; `attention`: modules with products of
+    activations.
     """
     if not isinstance(model, Variant) or not quantized_layers(model):
         return {}
@@ -50,17 +51,12 @@ def not_quantized(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def remark(left: dict[str, Any], quantizable: float) -> list[str]:
-    """Return `not_quantized` in words, at most one line; none where it is empty."""
-    if not left:
-        return []
+def remark(left: dict[str, Any]) -> list[str]:
+    """Return in words what `not_quantized` has beside layers, at most one line; none where there is nothing."""
     parts = []
-    if left["layers"]:
-        names = ", ".join(left["layers"][:3]) + (", ..." if len(left["layers"]) > 3 else "")
-        parts.append(f"{len(left['layers'])} of {quantizable:.0f} layers ({names}), which no method can replace")
-    if left["parameters"]:
+    if left.get("parameters"):
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in left["parameters"].items())
         parts.append(f"parameters outside layers ({kinds})")
-    if left["attention"]:
+    if left.get("attention"):
         parts.append(f"the products of queries, keys and values in {left['attention']} attention modules")
     return [f"Not in low bits with integer methods: {'; '.join(parts)}."] if parts else []

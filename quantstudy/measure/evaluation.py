@@ -28,6 +28,7 @@ from quantstudy.measure.memory import with_peak_memory_mb
 from quantstudy.measure.operations import count_macs, layer_bits, tera_bit_operations
 from quantstudy.measure.per_layer import LAYER_IMAGES, layer_sqnr_db, weight_storage
 from quantstudy.network.fp32 import load_preprocessing
+from quantstudy.quantization.sqnr import sqnr_db
 from quantstudy.quantization.variant import load_any
 from quantstudy.runtimes.executables import Executable, build_executable, open_executable, worth_compiling
 
@@ -113,7 +114,8 @@ def evaluate(task: Task, test: Split, reference: np.ndarray | None) -> tuple[Rec
     metrics |= latencies(task.variant, chosen, timings)
     metrics |= {"kernel_real": int(chosen.real), "peak_memory_mb": memory, "seed": task.study.seed}
     sqnr = {} if reference is None else _layer_sqnr(task, test)
-    agreement = {runtime: percent_equal(found, logits_of["eager"]) for runtime, found in logits_of.items()}
+    eager_logits = logits_of["eager"]
+    agreement = {runtime: percent_equal(found, eager_logits) for runtime, found in logits_of.items()}
     details = _details(task, chosen, timings) | {
         "layers": _layer_rows(chosen, model, macs, sqnr),
         "unavailable": failed,
@@ -121,8 +123,9 @@ def evaluate(task: Task, test: Split, reference: np.ndarray | None) -> tuple[Rec
         "skipped": model.skipped,
         "exported": {executable.runtime: executable.exported for executable in executables if executable.exported},
         "agreement_with_eager": agreement,
+        "sqnr_db_with_eager": {runtime: sqnr_db(eager_logits, found) for runtime, found in logits_of.items()},
     }
-    details["remarks"] += remark(model.left, model.stored["layers_quantizable"])
+    details["remarks"] += remark(model.left)
     return metrics, details, logits
 
 

@@ -23,6 +23,7 @@ from quantstudy.measure.coverage import not_quantized, remark, stored
 from quantstudy.network.checkpoint import FORMAT, load_tensors
 from quantstudy.params import Preprocessing
 from quantstudy.quantization.sqnr import sqnr_db
+from quantstudy.quantization.variant import Variant, left_out
 from quantstudy.runtimes import library
 from quantstudy.runtimes.library import Model
 
@@ -52,7 +53,8 @@ def quantize(arguments: argparse.Namespace) -> None:
     counted = stored(variant.network)
     layers = "{layers_quantized} of {layers_quantizable} layers in low bits, {weight_bits:.2f} bits a weight"
     print(f"{arguments.method}: {layers.format(**counted)}")
-    remarks = remark(not_quantized(variant.network), counted["layers_quantizable"]) + _write(out, variant, test)
+    skipped = variant.network.skipped if isinstance(variant.network, Variant) else {}
+    remarks = left_out(skipped) + remark(not_quantized(variant.network)) + _write(out, variant, test)
     print(f"{out}: {out.stat().st_size / 1e6:.3f} MB, fp32 {source.stat().st_size / 1e6:.3f} MB")
     print(_agreement(model, variant, test), f"calibrated on {drawn}", sep=", ")
     for line in remarks:
@@ -106,10 +108,13 @@ def _write(out: Path, model: Model, test: Split) -> list[str]:
     from quantstudy.runtimes.sessions import PACKAGES
 
     plain = to_onnx(model.network, model.graph)
-    save_onnx(out, described(plain, model.facts))
     timed = {runtime: exported_model(model.network, model.graph, runtime) for runtime in PACKAGES}
     found = check(copy.deepcopy(model.network), plain, timed, test, model.preprocessing)
-    lines = [f"{runtime} agrees with PyTorch on {share:.2f} %" for runtime, share in found["agreement"].items()]
+    save_onnx(out, described(plain, model.facts))
+    shares = found["agreement"].items()
+    lines = [
+        f"{name} agrees with PyTorch on {share:.2f} %, SQNR {found['sqnr_db'][name]:.1f} dB" for name, share in shares
+    ]
     return [*lines, *found["remarks"]]
 
 

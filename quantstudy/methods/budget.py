@@ -25,6 +25,7 @@ from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.post_training import freeze
 from quantstudy.methods.recipe import Recipe, register
 from quantstudy.methods.sensitivity import Layers, Row, Table, divergence, quantized_table
+from quantstudy.methods.uniform import left_as_they_are
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.variant import Variant, cast
 
@@ -63,7 +64,7 @@ def mixed(
     for name, layer in quantized_layers(network).items():  # what follows corrects all of a bias, not only its own part
         layer.bias = copy.deepcopy(model.get_submodule(name).bias)
     rest = settings.model_copy(update={"rounding": "nearest", "gain_correction": False})
-    skipped = freeze(model, network, calibration, rest)
+    skipped = left_as_they_are(model, calibration.graph) | freeze(model, network, calibration, rest)
     return cast(network, DTYPES[settings.dtype], skipped)
 
 

@@ -21,6 +21,9 @@ from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
 
 Skipped = dict[str, dict[str, str]]
 """What a method could not do: technique -> layer -> reason."""
+MOST_NAMES = 12
+"""Layers that a line names before it counts the rest."""
+WHAT = {"quantization": "layers not quantized", "folding": "BatchNorms not folded"}
 
 
 class Variant(nn.Module):
@@ -89,3 +92,14 @@ def cast(network: nn.Module, dtype: torch.dtype, skipped: Skipped | None = None)
     for layer, scale in scales.items():
         layer.dtype, layer.weight_scale = dtype, scale
     return Variant(network, dtype, skipped)
+
+
+def left_out(skipped: Skipped) -> list[str]:
+    """Return a line a technique: how many layers it left, and the first of them with their reasons."""
+    lines = []
+    for technique, layers in skipped.items():
+        shown = [f"{name or 'the network'}: {reason}" for name, reason in list(layers.items())[:MOST_NAMES]]
+        more = f"; and {len(layers) - MOST_NAMES} more" if len(layers) > MOST_NAMES else ""
+        what = WHAT.get(technique, f"without {technique.replace('_', ' ')}")
+        lines.append(f"{len(layers)} {what}: {'; '.join(shown)}{more}")
+    return lines

@@ -10,6 +10,7 @@ pixels, which is what adaptive pooling comes to when the image already has the s
 import ast
 import logging
 import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def graph_of(network: nn.Module, shape: Sequence[int]) -> onnx.ModelProto:
     """Return a network's graph, float32 [batch, C, H, W] to float32 [batch, classes]; batch is free.
 
     Each parameter of the network is an initializer of its name and shape, without data. Other constants have theirs. A
-    Clip that is a module has the module's name.
+    Clip that is the only call of a module has the module's name.
 
     Args:
         network: fp32 with BatchNorm folded; it stays as it is.
@@ -134,10 +135,13 @@ def _strip(model: onnx.ModelProto) -> None:
     """Remove what only a debugger reads, larger than a small network's 4-bit weights, but for the names of Clips."""
     graph = model.graph
     del graph.value_info[:]
+    clips: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in graph.node:
         scopes = [entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"]
         if node.op_type == "Clip" and scopes:
-            node.name = ast.literal_eval(scopes[0])[-2]
+            clips[ast.literal_eval(scopes[0])[-2]].append(node)
+    for name, (node, *others) in clips.items():
+        node.name = node.name if others else name
     for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
         part.ClearField("doc_string")
         part.ClearField("metadata_props")

@@ -129,7 +129,7 @@ def test_layers_are_reused_and_weights_computed_as_in_pytorch(method: str, runti
     ("method", "saturates", "wanted"),
     [
         ("int8-static", True, "saturate"),
-        ("int8-static", False, "side of a half"),
+        ("saturation-free", False, "side of a half"),
         ("7-bit-static", True, "side of a half"),
         ("int8-weight-only", True, r"logits lie \S+ apart in the median, those of all images \S+$"),
     ],
