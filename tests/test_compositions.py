@@ -154,7 +154,7 @@ def made(plans: list[dict[str, Any]], seed: int, size: int) -> tuple[nn.Module, 
     for block, plan in zip(model.blocks, plans, strict=True):
         if block.layer.bias is not None:
             block.layer.bias.data += plan["offset"]
-        if plan["tiny"] and plan["layer"] != "transposed":
+        if plan["tiny"] and plan["norm"] == "none" and plan["layer"] != "transposed":  # BatchNorm would make it noise
             block.layer.weight.data[0] = 1e-32
     return settled(model, images), images
 
