@@ -67,7 +67,8 @@ class Case:
     def model(self) -> nn.Module:
         """The network untouched: BatchNorm not folded, eval mode."""
         torch.manual_seed(0)
-        return settled(architectures.build(self.entry.architecture, self.entry.classes, self.entry.size), self.settling)
+        network = architectures.build(self.entry.architecture, self.entry.classes, self.entry.size)
+        return settled(network, self.settling, is_deep=self.entry not in ZOO)
 
     @functools.cached_property
     def logits(self) -> Tensor:
@@ -95,7 +96,8 @@ class Case:
         """The layers that are quantized."""
         if self.entry.layers is not None:
             return set(self.entry.layers)
-        return {name for name, layer in self.model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+        layers = {name for name, layer in self.model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+        return {name for name in layers if not re.search(self.entry.unquantized or "^$", name)}
 
     @contextlib.contextmanager
     def may_refuse(self, reason: str = "") -> Iterator[None]:

@@ -28,6 +28,7 @@ class Entry:
     folds: int | None = 0  # BatchNorms that fold; None: all
     kept: int = 0  # BatchNorms that do not
     refused: str = ""  # what a one-line error says, where any step may refuse the network
+    unquantized: str = ""  # which layers stay in float, where `layers` are not named
     unexportable: str = ""  # likewise where it cannot be exported
     size: int = 32
     classes: int = 7
@@ -114,15 +115,15 @@ def tokens(x: Any) -> Any:
 
 
 @torch.no_grad()
-def settled(model: nn.Module, images: Tensor, batches: int = 3) -> nn.Module:
-    """Give BatchNorm random factors and offsets and the statistics of a few batches, in place; return it in eval mode.
+def settled(model: nn.Module, images: Tensor, batches: int = 3, *, is_deep: bool = False) -> nn.Module:
+    """Give BatchNorm the statistics of a few batches, and random factors where not `is_deep`; return it in eval mode.
 
     SyncBatchNorm computes no statistics on a CPU: they are random.
     """
     model.eval()
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     for norm in norms:
-        if norm.affine:
+        if norm.affine and not is_deep:  # which makes noise of a deep network
             norm.weight.mul_(torch.empty_like(norm.weight).uniform_(0.5, 1.5))
             norm.bias.add_(torch.randn_like(norm.bias) * 0.3)
         if isinstance(norm, nn.SyncBatchNorm):
@@ -532,4 +533,9 @@ NAMES = """
     mnasnet0_5 shufflenet_v2_x0_5 efficientnet_b0 efficientnet_v2_s regnet_y_400mf convnext_tiny vit_b_16 swin_t
     maxvit_t
 """
-FAMILIES = [Entry(name, name, folds=None, refused="", size=SMALLEST.get(name, 32)) for name in NAMES.split()]
+WINDOWS = r"attn\.(qkv|proj)$"
+"""Layers of Swin whose weights its attention reads itself."""
+FAMILIES = [
+    Entry(name, name, folds=None, size=SMALLEST.get(name, 32), unquantized=WINDOWS if name == "swin_t" else "")
+    for name in NAMES.split()
+]

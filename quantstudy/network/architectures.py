@@ -92,7 +92,7 @@ def check_logits(model: nn.Module, classes: int, image_size: int | Shape, key: s
     for is_training, batch in ((False, images), (False, images[:1]), *([(True, images)] if trains else [])):
         mode = " in training mode" if is_training else ""
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):  # training is to start from the seed
                 logits = network.train(is_training)(batch)
         except Exception as error:  # one's own code may raise anything; torchvision's does at images that are too small
             reason = one_line(error)

@@ -93,7 +93,12 @@ def open_attention(model: nn.Module) -> None:
     Those with keys or values of another size, or with biases of keys, stay as they are.
     """
     for name, module in list(model.named_modules()):
-        is_plain = type(module) is nn.MultiheadAttention and module._qkv_same_embed_dim and module.bias_k is None
+        is_plain = (
+            bool(name)
+            and type(module) is nn.MultiheadAttention
+            and module._qkv_same_embed_dim
+            and module.bias_k is None
+        )
         if is_plain and not module.add_zero_attn:  # type: ignore[union-attr]
             model.set_submodule(name, OpenAttention(module))  # type: ignore[arg-type]
 

@@ -146,8 +146,10 @@ class _Recorder(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         super().__init__()
-        named = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
-        self.parameters = {id(tensor): name for name, tensor in named}
+        named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        self.parameters: dict[int, set[str]] = defaultdict(set)
+        for name, tensor in itertools.chain(*named):
+            self.parameters[id(tensor)].add(name)
         self.calls = [Call("images", shape=images.shape)]
         self.made: dict[int, Call] = {id(images): self.calls[0]}
         self.kept: list[Tensor] = [images]
@@ -178,7 +180,7 @@ class _Recorder(TorchFunctionMode):
     ) -> None:
         made = [value for value in tree_flatten(result)[0] if isinstance(value, Tensor)]
         written = [tensor for tensor, version in given if tensor._version != version]
-        reads = frozenset(self.parameters[id(tensor)] for tensor, _ in given if id(tensor) in self.parameters)
+        reads = frozenset(name for tensor, _ in given for name in self.parameters.get(id(tensor), ()))
         inputs = [self.made[id(tensor)] for tensor, _ in given if id(tensor) in self.made]
         if not made and not written:
             return
@@ -207,42 +209,51 @@ def _sort_layers(model: nn.Module, graph: Graph, hooked: set[str]) -> None:
     """Say of each layer whether it is plain, and why if not."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
     owners: Counter[int] = Counter(id(layer._parameters["weight"]) for layer in layers.values() if _owns(layer))
-    read: dict[str, str] = {name: call.name for call in graph.calls if call.module is None for name in call.reads}
-    for name in [*graph.order, *(set(layers) - set(graph.order))]:
-        reason = _reason(name, layers[name], owners, read, name in graph.calls_of, name in hooked)
+    read = {name: call.name for call in graph.calls if call.module is None for name in call.reads}
+    for name in [*graph.order, *(name for name in layers if name not in graph.calls_of)]:
+        layer: Any = layers[name]
+        reason = _not_its_class(layer) or _reads_of(name, graph, read)
+        if reason is None and name in hooked:
+            reason = "it has hooks"
+        if reason is None and not _owns(layer):
+            reason = "its weight is no parameter"
+        if reason is None and owners[id(layer.weight)] > 1:
+            reason = "another layer has the same weight"
         if reason is None:
-            graph.plain[name] = layers[name]
-    for name, layer in layers.items():
-        if name not in graph.plain:
-            ran, has_hooks = name in graph.calls_of, name in hooked
-            graph.left[name] = str(_reason(name, layer, owners, read, ran, has_hooks))
+            graph.plain[name] = layer
+        else:
+            graph.left[name] = reason
 
 
 def _owns(layer: nn.Module) -> bool:
     return layer._parameters.get("weight") is not None
 
 
-def _reason(name: str, layer: Any, owners: Counter[int], read: dict[str, str], ran: bool, hooked: bool) -> str | None:
-    """Return why a layer is not plain; None for one that is."""
+def _not_its_class(layer: Any) -> str | None:
+    """Return why a layer may compute something else than its class."""
     known: Any = next(kind for kind in type(layer).__mro__ if kind in LAYERS)
     forwards = ("forward", "_conv_forward", "__call__")
-    own = any(getattr(type(layer), key, None) is not getattr(known, key, None) for key in forwards)
-    if own or "forward" in vars(layer):
+    if any(getattr(type(layer), key, None) is not getattr(known, key, None) for key in forwards):
+        return "its forward is its own"
+    if "forward" in vars(layer):
         return "its forward is its own"
     if parametrize.is_parametrized(layer):
         return "its weight is parametrized"
-    if f"{name}.weight" in read:
-        return f"{read[f'{name}.weight']} reads its weight too" if ran else f"{read[f'{name}.weight']} reads its weight"
-    if not ran:
-        return "it does not run"
-    if hooked:
-        return "it has hooks"
-    if not _owns(layer):
-        return "its weight is no parameter"
-    if owners[id(layer.weight)] > 1:
-        return "another layer has the same weight"
     mode = getattr(layer, "padding_mode", "zeros")
     return None if mode == "zeros" else f"padding_mode {mode!r}"
+
+
+def _reads_of(name: str, graph: Graph, read: dict[str, str]) -> str | None:
+    """Return why a layer is not all that its weight is for, or is called in another way."""
+    calls = graph.calls_of.get(name, [])
+    for tensor in ("weight", "bias"):
+        if function := read.get(f"{name}.{tensor}"):
+            return f"{function} reads its {tensor}{' too' if calls else ''}"
+    if not calls:
+        return "it does not run"
+    if any(len(call.arguments) + len(call.keywords) > 1 for call in calls):
+        return "it is called with more than its input"
+    return None
 
 
 def example_images(model: nn.Module) -> Tensor:
