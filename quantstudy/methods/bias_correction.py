@@ -51,7 +51,7 @@ def correct_biases(model: nn.Module, network: nn.Module, images: Tensor) -> dict
     with contextlib.ExitStack() as hooks:
         for name, layer in layers.items():
             hooks.enter_context(layer.register_forward_hook(correct(name)))
-        network(images)
+        network(images.clone())
     return {name: "has no bias to correct" for name in quantized_layers(network) if name not in layers}
 
 
@@ -106,7 +106,7 @@ def _wanted_sums(model: nn.Module, names: list[str], images: Tensor) -> dict[str
         for module in model.modules():
             if isinstance(module, ACTIVATIONS):
                 hooks.enter_context(module.register_forward_pre_hook(activate))
-        model(images)
+        model(images.clone())
     return found
 
 

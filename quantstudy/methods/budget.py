@@ -26,6 +26,7 @@ from quantstudy.methods.post_training import freeze
 from quantstudy.methods.recipe import Recipe, register
 from quantstudy.methods.sensitivity import Layers, Row, Table, divergence, quantized_table
 from quantstudy.methods.uniform import left_as_they_are
+from quantstudy.network.graph import put
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.variant import Variant, cast
 
@@ -70,9 +71,7 @@ def mixed(
 
 def _assembled(model: nn.Module, table: Table, bits: Allocation, dtype: torch.dtype) -> Variant:
     network = copy.deepcopy(model)
-    for name, width in bits.items():
-        if width < HALF:
-            network.set_submodule(name, table[width][name])
+    put(network, {name: table[width][name] for name, width in bits.items() if width < HALF})
     return cast(network, dtype)
 
 

@@ -32,6 +32,7 @@ from quantstudy.network.graph import (
     example_images,
     is_transposed,
     out_channels_first,
+    put,
 )
 from quantstudy.quantization.layers import ChannelReLU
 from quantstudy.quantization.observers import run_watched
@@ -93,7 +94,7 @@ def _follow(graph: Graph, start: Call) -> Pair | None:
             if not fits or call.name not in graph.plain or graph.only_call(call.name) is None:
                 return None
             return Pair(start.name, call.name, clamp, clamp_axis, relu, shifts)
-        if isinstance(module, _CLAMPED) and clamp is None and graph.only_call(call.name) is not None:
+        if isinstance(module, _CLAMPED) and clamp is None and channels.block == 1 and graph.only_call(call.name):
             clamp, clamp_axis, relu = call.name, channels.axis - len(call.shape), True
             continue
         relu = relu or isinstance(module, nn.ReLU) or (module is None and call.name in ("relu", "relu_"))
@@ -124,6 +125,8 @@ def _behind(call: Call, channels: _Channels) -> _Channels | None:
     if not is_function or name not in ("mean", "permute", "transpose"):
         return None
     rank, rest = len(call.source), call.arguments[1:]
+    if name != "mean" and (call.keywords or not rest):
+        return None
     if name == "transpose":
         one, other = (axis % rank for axis in rest)
         return _Channels({one: other, other: one}.get(channels.axis, channels.axis), channels.block)
@@ -160,7 +163,7 @@ def equalize(model: nn.Module, images: Tensor | None = None) -> nn.Module:
             first: Any = model.get_submodule(pair.first)
             channels = len(out_channels_first(first, first.weight))
             bound = first.weight.new_full((channels,), 6.0)
-            model.set_submodule(pair.clamp, ChannelReLU(bound, pair.clamp_axis))
+            put(model, {pair.clamp: ChannelReLU(bound, pair.clamp_axis)})
     for _ in range(ROUNDS):
         if max((_equalize_pair(model, pair) for pair in pairs), default=0.0) < TOLERANCE:
             break

@@ -24,6 +24,7 @@ from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.recipe import TrainedRecipe, register
 from quantstudy.methods.uniform import layer_schemes, left_as_they_are
 from quantstudy.network.folding import NORMS, copy_of, fold_pairs, scaled_outputs
+from quantstudy.network.graph import put
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.learned import LearnedActivation, LearnedWeight
 from quantstudy.quantization.ranges import ActivationRange, activation_range
@@ -108,7 +109,7 @@ def freeze_learned(network: nn.Module, pairs: list[tuple[str, str]]) -> None:
         layer.set_codes(codes, layer.weight_scale.float() * factor.abs()[:, None])
         before = 0 if layer.bias is None else layer.bias
         layer.bias = nn.Parameter((before - norm.running_mean) * factor + beta, requires_grad=False)
-        network.set_submodule(norm_name, nn.Identity())
+        put(network, {norm_name: nn.Identity()})
 
 
 @register(P.QatLsq)

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from quantstudy import params as P
+from quantstudy.errors import UserError, one_line
 from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.joint import freeze_trained, make_trainable, parameter_groups
 from quantstudy.methods.post_training import equalized, freeze
 from quantstudy.methods.recipe import Recipe, Row, TrainedRecipe, register
-from quantstudy.network.graph import Graph
+from quantstudy.network.graph import Graph, capture, put
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.ranges import activation_range
 from quantstudy.quantization.saturation import limit_of
@@ -38,8 +39,11 @@ class UniformRecipe(Recipe[Row]):
         """Return a copy of `model` with quantized layers whose weights are still float."""
         network = copy.deepcopy(model)
         names = self.chosen(calibration.replaceable, row)
-        quantize_layers(network, layer_schemes(calibration.graph, row, names, self.mode))
-        return Variant(network, skipped=left_as_they_are(model, calibration.graph))
+        schemes = layer_schemes(calibration.graph, row, names, self.mode)
+        skipped = left_as_they_are(model, calibration.graph)
+        if stray := put_quantized(network, schemes, calibration):
+            skipped["quantization"] = skipped.get("quantization", {}) | stray
+        return Variant(network, skipped=skipped)
 
     def quantize(self, model: nn.Module, calibration: Calibration, row: Any) -> Variant:
         model, calibration, skipped = equalized(model, calibration, row)
@@ -111,6 +115,29 @@ class JointRecipe(TrainedRecipe[P.QatJoint]):
     def distillation(self, row: P.QatJoint) -> float:
         """Return 1: it learns from the fp32 model alone."""
         return 1.0
+
+
+def put_quantized(network: nn.Module, schemes: dict[str, LayerScheme], calibration: Calibration) -> dict[str, str]:
+    """Put quantized layers into `network` in place; return those that had to stay, each with the reason.
+
+    The network is captured again: it has to call the same as before.
+
+    Raises:
+        UserError: it does not, or fails.
+    """
+    before = {name: network.get_submodule(name) for name in schemes}
+    replaced = quantize_layers(network, schemes)
+    images = calibration.images[0][:2]
+    try:
+        graph = capture(network, images if len(images) > 1 else images.expand(2, *images.shape[1:]))
+    except Exception as error:  # a network may ask its layers for what only its own have
+        raise UserError(f"method: the network fails with quantized layers: {one_line(error)}") from None
+    stray = [name for name in replaced if name not in graph.calls_of]
+    put(network, {name: before[name] for name in stray})
+    is_known = graph.problem is None and calibration.graph.problem is None and not stray
+    if is_known and [call.name for call in graph.calls] != [call.name for call in calibration.graph.calls]:
+        raise UserError("method: the network computes otherwise with quantized layers; it asks for a layer's class")
+    return dict.fromkeys(stray, "the network calls it from outside its modules, from a list for one")
 
 
 def left_as_they_are(model: nn.Module, graph: Graph) -> Skipped:

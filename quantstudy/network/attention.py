@@ -7,11 +7,14 @@ of attention (queries with keys, weights with values) have no weights; they stay
 
 import math
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from quantstudy.network.graph import put
 
 FUSED = re.compile(r"(^|\.)in_proj_(weight|bias)$")
 """How PyTorch names the projection of queries, keys and values in one."""
@@ -26,7 +29,7 @@ class OpenAttention(nn.Module):
     def __init__(self, source: nn.MultiheadAttention) -> None:
         super().__init__()
         self.embed_dim, self.num_heads, self.batch_first = source.embed_dim, source.num_heads, source.batch_first
-        self.dropout = source.dropout
+        self.dropout, self.head_dim = source.dropout, source.head_dim
         self.in_proj = _linear(source.in_proj_weight, source.in_proj_bias)
         self.out_proj = _linear(source.out_proj.weight, source.out_proj.bias)
 
@@ -100,12 +103,13 @@ def open_attention(model: nn.Module) -> None:
             and module.bias_k is None
         )
         if is_plain and not module.add_zero_attn:  # type: ignore[union-attr]
-            model.set_submodule(name, OpenAttention(module))  # type: ignore[arg-type]
+            put(model, {name: OpenAttention(module)})  # type: ignore[arg-type]
 
 
-def opened_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state_dict with the names that `open_attention` gives to the tensors."""
-    return {FUSED.sub(r"\1in_proj.\2", name): tensor for name, tensor in state.items()}
+def opened_names(state: dict[str, Tensor], own: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Return a state_dict with the names that `open_attention` gives to the tensors: those in `own` alone, if given."""
+    renamed = {name: FUSED.sub(r"\1in_proj.\2", name) for name in state}
+    return {new if own is None or new in own else name: state[name] for name, new in renamed.items()}
 
 
 def _linear(weight: Any, bias: Any) -> nn.Linear:

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,6 +120,7 @@ def capture(model: nn.Module, images: Tensor) -> Graph:
 
 def _captured(model: nn.Module, images: Tensor) -> Graph:
     own_hooks = {name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks}
+    images = images.clone()  # a network may write to what it is given
     recorder = _Recorder(model, images)
     with contextlib.ExitStack() as stack:
         for name, module in model.named_modules():
@@ -184,7 +186,7 @@ class _Recorder(TorchFunctionMode):
         inputs = [self.made[id(tensor)] for tensor, _ in given if id(tensor) in self.made]
         if not made and not written:
             return
-        if not inputs and not reads:
+        if not inputs and not reads and module is None:
             return
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.shape, (tuple(args), dict(kwargs)))
         call = Call(name, module, args, kwargs, inputs, reads=reads, writes=bool(written))
@@ -253,7 +255,18 @@ def _reads_of(name: str, graph: Graph, read: dict[str, str]) -> str | None:
         return "it does not run"
     if any(len(call.arguments) + len(call.keywords) > 1 for call in calls):
         return "it is called with more than its input"
+    weight: Any = getattr(calls[0].module, "weight", None)
+    if weight is not None and weight.ndim > 2 and any(len(call.source) != weight.ndim for call in calls):
+        return "it is called without a batch"
     return None
+
+
+def put(model: nn.Module, replaced: Mapping[str, nn.Module]) -> None:
+    """Put each module in the place of that of its name, and wherever else that one stands."""
+    new = {id(model.get_submodule(name)): module for name, module in replaced.items()}
+    for place, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in new:
+            model.set_submodule(place, new[id(module)])
 
 
 def example_images(model: nn.Module) -> Tensor:
@@ -292,7 +305,7 @@ def run_in_eval(model: nn.Module, images: Tensor) -> Tensor:
     """Return what `model` makes of images in eval mode; its mode stays as it is."""
     training = model.training
     try:
-        return model.eval()(images)  # type: ignore[no-any-return]
+        return model.eval()(images.clone())  # type: ignore[no-any-return]
     finally:
         model.train(training)
 

@@ -63,7 +63,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str, key: str
     and errors call the state, `key` the param or file that an error names.
     """
     own = model.state_dict()
-    state = state if state.keys() <= own.keys() else opened_names(state)
+    state = opened_names(state, own.keys())
     state = {k: v for k, v in state.items() if not k.startswith(AUXILIARY_HEADS) or k in own}
     _fit_positions(model, state, own)
     head = {f"{head_name(model)}.{tensor}" for tensor in ("weight", "bias")}

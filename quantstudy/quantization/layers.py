@@ -13,7 +13,6 @@ fuses to oneDNN int8 kernels and ONNX knows as QuantizeLinear and DequantizeLine
 """
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantstudy.network.graph import as_stored, out_channels_first
+from quantstudy.network.graph import as_stored, out_channels_first, put
 from quantstudy.quantization.packing import pack, unpack
 from quantstudy.quantization.saturation import may_saturate
 from quantstudy.quantization.schemes import SMALLEST_SCALE, ActivationScheme, WeightScheme
@@ -110,6 +109,9 @@ class _QuantLayer(nn.Module):
         self.weight = nn.Parameter(weight)
         self.weight_quantizer = None  # a module that learns how to round; else rounding to nearest
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach())
+        for name in ("in_channels", "out_channels", "in_features", "out_features"):  # a network may ask for them
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
 
     @property
     def frozen(self) -> bool:
@@ -266,16 +268,8 @@ def quantize_layers(model: nn.Module, schemes: dict[str, LayerScheme]) -> dict[s
         layer: Any = model.get_submodule(name)
         is_2d, kind = isinstance(layer, nn.Conv2d), QuantLinear if isinstance(layer, nn.Linear) else QuantConv
         replaced[name] = (QuantConv2d if is_2d else kind)(layer, scheme)
-    put_layers(model, replaced)
+    put(model, replaced)
     return replaced
-
-
-def put_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Put each of `layers` in the place of the module of that name, and wherever else that module stands."""
-    replaced = {model.get_submodule(name): layer for name, layer in layers.items()}
-    for place, module in list(model.named_modules(remove_duplicate=False)):
-        if module in replaced:
-            model.set_submodule(place, replaced[module])
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:

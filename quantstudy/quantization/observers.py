@@ -76,7 +76,7 @@ def run_watched(
             watching = functools.partial(_watched, name, watch)
             hooks.enter_context(layer.register_forward_pre_hook(watching, with_kwargs=True))
         for batch in images:
-            model(batch)
+            model(batch.clone())  # a network may write to what it is given
 
 
 def _watched(name: str, watch: Callable[[str, Tensor], None], layer: nn.Module, inputs: Any, keywords: Any) -> None:

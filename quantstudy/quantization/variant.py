@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from quantstudy.network.checkpoint import load_checkpoint, load_into, save_checkpoint
 from quantstudy.network.folding import channels_last
 from quantstudy.network.fp32 import load_fp32, network_facts, skeleton_of
+from quantstudy.network.graph import put
 from quantstudy.quantization.layers import ChannelReLU, LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
 
@@ -72,8 +73,8 @@ def load_variant(path: Path) -> Variant:
         layer.dtype = dtype
         row = checkpoint["layers"][name]
         layer.activation.scale, layer.activation.zero_point = row["scale"], row["zero_point"]
-    for name, axis in checkpoint["channel_relus"].items():
-        network.set_submodule(name, ChannelReLU(checkpoint["state_dict"][f"{name}.bound"], axis))
+    relus = checkpoint["channel_relus"].items()
+    put(network, {name: ChannelReLU(checkpoint["state_dict"][f"{name}.bound"], axis) for name, axis in relus})
     load_into(network, checkpoint["state_dict"], assign=True)
     network = channels_last(network.requires_grad_(False).eval())
     return Variant(network, dtype, checkpoint["skipped"]).eval()

@@ -14,11 +14,12 @@ can differ by one where float32 rounding falls on the other side of a half.
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from quantstudy.machine.hardware import int8_sums_saturate
-from quantstudy.network.graph import Call, Graph, capture
-from quantstudy.quantization.layers import QuantConv2d, QuantLinear, put_layers, quantized_layers
+from quantstudy.network.graph import Call, Graph, capture, put, relative_error, run_in_eval
+from quantstudy.quantization.layers import QuantConv2d, QuantLinear, quantized_layers
 from quantstudy.runtimes.kernels import Activation, DynamicActivation, Int8Conv2d, Int8Linear, PostOp, StaticActivation
 from quantstudy.runtimes.onednn_geometry import is_right
 from quantstudy.runtimes.uint8 import CodeMaxPool2d
@@ -27,42 +28,62 @@ Kernel = Int8Conv2d | Int8Linear
 _POST_OPS: dict[type[nn.Module], PostOp] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
 _RELU_CALLS = ("relu", "relu_")
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d)
+LARGEST_CHANGE = 0.03
+"""Of the norm of the logits, what codes that fall on the other side of a half may do to two images."""
 
 
 def use_kernels(network: nn.Module) -> None:
     """Put an int8 kernel in the place of each layer of `network` that can have one (`runs_in_int8`)."""
     layers = quantized_layers(network).items()
-    put_layers(network, {name: make_kernel(layer) for name, layer in layers if runs_in_int8(layer)})
+    put(network, {name: make_kernel(layer) for name, layer in layers if runs_in_int8(layer)})
 
 
+@torch.no_grad()
 def fuse(network: nn.Module, images: Tensor) -> None:
     """Move activations into the kernels of `network`, and let them hand on codes, in place.
 
-    A network whose graph has a problem, or fails on two images, stays as it is.
+    A network whose graph has a problem, or fails on two images, or would compute something else, stays as it is.
 
     Args:
         network: after `use_kernels`, in eval mode.
         images: float32 [N, C, H, W], to capture it on.
     """
-    try:
-        graph = capture(network, images[:2] if len(images) > 1 else images.expand(2, *images.shape[1:]))
-    except Exception:  # the code of a network of one's own may raise anything at two images
-        return
-    if graph.problem is not None:
-        return
+    with torch.inference_mode(False):  # whose tensors do not tell who writes to them
+        images = (images[:2] if len(images) > 1 else images.expand(2, *images.shape[1:])).clone()
+        try:
+            graph, before = capture(network, images), run_in_eval(network, images)
+        except Exception:  # the code of a network of one's own may raise anything at two images
+            return
+        if graph.problem is not None:
+            return
+        replaced = _fusions(graph)
+        kept = {name: network.get_submodule(name) for name in replaced}
+        put(network, replaced)
+        if relative_error(before, run_in_eval(network, images)) > LARGEST_CHANGE:
+            put(network, {name: kept[name] for name in replaced})
+
+
+def _fusions(graph: Graph) -> dict[str, nn.Module]:
+    """Return what takes the place of which modules."""
+    replaced: dict[str, nn.Module] = {}
     for name, calls in graph.calls_of.items():
         module = calls[0].module
-        if type(module) is nn.MaxPool2d and not module.return_indices:
-            network.set_submodule(name, CodeMaxPool2d(module))
+        if type(module) is nn.MaxPool2d and not module.return_indices and not _is_watched(module):
+            replaced[name] = CodeMaxPool2d(module)
         elif isinstance(module, Kernel) and len(calls) == 1:
             post_op, activation = _post_op(graph, calls[0])
             if activation is not None:
-                network.set_submodule(activation, nn.Identity())
-            match list(_readers(calls[0], is_positive=post_op != "none")):
+                replaced[activation] = nn.Identity()
+            match list(_readers(calls[0], post_op != "none", activation)):
                 case [StaticActivation(highest=255) as shared]:
-                    network.set_submodule(name, module.fused(post_op, shared))
+                    replaced[name] = module.fused(post_op, shared)
                 case _:
-                    network.set_submodule(name, module.fused(post_op, None))
+                    replaced[name] = module.fused(post_op, None)
+    return replaced
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def lower_int8(model: nn.Module, images: Tensor) -> nn.Module:
@@ -125,23 +146,29 @@ def _post_op(graph: Graph, call: Call) -> tuple[PostOp, str | None]:
         reader = reader.readers[0]
     if reader.module is None:
         return ("relu" if reader.name in _RELU_CALLS else "none"), None
+    if _is_watched(reader.module):
+        return "none", None
     post_op, once = _POST_OPS.get(type(reader.module), "none"), graph.only_call(reader.name) is not None
     if once and post_op != "none":
         return post_op, reader.name
     return ("relu" if post_op == "relu" else "none"), None
 
 
-def _readers(call: Call, is_positive: bool) -> set[Activation | None]:
-    """Return the input grids of the layers that read `call`, through order-keeping calls; None for any other reader."""
+def _readers(call: Call, is_positive: bool, removed: str | None) -> set[Activation | None]:
+    """Return the input grids of the layers that read `call`, through order-keeping calls; None for any other reader.
+
+    `removed` is the activation that moves into the kernel. A ReLU6 that stays would clamp codes, not values.
+    """
     found: set[Activation | None] = set()
     for reader in call.readers:
         module = reader.module
-        relu = is_positive and (type(module) in _POST_OPS or (module is None and reader.name in _RELU_CALLS))
+        relu = is_positive and (type(module) is nn.ReLU or (module is None and reader.name in _RELU_CALLS))
+        relu = (relu and not (module and _is_watched(module))) or (module is not None and reader.name == removed)
         keeps_order = isinstance(module, (nn.MaxPool2d, CodeMaxPool2d, nn.Flatten, *_NOTHING))
         if isinstance(module, Kernel):
             found.add(module.activation)
         elif relu or keeps_order or (module is None and reader.name == "flatten"):
-            found |= _readers(reader, is_positive)
+            found |= _readers(reader, is_positive, removed)
         else:
             found.add(None)
     return found

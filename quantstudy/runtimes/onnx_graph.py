@@ -8,6 +8,7 @@ pixels, which is what adaptive pooling comes to when the image already has the s
 """
 
 import ast
+import inspect
 import logging
 import warnings
 from collections import defaultdict
@@ -20,10 +21,11 @@ import onnx
 import torch
 from onnx import helper, numpy_helper
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from quantstudy.errors import UserError, one_line
 from quantstudy.network.architectures import Shape, image_shape
-from quantstudy.network.folding import NORMS, copy_of
+from quantstudy.network.folding import copy_of
 from quantstudy.network.fp32 import skeleton
 
 OPSET = 21
@@ -53,9 +55,6 @@ def graph_of(network: nn.Module, shape: Sequence[int]) -> onnx.ModelProto:
     if any(tensor.is_meta for tensor in network.state_dict().values()):
         network.to_empty(device="cpu")
     _untie(network)
-    for name, module in list(network.named_modules()):
-        if isinstance(module, NORMS) and module.running_mean is not None:
-            network.set_submodule(name, _Normalization(module))
     state = network.state_dict()
     generator = torch.Generator().manual_seed(0)
     for tensor in state.values():
@@ -65,6 +64,9 @@ def graph_of(network: nn.Module, shape: Sequence[int]) -> onnx.ModelProto:
         model = _exported(network, shape, frozenset(state))
     except Exception as error:  # the exporter raises many types, and so may the code of a network of one's own
         raise UserError(f"export: the network cannot be exported to ONNX: {one_line(error)}") from None
+    if not model.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        what = "its code fixes the number of images, with len(x) for one; write x.shape[0] or x.new_zeros"
+        raise UserError(f"export: the network cannot be exported for any number of images: {what}")
     _strip(model)
     _drop_poolings_of_one_pixel(model.graph)
     _restore_layouts(model, {name: tensor.numpy() for name, tensor in state.items()})
@@ -74,20 +76,21 @@ def graph_of(network: nn.Module, shape: Sequence[int]) -> onnx.ModelProto:
     return model
 
 
-class _Normalization(nn.Module):
-    """A BatchNorm in eval mode from plain operators: the exporter would compute with its random numbers."""
+class _PlainNormalization(TorchFunctionMode):
+    """BatchNorm by its statistics from plain operators: the exporter would compute with its random numbers."""
 
-    def __init__(self, norm: Any) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-        self.register_buffer("running_mean", norm.running_mean)
-        self.register_buffer("running_var", norm.running_var)
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        shape = (1, -1, *[1] * (input.ndim - 2))
-        mean, deviation = (self.running_mean.view(shape), (self.running_var + self.eps).sqrt().view(shape))  # type: ignore[operator, union-attr]
-        y = (input - mean) / deviation
-        return y if self.weight is None else y * self.weight.view(shape) + self.bias.view(shape)
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not nn.functional.batch_norm:
+            return function(*args, **(kwargs or {}))
+        given = inspect.signature(function).bind(*args, **(kwargs or {}))
+        given.apply_defaults()
+        x, mean, variance, weight, bias, training, _, eps = given.arguments.values()
+        if training or mean is None:
+            return function(*args, **(kwargs or {}))
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        y = (x - mean.view(shape)) / (variance + eps).sqrt().view(shape)
+        y = y if weight is None else y * weight.view(shape)
+        return y if bias is None else y + bias.view(shape)
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
@@ -121,9 +124,10 @@ def _exported(network: nn.Module, shape: Sequence[int], weights: frozenset[str])
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         try:
-            program = torch.onnx.export(
-                network, images, dynamo=True, opset_version=OPSET, verbose=False, optimize=False, **names
-            )
+            with _PlainNormalization():
+                program = torch.onnx.export(
+                    network, images, dynamo=True, opset_version=OPSET, verbose=False, optimize=False, **names
+                )
         finally:
             logging.getLogger("torch.onnx").setLevel(level)
     assert program is not None

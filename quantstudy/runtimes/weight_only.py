@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantstudy.quantization.layers import QuantLinear, put_layers, quantized_layers
+from quantstudy.network.graph import put
+from quantstudy.quantization.layers import QuantLinear, quantized_layers
 
 INT4_GROUPS = (32, 64, 128, 256)
 _TILES = (8, 4, 2)
@@ -52,4 +53,4 @@ class WeightOnlyLinear(nn.Module):
 def use_weight_only_kernels(network: nn.Module, device: torch.device) -> None:
     """Put a `WeightOnlyLinear` in the place of each layer of `network` that can become one."""
     layers = quantized_layers(network).items()
-    put_layers(network, {name: WeightOnlyLinear(layer) for name, layer in layers if has_kernel(layer, device)})
+    put(network, {name: WeightOnlyLinear(layer) for name, layer in layers if has_kernel(layer, device)})
