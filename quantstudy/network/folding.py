@@ -79,7 +79,7 @@ def fold_like(model: nn.Module, names: Collection[str]) -> nn.Module:
     settle_weights(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, NORMS) and f"{name}.running_mean" not in names and module.running_mean is not None:
-            model.set_submodule(name, nn.Identity())
+            put(model, {name: nn.Identity()})
         elif getattr(module, "bias", "") is None and f"{name}.bias" in names:
             weight: Any = module.weight
             outputs = out_channels_first(module, weight).shape[0]
@@ -102,6 +102,8 @@ def fold_pairs(graph: Graph, norms: Collection[str]) -> tuple[list[tuple[str, st
 
 def _layer_before(graph: Graph, norm: str) -> tuple[str | None, str]:
     calls = graph.calls_of.get(norm, [])
+    if any(f"{norm}.running_mean" in call.reads for call in graph.calls):
+        return None, "a function reads its statistics"
     if graph.problem is not None or len(calls) != 1:
         return None, graph.problem or ("it does not run" if not calls else f"it runs {len(calls)} times")
     module: Any = calls[0].module

@@ -19,6 +19,8 @@ from quantstudy.network.checkpoint import FORMAT, load_checkpoint, load_tensors
 from quantstudy.network.folding import channels_last, fold_batchnorm
 from quantstudy.network.fp32 import network_facts, skeleton
 from quantstudy.network.weights import network_of_state, read_state_dict
+from quantstudy.quantization.layers import quantized_layers
+from quantstudy.quantization.sqnr import sqnr_db
 from quantstudy.quantization.variant import Variant, load_any, save_variant
 from quantstudy.runtimes.executables import Executable, build_executable, open_executable
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     import onnx
 
 RUNTIMES = ("eager", "inductor", "onnxruntime", "openvino")
+LEAST_DB, LEAST_DB_ROUNDED = 60, 10
+"""The least SQNR of an exported file's logits on random images: of float32 arithmetic, and where inputs are rounded."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of red, green, blue, of pixels from 0 to 1."""
 
@@ -187,8 +191,20 @@ def export_onnx(model: Model, path: str | Path) -> None:
     """Write a model as ONNX: weights in the bits of their method, any batch size; a .json beside it describes both.
 
     Raises:
-        UserError: the network cannot be exported.
+        UserError: the network cannot be exported, or ONNX Runtime computes something else on random images.
     """
     from quantstudy.runtimes.onnx_model import described, save_onnx, to_onnx
+    from quantstudy.runtimes.sessions import why_missing
 
+    if why_missing("onnxruntime") is None:
+        images = torch.randn(4, *model.preprocessing.shape, generator=torch.Generator().manual_seed(0))
+        layers, dtype = quantized_layers(model.network).values(), getattr(model.network, "dtype", torch.float32)
+        rounds = dtype != torch.float32 or any(layer.scheme.activation.mode != "none" for layer in layers)
+        with torch.no_grad():
+            wanted, found = model.network(images.clone()), run(model, images, "onnxruntime")
+        least = LEAST_DB_ROUNDED if rounds else LEAST_DB
+        if (sqnr := sqnr_db(wanted.numpy(), found.numpy())) < least:
+            raise UserError(
+                f"export: ONNX Runtime is at {sqnr:.1f} dB of PyTorch, less than {least}; nothing is written"
+            )
     save_onnx(Path(path), described(to_onnx(model.network, model.graph), model.facts))
