@@ -23,7 +23,7 @@ from quantstudy.runtimes.library import load_model
 from quantstudy.runtimes.sessions import why_missing
 from tests.zoo import settled
 
-EXAMPLES = int(os.environ.get("COMPOSITIONS", 30))
+EXAMPLES = int(os.environ.get("COMPOSITIONS", 20))
 EXPORTED = EXAMPLES // 10
 CLASSES, HALF = 7, (0.5, 0.5, 0.5)
 LAYERS: dict[str, Callable[[int, int], nn.Module]] = {  # of [N, inputs, S, S]; a linear one works on tokens
