@@ -77,8 +77,7 @@ class Calibration:
     @functools.cached_property
     def graph(self) -> Graph:
         """What the network calls when it runs on the first images."""
-        images = self.images[0]
-        return capture(self.model, images[:2] if len(images) > 1 else images.expand(2, *images.shape[1:]))
+        return capture(self.model, self.images[0])
 
     @property
     def replaceable(self) -> dict[str, Any]:

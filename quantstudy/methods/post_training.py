@@ -21,7 +21,7 @@ from quantstudy.methods.gain_correction import correct_gains
 from quantstudy.methods.gptq import gptq_codes
 from quantstudy.methods.joint import finetune_jointly
 from quantstudy.methods.reconstruction import LARGE, Limits, reconstruct
-from quantstudy.network.graph import is_transposed, relative_error, run_in_eval
+from quantstudy.network.graph import relative_error, run_in_eval
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.variant import Skipped
 
@@ -69,6 +69,8 @@ def freeze(model: nn.Module, network: nn.Module, calibration: Calibration, row: 
             layer.freeze()
     else:
         moments = calibration.moments(layers if row.gain_correction else waiting)
+        missing = (name for name in waiting if name not in moments)
+        skipped["rounding"] = dict.fromkeys(missing, "a transposed convolution: its weights are rounded to nearest")
         for name, layer in waiting.items():
             if name not in moments:
                 layer.freeze()
@@ -76,11 +78,11 @@ def freeze(model: nn.Module, network: nn.Module, calibration: Calibration, row: 
             scheme, weight = layer.scheme.weight, layer.weight.detach()
             scale = scheme.choose_scale(weight)
             layer.set_codes(gptq_codes(weight, scale, scheme, moments[name]), scale)
-    for technique, wanted in (("rounding", row.rounding != "nearest"), ("gain_correction", row.gain_correction)):
-        transposed = [name for name, layer in layers.items() if wanted and is_transposed(layer)]
-        skipped[technique] = dict.fromkeys(transposed, "a transposed convolution: its weights are rounded to nearest")
     if row.gain_correction:
-        correct_gains(model, network, calibration.moments(layers))
+        moments = calibration.moments(layers)
+        missing = (name for name in layers if name not in moments)
+        skipped["gain_correction"] = dict.fromkeys(missing, "a transposed convolution: its scales stay")
+        correct_gains(model, network, moments)
     if row.bias_correction:
         skipped["bias_correction"] = correct_biases(model, network, torch.cat(calibration.images))
     if row.finetune:

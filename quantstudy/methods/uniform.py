@@ -127,9 +127,8 @@ def put_quantized(network: nn.Module, schemes: dict[str, LayerScheme], calibrati
     """
     before = {name: network.get_submodule(name) for name in schemes}
     replaced = quantize_layers(network, schemes)
-    images = calibration.images[0][:2]
     try:
-        graph = capture(network, images if len(images) > 1 else images.expand(2, *images.shape[1:]))
+        graph = capture(network, calibration.images[0])
     except Exception as error:  # a network may ask its layers for what only its own have
         raise UserError(f"method: the network fails with quantized layers: {one_line(error)}") from None
     stray = [name for name in replaced if name not in graph.calls_of]

@@ -83,8 +83,7 @@ def check_logits(model: nn.Module, classes: int, image_size: int | Shape, key: s
     It has to take one image and several, channels_last, return logits [N, classes], in training mode too where it
     `trains`, and have a layer that can be quantized.
     """
-    if not any(isinstance(module, LAYERS) or hasattr(module, "captured_whole") for module in model.modules()):
-        raise UserError(f"{key}: the network has no convolution and no linear layer, so there is nothing to quantize")
+    check_layers(model, key)
     channels, height, width = image_shape(image_size)
     seen = f"{height} px" if (channels, height) == (3, width) else f"{channels} channels, {height} by {width} px"
     images = torch.zeros(2, channels, height, width).contiguous(memory_format=torch.channels_last)
@@ -103,6 +102,12 @@ def check_logits(model: nn.Module, classes: int, image_size: int | Shape, key: s
         if shape != (len(batch), classes):
             what = f"logits of shape {(len(batch), classes)}"
             raise UserError(f"{key}: the network returns {shape}{mode} for {len(batch)} images, not {what}")
+
+
+def check_layers(model: nn.Module, key: str) -> None:
+    """Raise `UserError`, naming `key`, unless a network has a layer that is, or can be, quantized."""
+    if not any(isinstance(module, LAYERS) or hasattr(module, "captured_whole") for module in model.modules()):
+        raise UserError(f"{key}: the network has no convolution and no linear layer, so there is nothing to quantize")
 
 
 def code_sha256(architecture: str, key: str = "model.architecture") -> str | None:

@@ -16,6 +16,7 @@ from quantstudy.network.graph import (
     as_stored,
     capture,
     example_images,
+    has_hooks,
     is_transposed,
     out_channels_first,
     put,
@@ -36,7 +37,7 @@ def fold_batchnorm(model: nn.Module, images: Tensor | None = None) -> nn.Module:
 
     Args:
         model: float32, on the CPU.
-        images: float32 [N, C, H, W], N of 2 or more, that it is captured on; None for random ones of a usual size.
+        images: float32 [N, C, H, W], that it is captured on; None for random ones of a usual size.
     """
     return fold_in_place(copy_of(model).eval(), images)
 
@@ -108,7 +109,7 @@ def _layer_before(graph: Graph, norm: str) -> tuple[str | None, str]:
         return None, graph.problem or ("it does not run" if not calls else f"it runs {len(calls)} times")
     module: Any = calls[0].module
     before = calls[0].inputs[0] if len(calls[0].inputs) == 1 else Call("what it reads")
-    if type(module) not in NORMS or module._forward_hooks or module._forward_pre_hooks:
+    if type(module) not in NORMS or has_hooks(module):
         return None, "its forward is its own, or it has hooks"
     if module.running_mean is None:
         return None, "it has no running statistics"

@@ -22,10 +22,15 @@ def save_fp32(
     class_names: Sequence[str] | None = None,
 ) -> None:
     """Write the trained model, BatchNorm not folded, with its input, its classes and the SHA-256 of one's own code."""
-    facts = {"architecture": architecture, "classes": classes, "preprocessing": preprocessing.model_dump()}
+    facts = new_facts(architecture, classes, preprocessing)
     facts |= {"class_names": list(class_names)} if class_names else {}
-    code = {"code_sha256": code_sha256(architecture)} if is_own(architecture) else {}
-    save_checkpoint(path, model.state_dict(), **facts, **code, variant="fp32")
+    save_checkpoint(path, model.state_dict(), **facts, variant="fp32")
+
+
+def new_facts(architecture: str, classes: int, preprocessing: P.Preprocessing) -> dict[str, Any]:
+    """Return what the file of a new network says of it beside its tensors."""
+    facts = {"architecture": architecture, "classes": classes, "preprocessing": preprocessing.model_dump()}
+    return facts | ({"code_sha256": code_sha256(architecture)} if is_own(architecture) else {})
 
 
 def network_facts(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -51,8 +51,6 @@ class Call:
     """The shape of the first tensor that it is given."""
     shape: torch.Size = field(default_factory=torch.Size)
     """The shape of its first result."""
-    writes: bool = False
-    """Whether it changes a tensor that it is given."""
 
 
 @dataclass
@@ -97,7 +95,7 @@ class Graph:
 
 @torch.no_grad()
 def capture(model: nn.Module, images: Tensor) -> Graph:
-    """Run `model` on images [N, C, H, W] with N of 2 or more, in eval mode, and return its graph.
+    """Run `model` on the first two images of [N, C, H, W], one twice if it is alone, in eval mode; return its graph.
 
     It is run on the first image alone too: a network that calls something else then has a `problem`, and so has one
     whose control flow depends on values. A module with the attribute `captured_whole` is one call.
@@ -105,6 +103,7 @@ def capture(model: nn.Module, images: Tensor) -> Graph:
     Raises:
         Whatever the network raises.
     """
+    images = images[:2] if len(images) > 1 else images.expand(2, *images.shape[1:])
     training = model.training
     model.eval()
     try:
@@ -119,7 +118,7 @@ def capture(model: nn.Module, images: Tensor) -> Graph:
 
 
 def _captured(model: nn.Module, images: Tensor) -> Graph:
-    own_hooks = {name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks}
+    own_hooks = {name for name, module in model.named_modules() if has_hooks(module)}
     images = images.clone()  # a network may write to what it is given
     recorder = _Recorder(model, images)
     with contextlib.ExitStack() as stack:
@@ -189,7 +188,7 @@ class _Recorder(TorchFunctionMode):
         if not inputs and not reads and module is None:
             return
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.shape, (tuple(args), dict(kwargs)))
-        call = Call(name, module, args, kwargs, inputs, reads=reads, writes=bool(written))
+        call = Call(name, module, args, kwargs, inputs, reads=reads)
         call.source = given[0][0].shape if given else torch.Size()
         call.shape = (made or written)[0].shape
         for source in inputs:
@@ -259,6 +258,11 @@ def _reads_of(name: str, graph: Graph, read: dict[str, str]) -> str | None:
     if weight is not None and weight.ndim > 2 and any(len(call.source) != weight.ndim for call in calls):
         return "it is called without a batch"
     return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is done before or behind the forward pass of a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def put(model: nn.Module, replaced: Mapping[str, nn.Module]) -> None:

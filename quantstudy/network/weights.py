@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from quantstudy import params as P
 from quantstudy.errors import UserError
 from quantstudy.files import check_sha256
-from quantstudy.network.architectures import Shape, build, check_logits, torchvision_names
+from quantstudy.network.architectures import Shape, build, check_layers, check_logits, torchvision_names
 from quantstudy.network.attention import opened_names
 from quantstudy.network.checkpoint import load_into, load_tensors
-from quantstudy.network.graph import LAYERS, head_name
+from quantstudy.network.graph import head_name
 
 AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 """Tensors of GoogLeNet and Inception that only their own training needs."""
@@ -125,8 +125,7 @@ def network_of_state(
         UserError: there is no such architecture, or the state is not of it.
     """
     network = build(architecture, 1, image_size, "architecture")
-    if not any(isinstance(module, LAYERS) for module in network.modules()):
-        check_logits(network, 1, image_size, "architecture")
+    check_layers(network, "architecture")
     head = f"{head_name(network)}.weight"
     weight = opened_names(state).get(head)
     if weight is None:

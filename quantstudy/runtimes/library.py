@@ -14,10 +14,10 @@ from quantstudy import params as P
 from quantstudy.errors import UserError, unknown
 from quantstudy.methods import recipes
 from quantstudy.methods.calibration import Calibration
-from quantstudy.network.architectures import check_logits, code_sha256, is_own
+from quantstudy.network.architectures import check_logits, is_own
 from quantstudy.network.checkpoint import FORMAT, load_checkpoint, load_tensors
 from quantstudy.network.folding import channels_last, fold_batchnorm
-from quantstudy.network.fp32 import network_facts, skeleton
+from quantstudy.network.fp32 import network_facts, new_facts, skeleton
 from quantstudy.network.weights import network_of_state, read_state_dict
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.sqnr import sqnr_db
@@ -124,9 +124,7 @@ def load_model(
         first = error.errors()[0]
         raise UserError(f"{first['loc'][0]}: {first['input']}: {first['msg'].removeprefix('Value error, ')}") from None
     network, classes = network_of_state(read_state_dict(path), str(path), architecture, preprocessing.shape)
-    facts = {"architecture": architecture, "classes": classes, "preprocessing": preprocessing.model_dump()}
-    facts |= {"code_sha256": code_sha256(architecture)} if is_own(architecture) else {}
-    return Model(channels_last(fold_batchnorm(network)), facts)
+    return Model(channels_last(fold_batchnorm(network)), new_facts(architecture, classes, preprocessing))
 
 
 def quantize(model: Model, images: Tensor | Sequence[Tensor], method: str | P.MethodRow = "int8_static") -> Model:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quantstudy.machine.hardware import int8_sums_saturate
-from quantstudy.network.graph import Call, Graph, capture, put, relative_error, run_in_eval
+from quantstudy.network.graph import Call, Graph, capture, has_hooks, put, relative_error, run_in_eval
 from quantstudy.quantization.layers import QuantConv2d, QuantLinear, quantized_layers
 from quantstudy.runtimes.kernels import Activation, DynamicActivation, Int8Conv2d, Int8Linear, PostOp, StaticActivation
 from quantstudy.runtimes.onednn_geometry import is_right
@@ -49,7 +49,7 @@ def fuse(network: nn.Module, images: Tensor) -> None:
         images: float32 [N, C, H, W], to capture it on.
     """
     with torch.inference_mode(False):  # whose tensors do not tell who writes to them
-        images = (images[:2] if len(images) > 1 else images.expand(2, *images.shape[1:])).clone()
+        images = images[:2].clone()
         try:
             graph, before = capture(network, images), run_in_eval(network, images)
         except Exception:  # the code of a network of one's own may raise anything at two images
@@ -60,7 +60,7 @@ def fuse(network: nn.Module, images: Tensor) -> None:
         kept = {name: network.get_submodule(name) for name in replaced}
         put(network, replaced)
         if relative_error(before, run_in_eval(network, images)) > LARGEST_CHANGE:
-            put(network, {name: kept[name] for name in replaced})
+            put(network, kept)
 
 
 def _fusions(graph: Graph) -> dict[str, nn.Module]:
@@ -68,7 +68,7 @@ def _fusions(graph: Graph) -> dict[str, nn.Module]:
     replaced: dict[str, nn.Module] = {}
     for name, calls in graph.calls_of.items():
         module = calls[0].module
-        if type(module) is nn.MaxPool2d and not module.return_indices and not _is_watched(module):
+        if type(module) is nn.MaxPool2d and not module.return_indices and not has_hooks(module):
             replaced[name] = CodeMaxPool2d(module)
         elif isinstance(module, Kernel) and len(calls) == 1:
             post_op, activation = _post_op(graph, calls[0])
@@ -80,10 +80,6 @@ def _fusions(graph: Graph) -> dict[str, nn.Module]:
                 case _:
                     replaced[name] = module.fused(post_op, None)
     return replaced
-
-
-def _is_watched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def lower_int8(model: nn.Module, images: Tensor) -> nn.Module:
@@ -146,7 +142,7 @@ def _post_op(graph: Graph, call: Call) -> tuple[PostOp, str | None]:
         reader = reader.readers[0]
     if reader.module is None:
         return ("relu" if reader.name in _RELU_CALLS else "none"), None
-    if _is_watched(reader.module):
+    if has_hooks(reader.module):
         return "none", None
     post_op, once = _POST_OPS.get(type(reader.module), "none"), graph.only_call(reader.name) is not None
     if once and post_op != "none":
@@ -163,7 +159,7 @@ def _readers(call: Call, is_positive: bool, removed: str | None) -> set[Activati
     for reader in call.readers:
         module = reader.module
         relu = is_positive and (type(module) is nn.ReLU or (module is None and reader.name in _RELU_CALLS))
-        relu = (relu and not (module and _is_watched(module))) or (module is not None and reader.name == removed)
+        relu = (relu and not (module and has_hooks(module))) or (module is not None and reader.name == removed)
         keeps_order = isinstance(module, (nn.MaxPool2d, CodeMaxPool2d, nn.Flatten, *_NOTHING))
         if isinstance(module, Kernel):
             found.add(module.activation)
