@@ -1,4 +1,4 @@
-"""Small networks of every kind, random, each with what is known of it: `ZOO`, and torchvision's families: `FAMILIES`.
+"""Small networks of every kind, random, each with what is known of it.
 
 A network is a factory of this module, `tests.zoo:NAME`, of images [N, 3, 32, 32].
 """
@@ -386,7 +386,12 @@ def dominant_bias(num_classes: int = 10) -> nn.Module:
 
 between("branch_on_training", lambda m, x: F.dropout(F.relu(x), 0.5) if m.training else F.relu(x))
 between("dropout", lambda m, x: m.drop(F.relu(x)), drop=lambda: nn.Dropout2d(0.2))
-between("made_zeros", lambda m, x: torch.cat([F.relu(x), torch.zeros(len(x), 2, 32, 32)], 1), 10)
+between(
+    "made_zeros",
+    lambda m, x: torch.cat([F.relu(x), torch.zeros(len(x), 2, 32, 32)], 1),
+    10,
+    unexportable=r"fixes the number of images, with len\(x\)",
+)
 between("made_new_zeros", lambda m, x: torch.cat([F.relu(x), x.new_zeros(x.shape)], 1), 16)
 between("made_arange", lambda m, x: F.relu(x) * torch.arange(32) / 16)
 
@@ -526,16 +531,3 @@ patches(
     out=linear(8, 8),
     macs=PATCHES + ATTENTION,
 )
-
-SMALLEST = {"alexnet": 64, "maxvit_t": 224, "inception_v3": 75, "shufflenet_v2_x0_5": 96}
-NAMES = """
-    alexnet vgg11_bn resnet18 squeezenet1_1 densenet121 googlenet inception_v3 mobilenet_v2 mobilenet_v3_small
-    mnasnet0_5 shufflenet_v2_x0_5 efficientnet_b0 efficientnet_v2_s regnet_y_400mf convnext_tiny vit_b_16 swin_t
-    maxvit_t
-"""
-WINDOWS = r"attn\.(qkv|proj)$"
-"""Layers of Swin whose weights its attention reads itself."""
-FAMILIES = [
-    Entry(name, name, folds=None, size=SMALLEST.get(name, 32), unquantized=WINDOWS if name == "swin_t" else "")
-    for name in NAMES.split()
-]

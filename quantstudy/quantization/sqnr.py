@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 SQNR_LIMIT_DB = 200.0
 """Bound of `sqnr_db` on both sides; float32 rounding alone lies near 150 dB."""
 
+SMALLEST_ERROR, FLOAT32, ROUNDINGS = 1e-3, 1e-6, 2
+"""Errors that another runtime may make: of float32 arithmetic, of its numbers, and times what rounding explains."""
+
 
 def sqnr_db(reference: NDArray[np.floating], other: NDArray[np.floating]) -> float:
     """Return 20·log10(‖reference‖ / ‖reference - other‖) in decibels, over all elements, in float64.
@@ -29,3 +32,13 @@ def sqnr_db(reference: NDArray[np.floating], other: NDArray[np.floating]) -> flo
         return -SQNR_LIMIT_DB
     decibels = 20 * (math.log10(signal_norm) - math.log10(noise_norm))
     return max(-SQNR_LIMIT_DB, min(SQNR_LIMIT_DB, decibels))
+
+
+def least_sqnr_db(rounding_db: float, scale: float = 1.0) -> float:
+    """Return the SQNR that another runtime's logits need to have: 60 dB where nothing is rounded.
+
+    Args:
+        rounding_db: SQNR of the logits against those of the same weights with activations that are not rounded.
+        scale: norm of the logits over that of what is judged of them.
+    """
+    return -20 * math.log10(SMALLEST_ERROR + FLOAT32 * scale + ROUNDINGS * 10 ** (-rounding_db / 20))

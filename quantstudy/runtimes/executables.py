@@ -25,9 +25,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from quantstudy.machine.hardware import arithmetic_is_native
-from quantstudy.quantization.layers import quantized_layers
+from quantstudy.quantization.layers import ActivationQuantizer, quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
-from quantstudy.quantization.variant import Variant
+from quantstudy.quantization.schemes import ActivationScheme
+from quantstudy.quantization.variant import Variant, cast
 from quantstudy.runtimes.kernels import int8_kernels_available
 from quantstudy.runtimes.lowering import fuse, runs_in_int8, saturates, use_kernels
 from quantstudy.runtimes.weight_only import has_kernel, use_weight_only_kernels
@@ -125,6 +126,14 @@ def real_layers(model: nn.Module, runtime: str, device: torch.device) -> dict[st
 def network_of(model: nn.Module) -> tuple[nn.Module, torch.dtype]:
     """Return the network inside a variant, or the model itself, and the float type of its arithmetic."""
     return (model.network, model.dtype) if isinstance(model, Variant) else (model, torch.float32)
+
+
+def unrounded(model: nn.Module) -> Variant:
+    """Return a copy with the same weights in float64, whose activations are not rounded."""
+    exact = cast(network_of(model)[0], torch.float64)
+    for layer in quantized_layers(exact.network).values():
+        layer.activation = ActivationQuantizer(ActivationScheme())
+    return exact
 
 
 def _is_native(dtype: torch.dtype, device: torch.device) -> bool:

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from quantstudy import params as P
-from quantstudy.errors import UserError, unknown
+from quantstudy.errors import UserError, one_line, unknown
+from quantstudy.machine.hardware import int8_sums_saturate
 from quantstudy.methods import recipes
 from quantstudy.methods.calibration import Calibration
 from quantstudy.network.architectures import check_logits, is_own
@@ -19,17 +20,14 @@ from quantstudy.network.checkpoint import FORMAT, load_checkpoint, load_tensors
 from quantstudy.network.folding import channels_last, fold_batchnorm
 from quantstudy.network.fp32 import network_facts, new_facts, skeleton
 from quantstudy.network.weights import network_of_state, read_state_dict
-from quantstudy.quantization.layers import quantized_layers
-from quantstudy.quantization.sqnr import sqnr_db
+from quantstudy.quantization.sqnr import least_sqnr_db, sqnr_db
 from quantstudy.quantization.variant import Variant, load_any, save_variant
-from quantstudy.runtimes.executables import Executable, build_executable, open_executable
+from quantstudy.runtimes.executables import Executable, build_executable, open_executable, unrounded
 
 if TYPE_CHECKING:
     import onnx
 
 RUNTIMES = ("eager", "inductor", "onnxruntime", "openvino")
-LEAST_DB, LEAST_DB_ROUNDED = 60, 10
-"""The least SQNR of an exported file's logits on random images: of float32 arithmetic, and where inputs are rounded."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of red, green, blue, of pixels from 0 to 1."""
 
@@ -72,13 +70,28 @@ class Model:
         if runtime in ("eager", "inductor"):
             made = build_executable(copy.deepcopy(self.network), runtime, device)
         else:
-            from quantstudy.runtimes.onnx_tuning import exported_model
+            from quantstudy.runtimes.onnx_tuning import exported_model, may_saturate
             from quantstudy.runtimes.sessions import why_missing
 
             if reason := why_missing(runtime):
                 raise UserError(f"runtime: {runtime!r} cannot be used: {reason}")
-            made = open_executable(self.network, exported_model(self.network, self.graph, runtime), runtime)
+            exported = exported_model(self.network, self.graph, runtime)
+            try:
+                made = open_executable(self.network, exported, runtime)
+                if not (int8_sums_saturate() and may_saturate(exported)):
+                    self._judge(made, runtime)
+            except RuntimeError as error:  # what a runtime raises at an operator it lacks
+                raise UserError(f"{runtime} cannot run the model: {one_line(error, -1)}") from None
         return self._executables.setdefault((runtime, device), made)
+
+    def _judge(self, made: Executable, runtime: str) -> None:
+        """Compare the logits of random images with PyTorch's; raise `UserError` where they are others."""
+        images = torch.randn(4, *self.preprocessing.shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            exact, wanted = (model(images.clone()).numpy() for model in (unrounded(self.network), self.network))
+        least = least_sqnr_db(sqnr_db(exact, wanted))
+        if (sqnr := sqnr_db(wanted, made.run(images).numpy())) < least:
+            raise UserError(f"{runtime}: the exported model is at {sqnr:.1f} dB of PyTorch, less than {least:.1f}")
 
 
 def load_model(
@@ -195,14 +208,5 @@ def export_onnx(model: Model, path: str | Path) -> None:
     from quantstudy.runtimes.sessions import why_missing
 
     if why_missing("onnxruntime") is None:
-        images = torch.randn(4, *model.preprocessing.shape, generator=torch.Generator().manual_seed(0))
-        layers, dtype = quantized_layers(model.network).values(), getattr(model.network, "dtype", torch.float32)
-        rounds = dtype != torch.float32 or any(layer.scheme.activation.mode != "none" for layer in layers)
-        with torch.no_grad():
-            wanted, found = model.network(images.clone()), run(model, images, "onnxruntime")
-        least = LEAST_DB_ROUNDED if rounds else LEAST_DB
-        if (sqnr := sqnr_db(wanted.numpy(), found.numpy())) < least:
-            raise UserError(
-                f"export: ONNX Runtime is at {sqnr:.1f} dB of PyTorch, less than {least}; nothing is written"
-            )
+        model.executable("onnxruntime", torch.device("cpu"))
     save_onnx(Path(path), described(to_onnx(model.network, model.graph), model.facts))

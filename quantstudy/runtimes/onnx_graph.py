@@ -8,11 +8,12 @@ pixels, which is what adaptive pooling comes to when the image already has the s
 """
 
 import ast
-import inspect
+import functools
 import logging
+import math
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import numpy as np
 import onnx
 import torch
 from onnx import helper, numpy_helper
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from quantstudy.errors import UserError, one_line
@@ -76,21 +78,74 @@ def graph_of(network: nn.Module, shape: Sequence[int]) -> onnx.ModelProto:
     return model
 
 
-class _PlainNormalization(TorchFunctionMode):
-    """BatchNorm by its statistics from plain operators: the exporter would compute with its random numbers."""
+class _Exportable(TorchFunctionMode):
+    """What `torch.onnx.export` gets wrong, from operators that it gets right."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is not nn.functional.batch_norm:
-            return function(*args, **(kwargs or {}))
-        given = inspect.signature(function).bind(*args, **(kwargs or {}))
-        given.apply_defaults()
-        x, mean, variance, weight, bias, training, _, eps = given.arguments.values()
-        if training or mean is None:
-            return function(*args, **(kwargs or {}))
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        y = (x - mean.view(shape)) / (variance + eps).sqrt().view(shape)
-        y = y if weight is None else y * weight.view(shape)
-        return y if bias is None else y + bias.view(shape)
+        plain = _PLAIN.get(function)
+        found = plain(*args, **(kwargs or {})) if plain else NotImplemented
+        return function(*args, **(kwargs or {})) if found is NotImplemented else found
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """By its statistics: the optimizer would compute with the random ones."""
+    if training or running_mean is None:
+        return NotImplemented
+    shape = (1, -1, *[1] * (input.ndim - 2))
+    y = (input - running_mean.view(shape)) / (running_var + eps).sqrt().view(shape)
+    y = y if weight is None else y * weight.view(shape)
+    return y if bias is None else y + bias.view(shape)
+
+
+def _avg_pool(
+    pool: Callable[..., Tensor],
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Any:
+    """With a divisor of its own, which the exporter drops."""
+    if divisor_override is None or ceil_mode:
+        return NotImplemented
+    area = math.prod(kernel_size) if isinstance(kernel_size, tuple) else kernel_size ** (input.ndim - 2)
+    return pool(input, kernel_size, stride, padding, False, True) * (area / divisor_override)
+
+
+def _clamp(input: Tensor, min: Any = None, max: Any = None) -> Any:
+    """Between an int and a float, which the exporter makes a tensor and a number of."""
+    if not input.is_floating_point():
+        return NotImplemented
+    low, high = (float(bound) if isinstance(bound, int) else bound for bound in (min, max))
+    return torch.clamp(input, low, high)
+
+
+def _pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
+    """Circular from its parts: OpenVINO does not read Pad of that mode."""
+    if mode != "circular":
+        return NotImplemented
+    x = input
+    for i in range(0, len(pad), 2):
+        axis, (before, after) = -1 - i // 2, pad[i : i + 2]
+        size = x.shape[axis]
+        x = torch.cat([x.narrow(axis, size - before, before), x, x.narrow(axis, 0, after)], axis)
+    return x
+
+
+_PLAIN: dict[Any, Callable[..., Any]] = {F.batch_norm: _batch_norm, F.pad: _pad}
+_PLAIN |= {pool: functools.partial(_avg_pool, pool) for pool in (F.avg_pool2d, F.avg_pool3d)}
+_PLAIN |= dict.fromkeys((torch.clamp, torch.clip, Tensor.clamp, Tensor.clip), _clamp)
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
@@ -124,7 +179,7 @@ def _exported(network: nn.Module, shape: Sequence[int], weights: frozenset[str])
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         try:
-            with _PlainNormalization():
+            with _Exportable():
                 program = torch.onnx.export(
                     network, images, dynamo=True, opset_version=OPSET, verbose=False, optimize=False, **names
                 )
