@@ -52,7 +52,7 @@ test: $(TOOLS)  ## Run the tests that take seconds
 	OMP_NUM_THREADS=1 python -m pytest -n 2 -m "not slow"
 
 test-all: test  ## Run those that take minutes too
-	python -m pytest -m slow
+	OMP_NUM_THREADS=1 python -m pytest -n 2 -m slow
 
 browser:  ## Install the Chromium that the tests of the HTML report need, where this system lets us
 	@if command -v chromium chromium-browser google-chrome > /dev/null; then echo 'a Chromium is there'; \
