@@ -59,7 +59,13 @@ def small_alexnet(num_classes: int) -> nn.Module:
     return network
 
 
-VIT = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
+def small_vit(num_classes: int) -> nn.Module:
+    sizes = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
+    network = models.VisionTransformer(num_classes=num_classes, **sizes)
+    nn.init.normal_(network.heads.head.weight)  # which is zeros, so that all logits are
+    return network
+
+
 family(small_alexnet, "alexnet", 64)
 family(small_vgg, "vgg11_bn")
 family(models.resnet18, "resnet18")
@@ -75,6 +81,6 @@ family(models.efficientnet_b0, "efficientnet_b0")
 family(small_efficientnet, "efficientnet_v2_s")
 family(small_regnet, "regnet_y")
 family(small_convnext, "convnext_tiny")
-family(partial(models.VisionTransformer, **VIT), "vit_b_16")
+family(small_vit, "vit_b_16")
 family(small_swin, "swin_t", unquantized=WINDOWS)
 family(small_maxvit, "maxvit_t")

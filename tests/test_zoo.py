@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from quantstudy import params as P
 from quantstudy.errors import UserError
+from quantstudy.measure.coverage import not_quantized
 from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.equalization import absorb_high_biases, equalize
 from quantstudy.methods.recipes import quantize, trained_recipe_of
@@ -26,7 +27,7 @@ from quantstudy.network import architectures
 from quantstudy.network.checkpoint import load_checkpoint
 from quantstudy.network.folding import fold_batchnorm
 from quantstudy.network.fp32 import load_fp32, save_fp32
-from quantstudy.quantization.layers import quantized_layers
+from quantstudy.quantization.layers import quantized_layers, quantized_operands
 from quantstudy.quantization.sqnr import least_sqnr_db, sqnr_db
 from quantstudy.quantization.variant import Variant, load_variant, save_variant
 from quantstudy.runtimes.executables import unrounded
@@ -38,6 +39,8 @@ from tests.zoo import ZOO, Entry, settled
 METHODS = P.load_methods()
 LEAST_DB = {"int8_static": 25, "int8_dynamic": 25, "int8_equalized": 25, "int4_weight_only": 5, "int4_gptq": 15}
 """Bounds of each method, some decibels below what every network of the zoo has."""
+ATTENDING = ("attention", "encoder", "vit_b_16")
+"""Networks with an `nn.MultiheadAttention`."""
 QUICK = ("assertion", "batchnorm_transposed", "same_pad", "shared_parameter", "attention", "relu6")
 """Networks that are quantized in the quick tests."""
 EXPORTED = ("assertion", "batchnorm_transposed")
@@ -185,6 +188,28 @@ def test_a_variant_is_near_the_network(case: Case, method: str) -> None:
         for name, reason in (entry.left | entry.either).items():
             assert name in quantized or re.search(reason, skipped.get(name, "")), f"{name}: {skipped.get(name)}"
         assert not quantized & set(skipped)
+
+
+@pytest.mark.parametrize("method", ["int8_static", "int8_dynamic"])
+@each(lambda entry: entry.name == "attention", of=[entry for entry in ZOO + FAMILIES if entry.name in ATTENDING])
+def test_operands_of_attention_are_rounded(case: Case, method: str) -> None:
+    row = METHODS[method].model_copy(update={"attention_products": True})
+    plain = quantize(case.loaded.network, case.calibration, METHODS[method])
+    variant = quantize(case.loaded.network, case.calibration, row)
+    sides = quantized_operands(variant.network)
+    assert len(sides) == 4 * not_quantized(plain)["attention"] and not not_quantized(variant)["attention"]
+    logits = run(variant, case.images)
+    assert not torch.equal(logits, run(plain, case.images)) and decibels(case.logits, logits) > 20
+    stored, codes = case.stored(variant), []
+    for side in quantized_operands(stored.network).values():
+        side.register_forward_hook(lambda module, inputs, output: codes.append(output.unique().numel()))
+    assert torch.equal(run(stored, case.images), logits), "another after saving and loading"
+    assert len(codes) == len(sides) and max(codes) <= 256
+    model = Model(variant, case.loaded.facts, method)
+    for runtime in ("onnxruntime", "openvino"):
+        if why_missing(runtime) is None:
+            found = model.executable(runtime, CPU).run(case.images)  # which is judged there
+            assert decibels(logits, found) > 25
 
 
 @each(lambda entry: "head" in entry.name or entry.name == "defined_backwards", of=EDGED)

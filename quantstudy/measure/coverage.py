@@ -47,7 +47,7 @@ def not_quantized(model: nn.Module) -> dict[str, Any]:
     return {
         "layers": [] if model.dtype.itemsize < 4 else list(rest),
         "parameters": dict(counts),
-        "attention": sum(isinstance(module, OpenAttention) for module in model.network.modules()),
+        "attention": sum(isinstance(m, OpenAttention) and m.scores.is_plain for m in model.network.modules()),
     }
 
 

@@ -18,8 +18,10 @@ from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.joint import freeze_trained, make_trainable, parameter_groups
 from quantstudy.methods.post_training import equalized, freeze
 from quantstudy.methods.recipe import Recipe, Row, TrainedRecipe, register
+from quantstudy.network.attention import operands
 from quantstudy.network.graph import Graph, capture, put
-from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
+from quantstudy.quantization.layers import ActivationQuantizer, LayerScheme, quantize_layers, quantized_layers
+from quantstudy.quantization.observers import collect
 from quantstudy.quantization.ranges import activation_range
 from quantstudy.quantization.saturation import limit_of
 from quantstudy.quantization.schemes import ActivationScheme, Mode, WeightScheme
@@ -43,7 +45,21 @@ class UniformRecipe(Recipe[Row]):
         skipped = left_as_they_are(model, calibration.graph)
         if stray := put_quantized(network, schemes, calibration):
             skipped["quantization"] = skipped.get("quantization", {}) | stray
+        if getattr(row, "attention_products", False) and not self.put_operands(network, calibration, row):
+            skipped["attention_products"] = {"": "no nn.MultiheadAttention of the network's is opened"}
         return Variant(network, skipped=skipped)
+
+    def put_operands(self, network: nn.Module, calibration: Calibration, row: Any) -> list[str]:
+        """Let quantizers round the operands of attention's products, in place; return the operands' names."""
+        scheme = ActivationScheme(self.mode, row.activation_bits)
+        found, batches = operands(calibration.model), [(images, torch.empty(0)) for images in calibration.images]
+        seen = collect(calibration.model, batches, calibration.bins, found)["layers"] if found else {}
+        put(network, {name: self.quantizer(scheme, statistics, row) for name, statistics in seen.items()})
+        return list(seen)
+
+    def quantizer(self, scheme: ActivationScheme, statistics: dict[str, Any], row: Any) -> ActivationQuantizer:
+        """Return what rounds an activation with these statistics."""
+        return ActivationQuantizer(scheme)
 
     def quantize(self, model: nn.Module, calibration: Calibration, row: Any) -> Variant:
         model, calibration, skipped = equalized(model, calibration, row)
@@ -73,10 +89,12 @@ class StaticRecipe(UniformRecipe[P.Static]):
     def simulated(self, model: nn.Module, calibration: Calibration, row: P.Static) -> Variant:
         variant = super().simulated(model, calibration, row)
         for name, layer in quantized_layers(variant.network).items():
-            scheme, statistics = layer.scheme.activation, calibration.statistics[name]
-            bounds = activation_range(statistics, scheme, row.activation_range, row.clip_percentile)
-            layer.activation.scale, layer.activation.zero_point = scheme.choose_qparams(*bounds)
+            layer.activation = self.quantizer(layer.scheme.activation, calibration.statistics[name], row)
         return variant
+
+    def quantizer(self, scheme: ActivationScheme, statistics: dict[str, Any], row: P.Static) -> ActivationQuantizer:
+        bounds = activation_range(statistics, scheme, row.activation_range, row.clip_percentile)
+        return ActivationQuantizer(scheme, *scheme.choose_qparams(*bounds))
 
 
 @register(P.QatStatic)

@@ -2,7 +2,7 @@
 
 `nn.MultiheadAttention` reads the weights of its projections itself: put a quantized layer in their place and it is
 never called. `OpenAttention` computes the same from two `nn.Linear` modules that it does call. The two matrix products
-of attention (queries with keys, weights with values) have no weights; they stay in floating point.
+of attention (queries with keys, weights with values) have no weights; a method may round their operands.
 """
 
 import math
@@ -20,6 +20,31 @@ FUSED = re.compile(r"(^|\.)in_proj_(weight|bias)$")
 """How PyTorch names the projection of queries, keys and values in one."""
 
 
+class Operand(nn.Module):
+    """One side of a matrix product, as it is; a quantizer may take its place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x`."""
+        return x
+
+
+class Product(nn.Module):
+    """The product of two activations, [..., M, K] and [..., K, N]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = Operand(), Operand()
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """Multiply what is left of both."""
+        return torch.matmul(self.left(left), self.right(right))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing rounds or watches an operand."""
+        return all(type(side) is Operand and not side._forward_pre_hooks for side in self.children())
+
+
 class OpenAttention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017) from the parameters of `source`, an `nn.MultiheadAttention`.
 
@@ -32,6 +57,7 @@ class OpenAttention(nn.Module):
         self.dropout, self.head_dim = source.dropout, source.head_dim
         self.in_proj = _linear(source.in_proj_weight, source.in_proj_bias)
         self.out_proj = _linear(source.out_proj.weight, source.out_proj.bias)
+        self.scores, self.mixing = Product(), Product()
 
     def forward(
         self,
@@ -53,11 +79,12 @@ class OpenAttention(nn.Module):
         )
         mask = self._mask(attn_mask, key_padding_mask, q)
         dropout, weights = self.dropout if self.training else 0.0, None
-        if need_weights:
-            scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+        is_fused = self.scores.is_plain and self.mixing.is_plain and not torch.compiler.is_exporting()
+        if need_weights or not is_fused:
+            scores = self.scores(q, k.transpose(-2, -1)) / math.sqrt(q.shape[-1])
             weights = (scores if mask is None else scores + mask).softmax(-1)
-            mixed = F.dropout(weights, dropout, self.training) @ v
-            weights = weights.mean(1) if average_attn_weights else weights
+            mixed = self.mixing(F.dropout(weights, dropout, self.training), v)
+            weights = (weights.mean(1) if average_attn_weights else weights) if need_weights else None
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         output = self.out_proj(mixed.transpose(1, 2).flatten(2))
@@ -104,6 +131,12 @@ def open_attention(model: nn.Module) -> None:
         )
         if is_plain and not module.add_zero_attn:  # type: ignore[union-attr]
             put(model, {name: OpenAttention(module)})  # type: ignore[arg-type]
+
+
+def operands(model: nn.Module) -> dict[str, nn.Module]:
+    """Return both sides of every product of attention by name, quantizers where they have taken their place."""
+    products = [(name, module) for name, module in model.named_modules() if isinstance(module, Product)]
+    return {f"{name}.{side}": module for name, product in products for side, module in product.named_children()}
 
 
 def opened_names(state: dict[str, Tensor], own: Collection[str] | None = None) -> dict[str, Tensor]:

@@ -116,6 +116,8 @@ class IntegerProducts(Scheme):
     activation_bits: Bits = 8
     saturation_free: bool = False
     """Whether 8-bit weights are held to what int8 sums of x86 CPUs without VNNI can take, once they are frozen."""
+    attention_products: bool = False
+    """Whether the operands of attention's two matrix products are rounded as inputs of layers are."""
 
     @model_validator(mode="after")
     def _codes_can_be_held(self) -> "IntegerProducts":
@@ -243,7 +245,15 @@ class QatWithScales(TrainedStatic):
 class QatLsq(QatWithScales):
     """The static scheme, fine-tuned with learned scales; BatchNorm is folded after training."""
 
-    refused = ("equalize", "rounding", "gain_correction", "bias_correction", "finetune", "saturation_free")
+    refused = (
+        "equalize",
+        "rounding",
+        "gain_correction",
+        "bias_correction",
+        "finetune",
+        "saturation_free",
+        "attention_products",
+    )
     kind: Literal["qat_lsq"]  # type: ignore[assignment]
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The share of the fp32 model's predictions in what is learned, beside the labels."""

@@ -21,6 +21,7 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quantstudy.network.attention import operands
 from quantstudy.network.graph import as_stored, out_channels_first, put
 from quantstudy.quantization.packing import pack, unpack
 from quantstudy.quantization.saturation import may_saturate
@@ -270,6 +271,11 @@ def quantize_layers(model: nn.Module, schemes: dict[str, LayerScheme]) -> dict[s
         replaced[name] = (QuantConv2d if is_2d else kind)(layer, scheme)
     put(model, replaced)
     return replaced
+
+
+def quantized_operands(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """Return what rounds the operands of attention's products, by name."""
+    return {name: side for name, side in operands(model).items() if isinstance(side, ActivationQuantizer)}
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:

@@ -7,7 +7,7 @@ histogram of fixed bins between them, so nothing is approximated by merging. Eve
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,15 +27,20 @@ def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], bins: int) -> dict[str, Any]:
-    """Return the input statistics of every quantizable layer of `model` over `batches`.
+def collect(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    bins: int,
+    layers: Mapping[str, nn.Module] | None = None,
+) -> dict[str, Any]:
+    """Return the input statistics of every quantizable layer of `model`, or of `layers`, over `batches`.
 
     The result is `{"images": int, "layers": {name: statistics}}`, the layers in the order in which they run. A layer's
     statistics are the floats min, max, mean and std, `moving` (the exponential averages of the batches' minima and
     maxima), `edges` (float32 [bins + 1]) and `counts` (float64 [bins]).
     """
     images = [images for images, _ in batches]
-    layers = quantizable_layers(model)
+    layers = quantizable_layers(model) if layers is None else layers
     extremes: dict[str, list[float]] = {}
     moving: dict[str, list[float]] = {}
     sums: dict[str, Tensor] = {}
@@ -68,7 +73,7 @@ def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], bins: in
 
 
 def run_watched(
-    model: nn.Module, layers: dict[str, nn.Module], images: Iterable[Tensor], watch: Callable[[str, Tensor], None]
+    model: nn.Module, layers: Mapping[str, nn.Module], images: Iterable[Tensor], watch: Callable[[str, Tensor], None]
 ) -> None:
     """Run `model` on batches of images, calling `watch` with the name and the input of each of `layers` on its way."""
     with contextlib.ExitStack() as hooks:

@@ -17,7 +17,14 @@ from quantstudy.network.checkpoint import load_checkpoint, load_into, save_check
 from quantstudy.network.folding import channels_last
 from quantstudy.network.fp32 import load_fp32, network_facts, skeleton_of
 from quantstudy.network.graph import put
-from quantstudy.quantization.layers import ChannelReLU, LayerScheme, quantize_layers, quantized_layers
+from quantstudy.quantization.layers import (
+    ActivationQuantizer,
+    ChannelReLU,
+    LayerScheme,
+    quantize_layers,
+    quantized_layers,
+    quantized_operands,
+)
 from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
 
 Skipped = dict[str, dict[str, str]]
@@ -48,11 +55,16 @@ def save_variant(path: Path, variant: Variant, fp32: dict[str, Any], name: str) 
         layer: asdict(module.scheme) | {"scale": module.activation.scale, "zero_point": module.activation.zero_point}
         for layer, module in quantized_layers(variant.network).items()
     }
+    rounded = {
+        name: {"scheme": asdict(module.scheme), "scale": module.scale, "zero_point": module.zero_point}
+        for name, module in quantized_operands(variant.network).items()
+    }
     facts = {
         **network_facts(fp32),
         "variant": name,
         "dtype": str(variant.dtype).removeprefix("torch."),
         "layers": layers,
+        "operands": rounded,
         "skipped": variant.skipped,
         "channel_relus": {n: m.axis for n, m in variant.network.named_modules() if isinstance(m, ChannelReLU)},
     }
@@ -73,6 +85,8 @@ def load_variant(path: Path) -> Variant:
         layer.dtype = dtype
         row = checkpoint["layers"][name]
         layer.activation.scale, layer.activation.zero_point = row["scale"], row["zero_point"]
+    for name, row in checkpoint["operands"].items():
+        put(network, {name: ActivationQuantizer(**row | {"scheme": ActivationScheme(**row["scheme"])})})
     relus = checkpoint["channel_relus"].items()
     put(network, {name: ChannelReLU(checkpoint["state_dict"][f"{name}.bound"], axis) for name, axis in relus})
     load_into(network, checkpoint["state_dict"], assign=True)

@@ -131,8 +131,9 @@ def network_of(model: nn.Module) -> tuple[nn.Module, torch.dtype]:
 def unrounded(model: nn.Module) -> Variant:
     """Return a copy with the same weights in float64, whose activations are not rounded."""
     exact = cast(network_of(model)[0], torch.float64)
-    for layer in quantized_layers(exact.network).values():
-        layer.activation = ActivationQuantizer(ActivationScheme())
+    for module in exact.network.modules():
+        if isinstance(module, ActivationQuantizer):
+            module.scheme = ActivationScheme()
     return exact
 
 

@@ -44,7 +44,7 @@ def graph_of(network: nn.Module, shape: Sequence[int]) -> onnx.ModelProto:
     """Return a network's graph, float32 [batch, C, H, W] to float32 [batch, classes]; batch is free.
 
     Each parameter of the network is an initializer of its name and shape, without data. Other constants have theirs. A
-    Clip that is the only call of a module has the module's name.
+    Clip or MatMul that is the only one of a module has the module's name.
 
     Args:
         network: fp32 with BatchNorm folded; it stays as it is.
@@ -191,15 +191,15 @@ def _exported(network: nn.Module, shape: Sequence[int], weights: frozenset[str])
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Remove what only a debugger reads, larger than a small network's 4-bit weights, but for the names of Clips."""
+    """Remove what only a debugger reads, larger than a small network's 4-bit weights, but for names of modules."""
     graph = model.graph
     del graph.value_info[:]
-    clips: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    calls: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in graph.node:
         scopes = [entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"]
-        if node.op_type == "Clip" and scopes:
-            clips[ast.literal_eval(scopes[0])[-2]].append(node)
-    for name, (node, *others) in clips.items():
+        if node.op_type in ("Clip", "MatMul") and scopes:
+            calls[ast.literal_eval(scopes[0])[-2]].append(node)
+    for name, (node, *others) in calls.items():
         node.name = node.name if others else name
     for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
         part.ClearField("doc_string")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from quantstudy.errors import UserError
 from quantstudy.files import atomic, write_json
 from quantstudy.network.graph import is_transposed
-from quantstudy.quantization.layers import ChannelReLU, quantized_layers
+from quantstudy.quantization.layers import ActivationQuantizer, ChannelReLU, quantized_layers, quantized_operands
 from quantstudy.quantization.packing import pack
 from quantstudy.quantization.variant import Variant
 
@@ -97,6 +97,7 @@ class _Builder:
         self.quantized_inputs: dict[tuple[Any, ...], str] = {}
         self.calls: Counter[str] = Counter()
         modules = network.named_modules()
+        self.operands = quantized_operands(network)
         self.bounded: dict[str, ChannelReLU] = {name: m for name, m in modules if isinstance(m, ChannelReLU)}
 
     def build(self) -> onnx.ModelProto:
@@ -105,6 +106,10 @@ class _Builder:
         if missing := self.bounded.keys() - {node.name for node in self.source.graph.node if node.op_type == "Clip"}:
             what = f"the bounds per channel of {min(missing)} have no place in the ONNX graph"
             raise UserError(f"equalize: {what}; export a method without equalize")
+        names = {node.name for node in self.source.graph.node}
+        if missing := {operand.rpartition(".")[0] for operand in self.operands} - names:
+            what = f"the product {min(missing)} has no place in the ONNX graph; it may be computed twice"
+            raise UserError(f"attention_products: {what}; export a method without them")
         for node in self.source.graph.node:
             self._append(node)
         result = copy.deepcopy(self.source)
@@ -202,18 +207,27 @@ class _Builder:
             self._append_bounded(node, self.bounded[node.name])
             return
         layer = self.layer_of.get(node.input[1]) if node.op_type in _MULTIPLIES else None
-        mode = "none" if layer is None else self.layers[layer].scheme.activation.mode
         if layer is not None and _multiplies_integers(self.layers[layer]):
             self._append_dynamic(node, layer)
             return
         copied = self._copied(node, layer)
-        if layer is not None and mode == "static":
-            copied.input[0] = self._quantize_input(node.input[0], self.layers[layer])
-        elif layer is not None and mode == "dynamic":
-            copied.input[0] = self._add(
-                "DequantizeLinear", self._dynamic_codes(node.input[0]), f"{node.input[0]}.rounded"
-            )
+        if layer is not None:
+            copied.input[0] = self._rounded(node.input[0], self.layers[layer].activation)
+        for place, side in enumerate(("left", "right")):
+            if node.op_type == "MatMul" and (operand := self.operands.get(f"{node.name}.{side}")):
+                copied.input[place] = self._rounded(node.input[place], operand)
         self.nodes.append(copied)
+
+    def _rounded(self, value: str, quantizer: ActivationQuantizer) -> str:
+        """Quantize and dequantize a value; return the result's name."""
+        if quantizer.scheme.mode == "none":
+            return value
+        if quantizer.scheme.mode == "static":
+            return self._quantize_input(value, quantizer)
+        if (value, "rounded") not in self.quantized_inputs:
+            rounded = self._add("DequantizeLinear", self._dynamic_codes(value), f"{value}.rounded")
+            self.quantized_inputs[value, "rounded"] = rounded
+        return self.quantized_inputs[value, "rounded"]
 
     def _append_bounded(self, node: onnx.NodeProto, module: ChannelReLU) -> None:
         """Clamp at zero and at each channel's own bound."""
@@ -240,8 +254,8 @@ class _Builder:
         self.calls[name] += 1
         return name if self.calls[name] == 1 else f"{name}{CALL}{self.calls[name]}"
 
-    def _quantize_input(self, value: str, layer: Any) -> str:
-        grid = (layer.activation.scale, layer.activation.zero_point, layer.scheme.activation.highest)
+    def _quantize_input(self, value: str, quantizer: ActivationQuantizer) -> str:
+        grid = (quantizer.scale, quantizer.zero_point, quantizer.scheme.highest)
         if (value, *grid) not in self.quantized_inputs:
             prefix = f"{value}.q{len(self.quantized_inputs)}"
             scale = self._constant(f"{prefix}.scale", np.array(grid[0], np.float32))
