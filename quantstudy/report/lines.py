@@ -35,6 +35,8 @@ def plot_scaling_law(path: Path, title: str, points: Sequence[Mapping[str, Any]]
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.margins(x=0.08, y=0.12)
+        if not points:
+            axes.text(0.5, 0.5, "scaling_law lists no variants", transform=axes.transAxes, ha="center")
         _name_points(axes, points)
         axes.set(title=f"{title}: scaling law", xlabel="bits of a weight", ylabel="top-1 accuracy, %")
         axes.legend(loc="lower left", title="bands: 95 % intervals", alignment="left", title_fontsize=9)
@@ -91,7 +93,8 @@ def plot_training_curves(path: Path, title: str, finetune: Curve, qat: Mapping[s
         grid[0][0].legend(handles=handles)
         runs = [(method, *style) for method, style in styles.items()]
         handles = [Line2D([], [], label=name, marker=mark, color=color, markersize=5) for name, mark, color in runs]
-        grid[0][1].legend(handles=handles)
+        if qat:
+            grid[0][1].legend(handles=handles)
         save(figure, path)
 
 
