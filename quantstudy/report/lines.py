@@ -29,14 +29,15 @@ def plot_scaling_law(path: Path, title: str, points: Sequence[Mapping[str, Any]]
             bits, top1, low, high = ([row[key] for row in rows] for key in ("bits", "top1", "top1_low", "top1_high"))
             axes.fill_between(bits, low, high, color=color, alpha=0.15, linewidth=0)
             axes.plot(bits, top1, marker=marker, color=color, label=label, markersize=7)
-        axes.set_xscale("log", base=2)
+        if points:
+            axes.set_xscale("log", base=2)
+        else:
+            axes.text(0.5, 0.5, "scaling_law lists no variants", transform=axes.transAxes, ha="center")
         axes.invert_xaxis()
         axes.xaxis.set_major_locator(FixedLocator(sorted({row["bits"] for row in points})))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.margins(x=0.08, y=0.12)
-        if not points:
-            axes.text(0.5, 0.5, "scaling_law lists no variants", transform=axes.transAxes, ha="center")
         _name_points(axes, points)
         axes.set(title=f"{title}: scaling law", xlabel="bits of a weight", ylabel="top-1 accuracy, %")
         axes.legend(loc="lower left", title="bands: 95 % intervals", alignment="left", title_fontsize=9)
