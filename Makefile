@@ -39,7 +39,7 @@ $(TOOLS): $(READY)
 	touch $@
 
 repro: setup  ## Run what changed of the studies in params.yaml, then print the result tables
-	python -m tools.warm sh -c 'python -m stages diagnose > /dev/null && dvc repro'
+	python -m tools.warm sh -c 'python -m quantstudy check && python -m stages diagnose > /dev/null && dvc repro'
 	@$(MAKE) --no-print-directory results
 
 results: setup  ## Print the result tables and where the plots are

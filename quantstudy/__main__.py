@@ -1,19 +1,20 @@
-"""`python -m quantstudy <command>`: results, compare, quantize, tune, readme."""
+"""`python -m quantstudy <command>`: check, results, compare, quantize, tune, readme."""
 
 import argparse
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from quantstudy import layout
-from quantstudy.errors import UserError, run_stage
-from quantstudy.params import load_params
+from quantstudy.errors import UserError, run_stage, shown
+from quantstudy.params import PARAMS_FILE, load_params
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command that the arguments name."""
     parser = argparse.ArgumentParser(prog="python -m quantstudy", description="Quantize a vision model and compare.")
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("check", help="check params.yaml, and that what its studies name is there; runs nothing")
     commands.add_parser("results", help="print the tables of the studies in `run`")
     commands.add_parser("readme", help="put the reports' tables into README.md and the pages of docs/")
     comparing = commands.add_parser("compare", help="print which variants moved between two revisions, as Markdown")
@@ -29,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     tuning.add_argument("--out", type=Path, required=True, help="the .onnx file to write")
     arguments = parser.parse_args(argv)
-    if arguments.command == "readme":
+    if arguments.command == "check":
+        check()
+    elif arguments.command == "readme":
         fill_pages()
     elif arguments.command == "quantize":
         from quantstudy.measure.quantize_file import quantize
@@ -48,6 +51,50 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"\nall of it on one page: {layout.REPORT}")
 
 
+def check() -> None:
+    """Check the params, and that the networks, sets and files are there that the studies in `run` name.
+
+    Raises:
+        UserError: it has a line for each mistake.
+    """
+    from quantstudy.params.checks import at, names_at
+    from quantstudy.params.mistakes import refusal
+    from quantstudy.params.reading import read_params
+
+    raw, lines, params = read_params(PARAMS_FILE), list[str](), None
+    with _kept(lines):
+        params = load_params()
+    for study in names_at(raw, "run"):
+        row, key = at(raw, dict, "studies", study), f"studies.{study}"
+        if architecture := at(row, str, "model", "architecture"):
+            from quantstudy.network.architectures import check_architecture
+
+            with _kept(lines):
+                check_architecture(architecture, at(row, str, "model", "code_sha256") or None, f"{key}.model")
+        if dataset := at(row, str, "data", "dataset"):
+            from quantstudy.data.torchvision_sets import check_dataset
+
+            with _kept(lines):
+                check_dataset(dataset, f"{key}.data.dataset")
+        for place in (("model", "weights"), ("data", "path"), ("calibration", "path")):
+            path = at(row, str, *place)
+            with contextlib.suppress(OSError):  # of a name that no file can have, which load_params says
+                if path not in ("", "imagenet") and not Path(path).exists():
+                    lines.append(f"{key}.{'.'.join(place)}: {shown(path)}: no such file; put or link it there")
+    if params is None or lines:
+        raise refusal(lines)
+    print(f"{PARAMS_FILE}: no mistake found; studies: {len(params.run)}, variants of each: {len(params.variants)}")
+
+
+@contextlib.contextmanager
+def _kept(lines: list[str]) -> Iterator[None]:
+    """Keep the lines of an error in `lines` instead of raising it."""
+    try:
+        yield
+    except UserError as error:
+        lines += error.args
+
+
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
     whole = "of a state_dict; this project's fp32.pth says it itself"
     parser.add_argument("model", help="an fp32.pth of this project, or a state_dict")
@@ -61,12 +108,18 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=float, nargs=3, help=f"{whole}: of red, green, blue (ImageNet's)")
     parser.add_argument("--calibration-images", type=_positive, default=256, help="at most (%(default)s)")
     parser.add_argument("--batch-size", type=_positive, default=64, help="of calibration (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the calibration draw (%(default)s)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the calibration draw (%(default)s)")
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or len(text) > 10 or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a whole number from 0 to 2^32 - 1")
     return int(text)
 
 

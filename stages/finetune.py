@@ -10,7 +10,7 @@ from quantstudy.data.container import load_split
 from quantstudy.errors import UserError, run_stage
 from quantstudy.files import sha256, write_json
 from quantstudy.machine.device import set_up, training_dtype
-from quantstudy.network.architectures import build, check_code, check_logits
+from quantstudy.network.architectures import build, check_architecture, check_logits
 from quantstudy.network.fp32 import save_fp32
 from quantstudy.network.weights import LoadReport, load_pretrained
 from quantstudy.params import load_params
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _start(study: P.Study, name: str, classes: int, shape: tuple[int, int, int]) -> tuple[nn.Module, LoadReport]:
     """Build the study's network and load the weights that its training starts from, or keeps."""
     key = f"studies.{name}.model"
-    check_code(study.model.architecture, study.model.code_sha256, f"{key}.code_sha256")
+    check_architecture(study.model.architecture, study.model.code_sha256, key)
     model = build(study.model.architecture, classes, shape, f"{key}.architecture")
     check_logits(model, classes, shape, f"{key}.architecture", trains=study.training.epochs > 0)
     loaded = load_pretrained(model, study.model, name)

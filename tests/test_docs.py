@@ -22,6 +22,7 @@ from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.recipe import RECIPES
 from quantstudy.methods.recipes import quantize
 from quantstudy.network.architectures import build
+from quantstudy.params.reading import read_params
 from quantstudy.quantization.variant import Variant
 from quantstudy.report.ablation import markdown
 from tests.blocks import PAGES, Block, blocks, dialogues, headings, inline_commands, prose
@@ -46,7 +47,7 @@ def check_dialogue(block: Block, folder: Path) -> None:
 
 def check_rows(block: Block, folder: Path) -> None:
     rows = yaml.safe_load(block.text.replace("<its SHA-256>", "ab" * 32))
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params = read_params(ROOT / "params.yaml")
     for section, given in rows.items():
         for name, row in given.items():
             assert params[section].get(name, row) == row, f"{block}: {name} is another in params.yaml"

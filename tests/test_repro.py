@@ -146,3 +146,17 @@ def test_the_page_of_plots_needs_no_network(first: set[str], run: Run, copy: Pat
 def test_an_experiment_changes_a_parameter(first: set[str], run: Run) -> None:
     output = run(*DVC, "exp", "run", "-S", "methods.int4_weight_only.group_size=128")
     assert "ptq@tiny-int4_weight_only" in stages_run(output)
+
+
+NONE = {"ptq": [], "qat": [], "budget": {"studies": [], "methods": []}, "export": {"ptq": [], "budget": [], "qat": []}}
+
+
+@pytest.mark.parametrize(("kind", "method"), [("ptq", "int8_static"), ("qat", "qat_int8")])
+def test_one_kind_of_method_without_exports(first: set[str], run: Run, copy: Path, kind: str, method: str) -> None:
+    law = {"scaling_law": {"ptq": ["fp32"], "qat": []} | {kind: ["fp32", method]}}
+    (copy / "params.yaml").write_text(yaml.safe_dump(TINY_PARAMS | NONE | {kind: [method]} | law, sort_keys=False))
+    assert {"plots@tiny", "page@tiny", "report"} <= stages_run(run(*REPRO)) <= first
+    assert "Data and pipelines are up to date." in run(*DVC, "status")
+    rows = re.findall(r"^\| (\w+) +\|", run(sys.executable, "-m", "quantstudy", "results"), re.MULTILINE)
+    assert rows == ["variant", "fp32", method]
+    run(*DVC, "plots", "show", "-o", "page")

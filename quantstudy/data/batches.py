@@ -32,7 +32,7 @@ class Batches:
     `share` (part, parts) makes this one of several that share out each batch of a shuffled epoch among them.
 
     Without shuffling, all batches but the last have `batch_size` images. With it, the batches are as equal as
-    possible, so that none is too small for batch normalization.
+    possible, and have two images or more for each part, which batch normalization needs.
     """
 
     def __init__(
@@ -69,7 +69,8 @@ class Batches:
 
     def __len__(self) -> int:
         """Return the number of batches."""
-        return -(-self.images // self._batch_size)
+        full = -(-self.images // self._batch_size)
+        return min(full, max(1, self.images // (2 * self._parts))) if self._shuffle else full
 
     def set_epoch(self, epoch: int) -> None:
         """Fix the order and the augmentation of the next iterations: they depend on the seed and `epoch` alone."""

@@ -40,14 +40,19 @@ def torchvision_set(data: Data, key: str) -> tuple[ImageList, ImageList]:
     Raise `UserError` for a name that is not known, a failed download and files that are missing or corrupt.
     """
     name = str(data.dataset)
-    if name not in _SPLIT_ARGUMENTS:
-        raise unknown(f"{key}.dataset", name, _SPLIT_ARGUMENTS)
+    check_dataset(name, f"{key}.dataset")
     root = EXTERNAL / name
     with _one_line_errors(name, root, f"{key}.dataset"):
         if not root.exists():
             _download(name, root)
         train, test = (_open(name, root, arguments) for arguments in _SPLIT_ARGUMENTS[name])
     return _image_list(train, root), _image_list(test, root)
+
+
+def check_dataset(name: str, key: str) -> None:
+    """Raise `UserError`, naming `key`, for a set that is not known."""
+    if name not in _SPLIT_ARGUMENTS:
+        raise unknown(key, name, _SPLIT_ARGUMENTS)
 
 
 def _download(name: str, root: Path) -> None:

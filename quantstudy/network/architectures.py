@@ -59,13 +59,13 @@ def build(
     torch.backends.mha.set_fastpath_enabled(False)  # it reads the weights of an encoder's linear layers itself
     arguments: dict[str, Any] = {"num_classes": classes}
     sized = next((name for prefix, name in _SIZED.items() if architecture.startswith(prefix)), None)
-    if is_own(architecture) and "image_size" in inspect.signature(make).parameters:
-        sized = "image_size"
     _, height, width = image_shape(image_size)
-    if sized is not None:
-        arguments[sized] = height if sized != "input_size" and height == width else (height, width)
-    expected = Exception if is_own(architecture) else (AssertionError, ValueError, TypeError)
+    expected = (Exception, SystemExit) if is_own(architecture) else (AssertionError, ValueError, TypeError)
     try:
+        if is_own(architecture) and "image_size" in inspect.signature(make).parameters:
+            sized = "image_size"
+        if sized is not None:
+            arguments[sized] = height if sized != "input_size" and height == width else (height, width)
         model = make(**arguments)
     except expected as error:
         size = height if height == width else f"{height} by {width}"
@@ -93,7 +93,7 @@ def check_logits(model: nn.Module, classes: int, image_size: int | Shape, key: s
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):  # training is to start from the seed
                 logits = network.train(is_training)(batch)
-        except Exception as error:  # one's own code may raise anything; torchvision's does at images that are too small
+        except (Exception, SystemExit) as error:  # one's own code may raise anything, torchvision's for tiny images
             reason = one_line(error)
             if "view size is not compatible" in str(error):
                 reason = "it calls view() on maps that lie channels_last; write flatten(1) or reshape() instead"
@@ -118,13 +118,25 @@ def code_sha256(architecture: str, key: str = "model.architecture") -> str | Non
     if not is_own(architecture):
         return None
     name = architecture.partition(":")[0]
-    file = Path(_module(name, key).__file__ or "")
-    root = file.parents[name.count(".") + (file.name == "__init__.py")]
+    file = Path(getattr(_module(name, key), "__file__", None) or "")
+    depth = name.count(".") + (file.name == "__init__.py")
+    if file.suffix != ".py" or not file.is_file() or len(file.parents) <= depth:
+        raise UserError(f"{key}: {name} has no source file; write a function of num_classes in a module of your own")
+    root = file.parents[depth]
     script = file.relative_to(root)
-    installed = root in (Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib"))
+    installed = root in (Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib", "stdlib"))
     files = [script] if installed else transitive_imports(script, root)
     lines = [f"{sha256(root / path)}  {path.as_posix()}\n" for path in files if path.parts[0] != "quantstudy"]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def check_architecture(architecture: str, expected: str | None, key: str) -> None:
+    """Raise `UserError` unless there is a classifier of that name; `key` is where the `model` lies in the params.
+
+    `expected` is the SHA-256 of one's own code. Nothing is built.
+    """
+    (_own if is_own(architecture) else _torchvision)(architecture, f"{key}.architecture")
+    check_code(architecture, expected, f"{key}.code_sha256")
 
 
 def check_code(architecture: str, expected: str | None, key: str) -> None:
@@ -148,7 +160,7 @@ def _own(architecture: str, key: str) -> Callable[..., Any]:
 def _module(name: str, key: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as error:  # importing runs one's own code
+    except (Exception, SystemExit) as error:  # importing runs one's own code
         where = f"{Path.cwd()} or PYTHONPATH"
         raise UserError(f"{key}: {name} cannot be imported from {where}: {one_line(error)}") from None
 

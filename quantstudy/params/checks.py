@@ -1,63 +1,85 @@
-"""What the sections of the params must have in common."""
+"""What the sections of the params must have in common.
 
-from typing import TYPE_CHECKING
+It is asked of the file's content, not of valid sections, so that all mistakes are found at once: what has a wrong type
+is passed over here, and found by the sections' own classes.
+"""
 
-from quantstudy.errors import UserError, unknown
-from quantstudy.params.methods import QatWithScales
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    from quantstudy.params.project import Params
+from quantstudy.errors import shown, unknown
+from quantstudy.params.methods import METHOD_ROWS, MethodRow, QatWithScales
 
-TAKEN = ("fp32", "finetune")
-"""What no method may be called: the fp32 model and its curve are."""
-
-
-def check_sections(params: "Params") -> None:
-    """Raise `UserError`, one line, for the first list, name or number that does not go with another section."""
-    lowered: dict[str, str] = {}
-    for name in params.studies:
-        other = lowered.setdefault(name.lower(), name)
-        if other != name:
-            raise UserError(f"studies: {other!r} and {name!r} differ only in case; rename one")
-    for name in TAKEN:
-        if name in params.methods:
-            raise UserError(f"methods.{name}: this name is taken; choose another")
-    _check_lists(params)
-    learned = [name for name, row in params.methods.items() if isinstance(row, QatWithScales)]
-    for study, row in params.studies.items():
-        for name in row.qat.methods:
-            if name not in learned:
-                raise unknown(f"studies.{study}.qat.methods", name, learned)
-    listed = params.outliers.percentiles
-    for name, method in params.methods.items():
-        percentile = getattr(method, "clip_percentile", None)
-        if percentile is not None and percentile not in listed:
-            choices = ", ".join(map(str, listed))
-            key = f"methods.{name}.clip_percentile"
-            raise UserError(f"{key}: {percentile} is not in outliers.percentiles; choose one of {choices} or add it")
-    unmeasured = [study for study in params.run if study not in params.budget.studies]
-    if params.budget.methods and unmeasured:
-        raise UserError(f"budget.studies: {', '.join(unmeasured)} is missing; budget.methods run in every study of run")
+T = TypeVar("T")
+TAKEN = {"methods": ("fp32", "finetune"), "studies": ("external", "pages", "peers")}
+"""What no row may be called: the fp32 model and its curve are, and folders beside those of studies."""
 
 
-def _check_lists(params: "Params") -> None:
-    rows = params.methods.items()
-    for key, names, choices in (
-        ("run", params.run, list(params.studies)),
-        ("ptq", params.ptq, [m for m, row in rows if not row.trains and not row.needs_sensitivity]),
-        ("budget.studies", params.budget.studies, params.run),
-        ("budget.methods", params.budget.methods, [m for m, row in rows if row.needs_sensitivity]),
-        ("qat", params.qat, [m for m, row in rows if row.trains]),
-        ("export.ptq", params.export.ptq, params.ptq),
-        ("export.budget", params.export.budget, params.budget.methods),
-        ("export.qat", params.export.qat, params.qat),
-        ("scaling_law.ptq", params.scaling_law.ptq, params.variants),
-        ("scaling_law.qat", params.scaling_law.qat, params.variants),
-    ):
-        if not names and not key.startswith(("export", "budget")):
-            raise UserError(f"{key}: [] is empty; list one or more of {', '.join(choices)}")
-        for name in names:
-            if name not in choices:
-                raise unknown(key, name, choices)
+def at(raw: Any, kind: type[T], *keys: str) -> T:
+    """Return what lies below `keys` where it is of a `kind`, else an empty one."""
+    for key in keys:
+        raw = raw.get(key) if isinstance(raw, dict) else None
+    return raw if isinstance(raw, kind) else kind()
+
+
+def names_at(raw: Any, *keys: str) -> list[str]:
+    """Return the texts of a list, or the keys of a mapping, below `keys`."""
+    found = [*at(raw, list, *keys), *at(raw, dict, *keys)]
+    return [name for name in found if isinstance(name, str)]
+
+
+def section_mistakes(raw: dict[str, Any]) -> list[str]:
+    """Return a line for each list, name or number of a params.yaml's content that another section contradicts."""
+    rows = {name: METHOD_ROWS.get(at(raw, str, "methods", name, "kind")) for name in names_at(raw, "methods")}
+    found = [
+        f"{section}.{name}: this name is taken; choose another"
+        for section, names in TAKEN.items()
+        for name in names
+        if name in names_at(raw, section)
+    ]
+    found += _list_mistakes(raw, rows)
+    learned = [name for name, row in rows.items() if row is None or issubclass(row, QatWithScales)]
+    for study in names_at(raw, "studies"):
+        wrong = set(names_at(raw, "studies", study, "qat", "methods")) - set(learned)
+        found += [str(unknown(f"studies.{study}.qat.methods", name, learned)) for name in sorted(wrong)]
+    percentiles = at(raw, list, "outliers", "percentiles")
+    for name in rows:
+        key = ("methods", name, "clip_percentile")
+        percentile = at(raw, float, *key) or at(raw, int, *key)
+        if percentile and percentiles and percentile not in percentiles:
+            choices = f"choose one of {', '.join(map(shown, percentiles[:20]))} or add it"
+            found.append(f"{'.'.join(key)}: {shown(percentile)} is not in outliers.percentiles; {choices}")
+    return found
+
+
+def _list_mistakes(raw: dict[str, Any], rows: dict[str, type[MethodRow] | None]) -> Iterator[str]:
+    """Yield a line for each wrong list of names; `rows` has the class of each method, None where its kind is wrong."""
+    run, ptq, qat = (names_at(raw, key) for key in ("run", "ptq", "qat"))
+    budget, trained = names_at(raw, "budget", "methods"), [m for m, row in rows.items() if row is None or row.trains]
+    measured = [m for m, row in rows.items() if row is None or row.needs_sensitivity]
+    plain = [m for m, row in rows.items() if row is None or not (row.trains or row.needs_sensitivity)]
+    variants = ("ptq, budget.methods or qat", ["fp32", *ptq, *budget, *qat])
+    for key, (origin, choices) in {
+        "run": ("", names_at(raw, "studies")),
+        "ptq": ("", plain),
+        "budget.studies": ("run", run),
+        "budget.methods": ("", measured),
+        "qat": ("", trained),
+        "export.ptq": ("ptq", ptq),
+        "export.budget": ("budget.methods", budget),
+        "export.qat": ("qat", qat),
+        "scaling_law.ptq": variants,
+        "scaling_law.qat": variants,
+    }.items():
+        names = names_at(raw, *key.split("."))
+        known = [*rows, *names_at(raw, "studies")] if origin else []
+        if absent := [name for name in names if name in known and name not in choices]:
+            yield f"{key}: not in {origin}: {', '.join(absent)}; remove what is here or add it there"
+        yield from (str(unknown(key, name, choices)) for name in names if name not in [*choices, *absent])
         if len(set(names)) < len(names):
-            raise UserError(f"{key}: {names} lists a name twice")
+            yield f"{key}: {shown(names)} lists a name twice"
+    if raw.get("run") == []:
+        yield f"run: [] is empty; list one or more of {', '.join(names_at(raw, 'studies'))}"
+    unmeasured = [study for study in run if study not in names_at(raw, "budget", "studies")]
+    if budget and unmeasured:
+        yield f"budget.studies: {', '.join(unmeasured)} is missing; budget.methods run in every study of run"

@@ -3,11 +3,11 @@
 `quantstudy.methods` registers a recipe for each of these classes. What others ask of a row, `MethodRow` says.
 """
 
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from quantstudy.params.section import GROUP_SIZES, Bits, Float16, Schedule, Section
+from quantstudy.params.section import GROUP_SIZES, Bits, Epochs, Float16, Rate, Schedule, Seconds, Section
 from quantstudy.params.studies import Qat, QatOverrides
 
 
@@ -53,7 +53,7 @@ class Rounding(Section):
     weight_range: Literal["minmax", "mse"] = "minmax"
     """Scales that clip nothing, or those of the least squared error of the weights."""
     rounding: Literal["nearest", "gptq", "adaround", "brecq"] = "nearest"
-    seconds: Annotated[float, Field(gt=0)] = 480.0
+    seconds: Seconds = 480.0
     """The time that adaround, brecq and finetune may take each."""
     gain_correction: bool = False
     """Whether scales give back what rounding takes from the size of each output channel."""
@@ -119,15 +119,16 @@ class IntegerProducts(Scheme):
     attention_products: bool = False
     """Whether the operands of attention's two matrix products are rounded as inputs of layers are."""
 
-    @model_validator(mode="after")
-    def _codes_can_be_held(self) -> "IntegerProducts":
-        learned = self.rounding in ("adaround", "brecq") or self.finetune
-        if self.saturation_free and (self.group_size is not None or learned):
+    @field_validator("saturation_free")
+    @classmethod
+    def _codes_can_be_held(cls, value: bool, info: ValidationInfo) -> bool:
+        learned = info.data.get("rounding") in ("adaround", "brecq") or info.data.get("finetune")
+        if value and (info.data.get("group_size") is not None or learned):
             raise ValueError(
                 "saturation_free goes with scales per channel and rounding nearest or gptq; "
                 "remove it, or group_size, finetune or the rounding"
             )
-        return self
+        return value
 
 
 class Dynamic(IntegerProducts):
@@ -143,12 +144,13 @@ class Static(IntegerProducts):
     activation_range: Literal["minmax", "moving_average", "mse", "entropy"] = "minmax"
     clip_percentile: Annotated[float, Field(gt=50, le=100)] | None = None
 
-    @model_validator(mode="after")
-    def _clips_one_way(self) -> "Static":
-        if self.clip_percentile is not None and self.activation_range != "minmax":
-            how = self.activation_range
+    @field_validator("clip_percentile")
+    @classmethod
+    def _clips_one_way(cls, value: float | None, info: ValidationInfo) -> float | None:
+        how = info.data.get("activation_range", "minmax")
+        if value is not None and how != "minmax":
             raise ValueError(f"clip_percentile cuts the range minmax, not {how}; remove one of the keys")
-        return self
+        return value
 
 
 class Mixed(Scheme):
@@ -187,14 +189,15 @@ class MixedBudget(Rounding, MethodRow):
     dtype: Float16 = "float16"
     mean_bits: Annotated[float, Field(gt=0, le=16)] | None = None
     """Stored bits a weight, scales included."""
-    bit_operations: Annotated[float, Field(gt=0, le=1)] | None = None
+    bit_operations: Annotated[float, Field(gt=0, le=1)] | None = Field(None, validate_default=True)
     """Σ MACs · weight bits · activation bits, as a share of fp32's."""
 
-    @model_validator(mode="after")
-    def _has_a_budget(self) -> "MixedBudget":
-        if self.mean_bits is None and self.bit_operations is None:
+    @field_validator("bit_operations")
+    @classmethod
+    def _has_a_budget(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is None and info.data.get("mean_bits", 0.0) is None:
             raise ValueError("kind mixed_budget needs the key mean_bits or bit_operations")
-        return self
+        return value
 
     @property
     def widths(self) -> str:
@@ -208,12 +211,14 @@ class TrainedStatic(Static):
     refused: ClassVar[tuple[str, ...]]
     """Keys that must be what they are by default."""
 
-    @model_validator(mode="after")
-    def _takes_its_keys(self) -> "TrainedStatic":
-        if any(getattr(self, key) != type(self).model_fields[key].default for key in self.refused):
-            *most, last = self.refused
-            raise ValueError(f"kind {self.kind} takes no {', '.join(most)}{' or ' if most else ''}{last}; remove them")
-        return self
+    @field_validator("*")
+    @classmethod
+    def _takes_its_keys(cls, value: Any, info: ValidationInfo) -> Any:
+        key = info.field_name or ""
+        if key in cls.refused and value != cls.model_fields[key].default:
+            (kind,), (*most, last) = get_args(cls.model_fields["kind"].annotation), cls.refused
+            raise ValueError(f"kind {kind} takes no {', '.join(most)}{' or ' if most else ''}{last}; remove them")
+        return value
 
 
 class QatStatic(TrainedStatic):
@@ -230,8 +235,8 @@ class QatWithScales(TrainedStatic):
     activation_range: Literal["minmax", "moving_average", "mse", "entropy"] = "mse"
     """Where the learned scales start, as `weight_range` is."""
     schedule: Schedule = "cosine"
-    epochs: Annotated[int, Field(ge=1)] | None = None
-    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    epochs: Epochs | None = None
+    learning_rate: Rate | None = None
     """None: the study's, as `epochs`; a study's `qat.methods` goes before both."""
 
     def training(self, row: Qat, name: str) -> Qat:
@@ -267,7 +272,7 @@ class QatJoint(QatWithScales):
 
     refused = ("saturation_free",)
     kind: Literal["qat_joint"]  # type: ignore[assignment]
-    learning_rate: Annotated[float, Field(gt=0)] = 0.03
+    learning_rate: Rate = 0.03
     """Of the codes, in steps of the grid."""
 
 

@@ -1,55 +1,56 @@
-"""The first mistake in the params as one line: the key, the value and the choices."""
+"""Mistakes in the params, a line each: the key, the value and the choices."""
 
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
-from quantstudy.errors import unknown
+from quantstudy.errors import UserError, cut, shown, unknown
 from quantstudy.params.methods import METHOD_ROWS
-from quantstudy.params.section import Section
-from quantstudy.params.studies import Study
+from quantstudy.params.section import NAME, Section
+
+MOST = 40
+"""Lines of an error."""
 
 
-def first_mistake(error: ValidationError, raw: dict[str, Any], whole: type[Section]) -> str:
-    """Return one line about `raw`, which is no valid `whole`, the class of all params or of a part."""
-    first = error.errors()[0]
-    place = first["loc"]
-    loc = [part for index, part in enumerate(place) if index != 2 or place[0] != "methods"]  # there is a union's tag
-    key = ".".join(str(part) for part in loc) or "params.yaml"
-    value = first["input"]
-    kind, context = first["type"], first.get("ctx", {})
+def refusal(lines: Sequence[str]) -> UserError:
+    """Return the error that has a line for each mistake."""
+    more = [f"and {len(lines) - MOST} more mistakes"] if len(lines) > MOST else []
+    return UserError(*(cut(line) for line in lines[:MOST]), *more)
+
+
+def mistakes(error: ValidationError, whole: type[Section]) -> list[str]:
+    """Return a line for each mistake in what is no valid `whole`, the class of all params or of a part."""
+    return [_line(dict(each), whole) for each in error.errors(include_url=False)]
+
+
+def _line(mistake: dict[str, Any], whole: type[Section]) -> str:
+    place, value, kind, context = mistake["loc"], mistake["input"], mistake["type"], mistake.get("ctx", {})
+    tagged = place[0] == "methods" and place[2:3] != ("[key]",)  # the third part is then the tag of a union
+    key = ".".join(cut(str(part), 64) for index, part in enumerate(place) if index != 2 or not tagged)
     if kind == "extra_forbidden":
-        owner = _model_at(loc[:-1], raw, whole)
-        return str(unknown(key, loc[-1], owner.model_fields)).replace("is unknown", "is an unknown key")
-    if kind == "missing":
-        return f"{key}: missing; this key is required"
-    if kind == "union_tag_invalid":
-        tags = str(context["expected_tags"]).replace("'", "").split(", ")
-        return str(unknown(f"{key}.kind", context["tag"], tags))
-    if kind == "union_tag_not_found":
-        return f"{key}.kind: missing; this key is required"
-    if kind == "literal_error":
-        return str(unknown(key, value, re.findall(r"'([^']*)'", str(context["expected"]))))
-    if kind == "string_pattern_mismatch" and "[key]" in key:
-        return _bad_name(str(value), raw)
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}" if message.startswith(str(value)) else f"{key}: {value!r}: {message}"
+        return str(unknown(key, place[-1], _keys_at(place[:-1], whole))).replace("is unknown", "is an unknown key")
+    if kind in ("missing", "union_tag_not_found"):
+        return f"{key}{'.kind' * (kind != 'missing')}: missing; this key is required"
+    if kind in ("union_tag_invalid", "literal_error"):
+        tag, choices = "tag" in context, context.get("expected_tags") or context["expected"]
+        names = choices.replace(" or ", ", ").replace("'", "").split(", ")
+        return str(unknown(key + ".kind" * tag, context["tag"] if tag else value, names))
+    if context.get("pattern") == NAME:
+        return f"{key}: {shown(value)}: a study's or method's name is made of a-z, 0-9 and _ only"
+    message = re.sub(r" or (instance of|object to) .*", "", mistake["msg"].removeprefix("Value error, "))
+    message = message.replace("valid dictionary", "mapping of keys").replace("valid tuple", "list")
+    return f"{key}: {message}" if message.startswith(shown(value)) else f"{key}: {shown(value)}: {message}"
 
 
-def _bad_name(value: str, raw: dict[str, Any]) -> str:
-    for section in ("studies", "methods"):
-        names = [str(name) for name in raw.get(section) or {}]
-        twins = [name for name in names if name.lower() == value.lower() and name != value]
-        if value in names and twins:
-            return f"{section}: {twins[0]!r} and {value!r} differ only in case; rename one"
-    return f"{value!r}: a study's or method's name is made of a-z, 0-9 and _ only"
-
-
-def _model_at(loc: list[Any], raw: dict[str, Any], whole: type[Section]) -> Any:
-    """Return the section that a location of the file belongs to."""
-    if loc[:1] == ["methods"]:
-        return METHOD_ROWS[raw["methods"][loc[1]]["kind"]]
-    if loc[:1] == ["studies"]:
-        whole, loc = Study, loc[2:]
-    return whole.model_fields[loc[0]].annotation if loc else whole
+def _keys_at(place: Sequence[Any], whole: Any) -> list[str]:
+    """Return the keys that belong at a location of the file."""
+    for part in place:
+        if get_origin(whole) is dict:
+            whole = get_args(whole)[1]
+        elif isinstance(whole, type) and issubclass(whole, Section):
+            whole = whole.model_fields[part].annotation
+        else:
+            whole = METHOD_ROWS[part]
+    return list(whole.model_fields)

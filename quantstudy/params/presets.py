@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from quantstudy.errors import UserError, unknown
+from quantstudy.errors import UserError, shown, unknown
+from quantstudy.params.checks import at
 
 
 def torchvision_preset(architecture: str, weights: str = "torchvision", key: str = "preprocessing") -> dict[str, Any]:
@@ -19,42 +20,47 @@ def torchvision_preset(architecture: str, weights: str = "torchvision", key: str
     from torchvision import models
 
     if architecture not in models.list_models(module=models):
-        what = f"torchvision has no weights of {architecture!r}; write image_size, mean and std instead"
-        raise UserError(f"{key}: {weights!r}: {what}")
+        what = f"torchvision has no weights of {shown(architecture)}; write image_size, mean and std instead"
+        raise UserError(f"{key}: {shown(weights)}: {what}")
     known = models.get_model_weights(architecture)
     if weights not in ("torchvision", *known.__members__):
         raise unknown(key, weights, ["torchvision", *known.__members__])
-    shown = (known.DEFAULT if weights == "torchvision" else known[weights]).transforms()
-    (resized,), (cut,) = shown.resize_size, shown.crop_size
+    seen = (known.DEFAULT if weights == "torchvision" else known[weights]).transforms()
+    (resized,), (cut,) = seen.resize_size, seen.crop_size
     return {
         "image_size": cut,
         "crop_fraction": cut / resized,
-        "interpolation": shown.interpolation.value,
-        "antialias": shown.antialias,
-        "mean": list(shown.mean),
-        "std": list(shown.std),
+        "interpolation": seen.interpolation.value,
+        "antialias": seen.antialias,
+        "mean": list(seen.mean),
+        "std": list(seen.std),
     }
 
 
-def with_presets(raw: dict[str, Any]) -> dict[str, Any]:
+def with_presets(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the content of a params.yaml with every `studies.<name>.data.preprocessing` written out.
 
-    Raises:
-        UserError: torchvision has no such weights, or a key beside it says the same.
+    The second value is a line for each mistake in one: torchvision has no such weights, or a key beside it says the
+    same.
     """
-    studies = raw.get("studies")
-    if not isinstance(studies, dict):
-        return raw
-    return raw | {"studies": {name: _written_out(row, f"studies.{name}.data") for name, row in studies.items()}}
+    lines: list[str] = []
+    studies = {name: _written_out(row, f"studies.{name}.data", lines) for name, row in at(raw, dict, "studies").items()}
+    return (raw | {"studies": studies} if studies else raw), lines
 
 
-def _written_out(row: Any, key: str) -> Any:
-    data = row.get("data") if isinstance(row, dict) else None
-    if not isinstance(data, dict) or "preprocessing" not in data:
+def _written_out(row: Any, key: str, lines: list[str]) -> Any:
+    data = at(row, dict, "data")
+    if "preprocessing" not in data:
         return row
-    model = row.get("model")
-    architecture = model.get("architecture") if isinstance(model, dict) else None
-    preset = torchvision_preset(str(architecture), str(data["preprocessing"]), f"{key}.preprocessing")
-    if twice := [name for name in preset if name in data]:
-        raise UserError(f"{key}.{twice[0]}: {data[twice[0]]!r} is what preprocessing says too; remove one of them")
+    try:
+        architecture, weights = at(row, str, "model", "architecture"), data["preprocessing"]
+        preset = torchvision_preset(architecture, weights, f"{key}.preprocessing")
+    except UserError as error:
+        lines.append(str(error))
+        preset = {"image_size": 224, "mean": [0.5] * 3, "std": [0.5] * 3}  # so that the other keys are looked at too
+    lines += [
+        f"{key}.{name}: {shown(data[name])} is what preprocessing says too; remove one of them"
+        for name in preset
+        if name in data
+    ]
     return row | {"data": {name: value for name, value in data.items() if name != "preprocessing"} | preset}

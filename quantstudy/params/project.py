@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from quantstudy.errors import UserError, unknown
-from quantstudy.params.checks import check_sections
+from quantstudy.errors import shown, unknown
+from quantstudy.params.checks import section_mistakes
 from quantstudy.params.methods import Method, Rounding
-from quantstudy.params.mistakes import first_mistake
+from quantstudy.params.mistakes import mistakes, refusal
 from quantstudy.params.presets import with_presets
-from quantstudy.params.section import Bits, Name, Section
+from quantstudy.params.reading import read_params
+from quantstudy.params.section import Images, Name, Seconds, Section
 from quantstudy.params.studies import Study
 
 PARAMS_FILE = Path("params.yaml")
@@ -24,22 +24,24 @@ class Measure(Section):
 
     runtimes: list[Literal["inductor", "onnxruntime", "openvino"]]
     """What is tried beside eager mode, which always is."""
-    seconds: Annotated[float, Field(gt=0)]
+    seconds: Seconds
     """Time spent timing each batch size on each runtime, the variant and fp32 together."""
-    threads: Annotated[int, Field(ge=1)] | None = None
+    threads: Annotated[int, Field(ge=1, le=512)] | None = None
 
 
 class Sensitivity(Rounding):
     """What quantizing one layer alone is measured with: the same rounding as the methods that use the result."""
 
-    bits: Annotated[list[Bits | Literal[16]], Field(min_length=1)]
-    """Widths of the one layer's weights; 16 is float16."""
-    images: Annotated[int, Field(ge=1)] | None = None
+    bits: Annotated[list[int], Field(min_length=1)]
+    """Widths of the one layer's weights, from 2 to 8; 16 is float16."""
+    images: Images | None = None
     """The first so many calibration images; None: all."""
 
     @field_validator("bits")
     @classmethod
     def _bits_differ(cls, value: list[int]) -> list[int]:
+        if wrong := [bits for bits in value if bits not in (2, 3, 4, 5, 6, 7, 8, 16)]:
+            raise ValueError(f"{shown(wrong[0])} is no width; choose from 2 to 8, and 16")
         if len(set(value)) < len(value):
             raise ValueError(f"{value} lists a width twice")
         return value
@@ -57,29 +59,36 @@ class Budget(Section):
 class Runtime(Section):
     """What the stages run on."""
 
-    processes: Annotated[int, Field(ge=1)] = 1
+    processes: Annotated[int, Field(ge=1, le=64)] = 1
     """Processes of a training stage: one a GPU, or that share a CPU's cores."""
 
 
 class Export(Section):
     """The methods of `ptq`, `budget.methods` and `qat` whose variants are also written as ONNX files."""
 
-    ptq: list[str]
-    budget: list[str]
-    qat: list[str]
+    ptq: list[Name]
+    budget: list[Name]
+    qat: list[Name]
 
 
 class ScalingLaw(Section):
     """The variants on the scaling-law plot: the same schemes with and without training."""
 
-    ptq: list[str]
-    qat: list[str]
+    ptq: list[Name]
+    qat: list[Name]
 
 
 class Outliers(Section):
     """The outlier study: the percentiles it reports, and at which a method may clip activations."""
 
-    percentiles: Annotated[list[Annotated[float, Field(gt=50, lt=100)]], Field(min_length=1)]
+    percentiles: Annotated[list[Annotated[float, Field(gt=50, lt=100)]], Field(min_length=1, max_length=20)]
+
+    @field_validator("percentiles")
+    @classmethod
+    def _percentiles_differ(cls, value: list[float]) -> list[float]:
+        if len({f"{percentile:g}" for percentile in value}) < len(value):
+            raise ValueError("lists a percentile twice")
+        return value
 
 
 class Methods(Section):
@@ -123,13 +132,14 @@ class Params(Section):
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
-    """Read and validate `params.yaml`; raise `UserError` with one line for the first mistake in it."""
-    raw = with_presets(_read(path))
+    """Read and validate `params.yaml`; raise `UserError` with a line for each mistake in it."""
+    raw, lines = with_presets(read_params(path))
     try:
         params = Params.model_validate(raw)
     except ValidationError as error:
-        raise UserError(first_mistake(error, raw, Params)) from None
-    check_sections(params)
+        raise refusal([*lines, *mistakes(error, Params), *section_mistakes(raw)]) from None
+    if lines := lines + section_mistakes(raw):
+        raise refusal(lines)
     return params
 
 
@@ -139,22 +149,10 @@ def load_methods(path: Path = PARAMS_FILE) -> dict[str, Any]:
     Raises:
         UserError: a row has a mistake.
     """
-    raw = _read(path) if path.is_file() else {}
+    raw = read_params(path) if path.is_file() else {}
     if "methods" not in raw:
-        raw = _read(DEFAULT_METHODS)
+        raw = read_params(DEFAULT_METHODS)
     try:
         return dict(Methods.model_validate({"methods": raw["methods"]}).methods)
     except ValidationError as error:
-        raise UserError(first_mistake(error, raw, Methods)) from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run from the project's root") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: {raw!r} is not a mapping of sections")
-    return raw
+        raise refusal(mistakes(error, Methods)) from None

@@ -1,13 +1,33 @@
-"""What every part of the params has in common: immutable, no unknown keys, and the types of its values."""
+"""What every part of the params has in common: immutable, no unknown keys, and the types of its values.
+
+Every number has bounds that a machine can bear: one beyond them would be a slip, and end in hours or in no memory.
+"""
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 GROUP_SIZES = (8, 16, 32, 64, 128, 256)
+NAME = r"^[a-z0-9_]+$"
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+
+def _is_text(value: str) -> str:
+    if not value or min(value) < " ":
+        raise ValueError("write one character or more, and none that controls a terminal")
+    if len(value.encode()) > 4000 or max(len(part.encode()) for part in value.split("/")) > 255:
+        raise ValueError("no file system takes a path of more than 4000 bytes, or a name of more than 255")
+    return value
+
+
+Name = Annotated[str, Field(pattern=NAME, max_length=64)]
+Text = Annotated[str, AfterValidator(_is_text)]
 Bits = Annotated[int, Field(ge=2, le=8)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Epochs = Annotated[int, Field(ge=1, le=10_000)]
+Rate = Annotated[float, Field(gt=0, le=100)]
+Images = Annotated[int, Field(ge=1, le=10**9)]
+BatchSize = Annotated[int, Field(ge=1, le=16_384)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Float16 = Literal["float16", "bfloat16"]
 Optimizer = Literal["sgd", "adamw"]
@@ -16,6 +36,6 @@ Augmentation = Literal["none", "shift", "flip", "crop_flip"]
 
 
 class Section(BaseModel):
-    """A part of the params: immutable, no unknown keys, no coercion of strings to numbers."""
+    """A part of the params: immutable, no unknown keys, no coercion of strings to numbers, finite numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

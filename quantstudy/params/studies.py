@@ -2,24 +2,46 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from quantstudy.params.section import Augmentation, Name, Optimizer, Schedule, Section, Sha256
+from quantstudy.params.section import (
+    Augmentation,
+    BatchSize,
+    Epochs,
+    Images,
+    Name,
+    Optimizer,
+    Rate,
+    Schedule,
+    Section,
+    Seed,
+    Sha256,
+    Text,
+)
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 _SIDES = (8, 1024)
 
 
 class Model(Section):
     """A classifier and the weights that its training starts from."""
 
-    architecture: str
+    architecture: Text
     """A name of torchvision's, `vgg11_small`, or `package.module:factory`, one's own function of `num_classes`."""
     code_sha256: Sha256 | None = None
     """Of the code of one's own architecture, so that a change of it trains anew."""
-    weights: str | None = None
+    weights: Text | None = None
     """None: random; `imagenet`: torchvision's; otherwise the path of a local state_dict."""
     weights_sha256: Sha256 | None = None
+
+    @field_validator("code_sha256", "weights_sha256")
+    @classmethod
+    def _is_of_a_file(cls, value: str | None, info: ValidationInfo) -> str | None:
+        of_code = info.field_name == "code_sha256"
+        of = info.data.get("architecture" if of_code else "weights", ":")
+        if value is not None and (of in (None, "imagenet") or (of_code and ":" not in of)):
+            what = "an architecture package.module:factory" if of_code else "the path of a file in weights"
+            raise ValueError(f"goes with {what}; remove it")
+        return value
 
 
 class Preprocessing(Section):
@@ -32,7 +54,7 @@ class Preprocessing(Section):
     """Pixels a side of a square, or [height, width]."""
     resize: Literal["short_side", "exact", "none"] = "short_side"
     """`short_side` keeps the aspect ratio, `exact` goes to `image_size` and may distort, `none` only cuts."""
-    crop_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    crop_fraction: Annotated[float, Field(ge=0.1, le=1)] = 1.0
     """The share of the resized short side that is kept: 0.875 for a crop of 224 out of 256, rounded to a pixel."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     antialias: bool = True
@@ -40,8 +62,8 @@ class Preprocessing(Section):
     """1 for grey, 3 for red, green and blue."""
     exif: bool = False
     """Whether the rotation that a camera noted is applied; torchvision's ImageFolder does not."""
-    mean: tuple[Finite, ...] = Field(strict=False)
-    std: tuple[Annotated[Finite, Field(gt=0)], ...] = Field(strict=False)
+    mean: tuple[Annotated[float, Field(ge=-256, le=256)], ...] = Field(strict=False)
+    std: tuple[Annotated[float, Field(ge=1e-3, le=256)], ...] = Field(strict=False)
 
     @field_validator("image_size", mode="plain")
     @classmethod
@@ -62,7 +84,7 @@ class Preprocessing(Section):
     @field_validator("crop_fraction")
     @classmethod
     def _crop_follows_a_short_side(cls, value: float, info: ValidationInfo) -> float:
-        if value != 1 and info.data.get("resize") != "short_side":
+        if value != 1 and info.data.get("resize", "short_side") != "short_side":
             raise ValueError("goes with resize: short_side; leave it out")
         return value
 
@@ -84,23 +106,24 @@ class Data(Preprocessing):
     """
 
     source: Literal["digits", "torchvision", "folder"]
-    dataset: str | None = None
-    path: str | None = None
+    dataset: Text | None = Field(None, validate_default=True)
+    path: Text | None = Field(None, validate_default=True)
     sha256: Sha256 | None = None
     test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Of a folder of classes without train/ and test/: the share of each class that is drawn for testing."""
-    max_train: Annotated[int, Field(ge=1)] | None = None
-    max_test: Annotated[int, Field(ge=1)] | None = None
+    max_train: Images | None = None
+    max_test: Images | None = None
 
-    @model_validator(mode="after")
-    def _source_has_its_keys(self) -> "Data":
-        needed = {"digits": (), "torchvision": ("dataset",), "folder": ("path",)}[self.source]
-        for key in needed:
-            if getattr(self, key) is None:
-                raise ValueError(f"source {self.source} needs the key {key}")
-        if self.test_fraction is not None and self.source != "folder":
-            raise ValueError(f"source {self.source} has a test split; remove test_fraction")
-        return self
+    @field_validator("dataset", "path", "sha256", "test_fraction")
+    @classmethod
+    def _goes_with_its_source(cls, value: Any, info: ValidationInfo) -> Any:
+        source, key = info.data.get("source"), info.field_name
+        takes = {"digits": (), "torchvision": ("dataset",), "folder": ("path", "sha256", "test_fraction")}
+        if source and value is None and key in takes[source][:1]:
+            raise ValueError(f"source {source} needs the key {key}")
+        if source and value is not None and key not in takes[source]:
+            raise ValueError(f"source {source} takes no {key}; remove it")
+        return value
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -111,35 +134,36 @@ class Data(Preprocessing):
 class Training(Section):
     """One training run: fine-tuning or QAT."""
 
-    epochs: Annotated[int, Field(ge=0)]
+    epochs: Annotated[int, Field(ge=0, le=10_000)]
     """0 keeps the weights as they are: they have been trained."""
-    learning_rate: Annotated[float, Field(gt=0)]
-    batch_size: Annotated[int, Field(ge=1)] = 64
+    learning_rate: Rate
+    batch_size: Annotated[int, Field(ge=2, le=16_384)] = 64
+    """Batch normalization needs two images."""
     optimizer: Optimizer = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 5e-4
     schedule: Schedule = "cosine"
     augmentation: Augmentation = "flip"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    max_images: Annotated[int, Field(ge=1)] | None = None
+    max_images: Annotated[int, Field(ge=2, le=10**9)] | None = None
     """Train on this many images, drawn once by seed; None: on all."""
 
 
 class QatOverrides(Section):
     """How a method that trains with its scales trains in one study, where that is not as the study's others do."""
 
-    epochs: Annotated[int, Field(ge=1)] | None = None
-    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    epochs: Epochs | None = None
+    learning_rate: Rate | None = None
     augmentation: Augmentation | None = None
 
 
 class Qat(Training):
     """Quantization-aware training: 2 epochs at 1e-5 unless the study says otherwise; the method sets the precision."""
 
-    epochs: Annotated[int, Field(ge=1)] = 2
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    epochs: Epochs = 2
+    learning_rate: Rate = 1e-5
     schedule: Schedule = "constant"
     precision: Literal["fp32"] = "fp32"
     methods: dict[Name, QatOverrides] = Field(default_factory=dict)
@@ -149,12 +173,19 @@ class Qat(Training):
 class Calibration(Section):
     """The calibration images: `batches` of `batch_size`, drawn by seed from the training split or from `path`."""
 
-    batches: Annotated[int, Field(ge=1)] = 4
-    batch_size: Annotated[int, Field(ge=1)] = 64
-    bins: Annotated[int, Field(ge=64)] = 2048
-    path: str | None = None
+    batches: Annotated[int, Field(ge=1, le=10_000)] = 4
+    batch_size: BatchSize = 64
+    bins: Annotated[int, Field(ge=64, le=65_536)] = 2048
+    path: Text | None = None
     """A folder or an archive of images, labels not needed, for a study whose training images are not at hand."""
     sha256: Sha256 | None = None
+
+    @field_validator("sha256")
+    @classmethod
+    def _is_of_the_path(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("path", "") is None:
+            raise ValueError("goes with the key path; remove it")
+        return value
 
 
 class Study(Section):
@@ -165,4 +196,4 @@ class Study(Section):
     training: Training
     calibration: Calibration
     qat: Qat
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed

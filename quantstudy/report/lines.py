@@ -29,7 +29,10 @@ def plot_scaling_law(path: Path, title: str, points: Sequence[Mapping[str, Any]]
             bits, top1, low, high = ([row[key] for row in rows] for key in ("bits", "top1", "top1_low", "top1_high"))
             axes.fill_between(bits, low, high, color=color, alpha=0.15, linewidth=0)
             axes.plot(bits, top1, marker=marker, color=color, label=label, markersize=7)
-        axes.set_xscale("log", base=2)
+        if points:
+            axes.set_xscale("log", base=2)
+        else:
+            axes.text(0.5, 0.5, "scaling_law lists no variants", transform=axes.transAxes, ha="center")
         axes.invert_xaxis()
         axes.xaxis.set_major_locator(FixedLocator(sorted({row["bits"] for row in points})))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -91,7 +94,8 @@ def plot_training_curves(path: Path, title: str, finetune: Curve, qat: Mapping[s
         grid[0][0].legend(handles=handles)
         runs = [(method, *style) for method, style in styles.items()]
         handles = [Line2D([], [], label=name, marker=mark, color=color, markersize=5) for name, mark, color in runs]
-        grid[0][1].legend(handles=handles)
+        if qat:
+            grid[0][1].legend(handles=handles)
         save(figure, path)
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from quantstudy import layout
 from quantstudy.errors import UserError, one_line
 from quantstudy.params import PARAMS_FILE
+from quantstudy.params.reading import parse_params
 
 WORKSPACE = "workspace"
 
@@ -40,7 +40,7 @@ class Revision:
             raise UserError(f"{name!r}: not a git revision or an experiment ({one_line(error)})") from None
         if content is None:
             raise UserError(f"{name!r}: has no {PARAMS_FILE}")
-        self.params: dict[str, Any] = yaml.safe_load(content)
+        self.params = parse_params(content.decode("utf-8", "replace"), PARAMS_FILE)
 
     def close(self) -> None:
         """Let go of the repository."""

@@ -180,8 +180,9 @@ def training_and_validation(
     if settings.max_images is not None:
         order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))
         kept = kept[order[: settings.max_images]]
-    if parallel.world() > 1 and min(settings.batch_size, len(kept)) < 2 * parallel.world():
-        raise UserError(f"batch_size: {settings.batch_size} is less than two images for each of the processes")
+    if settings.epochs and min(settings.batch_size, len(kept)) < 2 * parallel.world():
+        found = f"batches of {settings.batch_size} from {len(kept)} images have less than two images for each process"
+        raise UserError(f"{key or 'training.epochs'}: {found}, which batch normalization needs; raise one of them")
     drawn: Any = {"augmentation": settings.augmentation, "seed": seed, "share": (parallel.rank(), parallel.world())}
     training = Batches(split, preprocessing, settings.batch_size, device, indices=kept, shuffle=True, **drawn)
     return training, Batches(split, preprocessing, 2 * settings.batch_size, device, indices=held_out)

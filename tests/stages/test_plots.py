@@ -11,8 +11,10 @@ import pytest
 from quantstudy import layout
 from quantstudy.files import read_json, write_json
 from quantstudy.params import load_params
-from stages import plots
+from stages import page, plots, report
+from tests.conftest import Project
 from tests.report.fabricate import fabricate
+from tests.report.fabricate_page import fabricate_page
 
 FOLDER = Path("reports/tiny")
 PLOTS = ["accuracy_vs_latency_plot", "accuracy_vs_size_plot", "scaling_law_plot", "training_curves"]
@@ -61,6 +63,25 @@ def test_a_removed_variant_is_in_no_output_and_nothing_need_be_timed(study) -> N
         write_json(path, read_json(path) | untimed)
     plots.main(["--study", "tiny"])
     assert sorted(outputs()) == WRITTEN
+
+
+@pytest.mark.parametrize(
+    ("ptq", "qat"),
+    [(["int8_static", "fp16"], []), ([], ["qat_int8"]), ([], [])],
+    ids=["without training", "only with training", "fp32 alone"],
+)
+def test_a_study_may_have_no_method_of_a_kind(project: Project, ptq: list[str], qat: list[str]) -> None:
+    for key, value in {"ptq": ptq, "qat": qat, "scaling_law": {"ptq": ptq, "qat": qat}}.items():
+        project.edit(key, value)
+    project.edit("export", {"ptq": [], "budget": [], "qat": []})
+    fabricate_page(load_params(), "tiny")
+    plots.main(["--study", "tiny"])
+    assert set(WRITTEN) <= set(outputs())
+    page.main(["--study", "tiny"])
+    report.main([])
+    shown = read_json(layout.page("tiny"))
+    assert [row["variant"] for row in shown["variants"]] == ["fp32", *ptq, *qat]
+    assert len(shown["scaling_law"]) == len(ptq) + len(qat) and layout.REPORT.is_file()
 
 
 @pytest.mark.parametrize("missing", [layout.metrics("tiny", "qat_int8"), layout.curve("tiny", "qat_bf16")], ids=str)
