@@ -109,7 +109,7 @@ def write_tensors(path: Path, content: Any) -> None:
 
 
 def check_records(path: Path) -> None:
-    """Raise `BadZipFile` unless every record of a file of `torch.save` has its CRC-32; an unchanged file is read once."""
+    """Raise `BadZipFile` unless each record of a file of `torch.save` has its CRC-32; an unchanged one is read once."""
     status = path.stat()
     _check_records(path.resolve(), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
@@ -131,7 +131,7 @@ def seal(content: bytes, what: str) -> str:
 
 
 def save_array(path: Path, array: "np.ndarray", what: str) -> None:
-    """Write an array atomically as .npy, and behind it the seal, which `np.load` does not read; `what` says what it is."""
+    """Write an array, which is `what`, atomically as .npy, and behind it the seal, which `np.load` does not read."""
     import numpy as np
 
     stream = io.BytesIO()

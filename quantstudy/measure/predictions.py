@@ -16,7 +16,7 @@ def save_reference(study: str, logits: NDArray[np.float32]) -> None:
 
 
 def load_reference(study: str, images: int, classes: int) -> NDArray[np.float32]:
-    """Return fp32's logits, float32 [images, classes]; raise `UserError` when they are missing, damaged or of others."""
+    """Return fp32's logits, float32 [images, classes]; raise `UserError` when they are damaged or of others."""
     path = layout.reference(study)
     found = load_array(_content(path, "fp32"), path, _logits_of(study))
     if found.shape != (images, classes) or found.dtype != np.float32:

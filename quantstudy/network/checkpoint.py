@@ -1,8 +1,8 @@
 """Model files: safe to load, and as small as what they hold.
 
 A file is a dictionary of plain values and tensors, so `torch.load(weights_only=True)` reads it and nothing in
-it is executed. Its tensors are finite when they are written and when they are read. `torch.save` spends some 200 bytes and a 64-byte alignment on each storage; therefore the tensors of one
-dtype are views into one storage.
+it is executed. Its tensors are finite when they are written and when they are read. `torch.save` spends some 200 bytes
+and a 64-byte alignment on each storage; therefore the tensors of one dtype are views into one storage.
 """
 
 import json

@@ -73,7 +73,7 @@ def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], bins: in
 
 
 def check_calibration(calibration: Any, path: Path, study: str | None = None) -> dict[str, dict[str, Any]]:
-    """Return the layers of a calibration file; raise `UserError` when it is not one, of another study, or not finite."""
+    """Return the layers of a calibration file; raise `UserError` when it is not of `study`, or not finite."""
     layers = calibration.get("layers") if isinstance(calibration, dict) else None
     if not isinstance(layers, dict) or not layers:
         raise UserError(f"{path}: not a calibration file; run calibrate again")

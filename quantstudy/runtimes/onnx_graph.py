@@ -150,7 +150,7 @@ _PLAIN |= dict.fromkeys((torch.clamp, torch.clip, Tensor.clamp, Tensor.clip), _c
 
 
 def load_graph(path: Path, study: str = "") -> onnx.ModelProto:
-    """Read the graph that the stage `trace` wrote; raise `UserError` when it is not there, damaged or another study's."""
+    """Read the graph that `trace` wrote; raise `UserError` when it is not there, damaged or another study's."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; run the stage trace")
     return unsealed(path, study, "run the stage trace again")
@@ -166,7 +166,7 @@ def sealed(content: bytes, study: str = "") -> bytes:
 
 
 def unsealed(path: Path, study: str, remedy: str) -> onnx.ModelProto:
-    """Read a model that `sealed` made the bytes of; raise `UserError`, with the remedy, for any other or a damaged one."""
+    """Read a model that `sealed` made the bytes of; raise `UserError`, with the remedy, unless it is as written."""
     found = path.read_bytes()
     content = found[: len(found) - len(sealed(b""))]
     if found != sealed(content, study):

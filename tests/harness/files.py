@@ -2,16 +2,16 @@
 
 `python -m tests.harness.files` tries all of them and prints its counts as JSON; `tests/test_files.py` tries some.
 A file of a study is cut, emptied, flipped, replaced by another's and by noise, and the stage that reads it run: it may
-end well only with the result of the whole file. Archives, images, folders and checkpoints of many kinds are read by what
-reads a user's.
+end well only with the result of the whole file. Archives, images, folders and checkpoints of many kinds are read as a
+user's are.
 """
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -25,42 +25,36 @@ import torch
 import yaml
 from torch import nn
 
-from quantstudy import layout
+from quantstudy.data.prepare import prepare
 from quantstudy.errors import run_stage
 from quantstudy.network.architectures import code_sha256
+from quantstudy.runtimes.library import load_model
 from stages import calibrate, download, evaluate, export, finetune, outliers, page, plots, ptq, qat, report, trace
-from tests.harness import hostile
+from tests.data.conftest import folder_data
+from tests.harness.checkpoints import checkpoints
+from tests.harness.sets import EITHER, Make, archives, folders, images
 from tests.params import FEW, TINY, TINY_PARAMS
 
 SECONDS, LONGEST = 60, 700
 """What a case may take, and the characters that its line may have."""
+ENDS = ("accepted", "refused")
 NETWORK = "tests.harness.files:network"
-JSON_OF = ("details/int8_static.json", "metrics/int8_static.json", "activation_stats.json")
+_FP32, _INT8 = ("--variant", "fp32"), ("--variant", "int8_static")
+_PAGE, _CLASSES = "reports/pages/tiny.json", "models/tiny/predictions"
+_JSON = ("details/int8_static.json", "metrics/int8_static.json", "activation_stats.json")
 READERS: dict[str, tuple[Any, tuple[str, ...], str, str]] = {
     "data/tiny/train.pt": (finetune, (), "models/tiny/fp32.pth", "data/tiny/test.pt"),
     "data/tiny/calibration.pt": (calibrate, (), "models/tiny/calibration.pt", "data/tiny/train.pt"),
-    "data/tiny/test.pt": (evaluate, ("--variant", "fp32"), "models/tiny/reference.npy", "data/tiny/train.pt"),
+    "data/tiny/test.pt": (evaluate, _FP32, "models/tiny/reference.npy", "data/tiny/train.pt"),
     "models/tiny/fp32.pth": (calibrate, (), "models/tiny/calibration.pt", "models/other/fp32.pth"),
-    "models/tiny/int8_static.pth": (
-        *(evaluate, ("--variant", "int8_static"), "models/tiny/predictions/int8_static.npy"),
-        "models/tiny/int4_weight_only.pth",
-    ),
-    "models/tiny/calibration.pt": (
-        *(ptq, ("--method", "int8_static"), "models/tiny/int8_static.pth", "models/other/calibration.pt"),
-    ),
-    "models/tiny/graph.onnx": (
-        *(export, ("--variant", "int8_static"), "models/tiny/onnx/int8_static.onnx", "models/other/graph.onnx"),
-    ),
-    "models/tiny/reference.npy": (
-        *(evaluate, ("--variant", "int8_static"), "models/tiny/predictions/int8_static.npy"),
-        "models/other/reference.npy",
-    ),
-    "models/tiny/predictions/int8_static.npy": (
-        *(page, (), "reports/pages/tiny.json", "models/tiny/predictions/int4_weight_only.npy"),
-    ),
+    "models/tiny/int8_static.pth": (evaluate, _INT8, f"{_CLASSES}/int8_static.npy", "models/tiny/int4_weight_only.pth"),
+    "models/tiny/calibration.pt": (outliers, (), "reports/tiny/activation_stats.json", "models/other/calibration.pt"),
+    "models/tiny/graph.onnx": (export, _INT8, "models/tiny/onnx/int8_static.onnx", "models/other/graph.onnx"),
+    "models/tiny/reference.npy": (evaluate, _INT8, f"{_CLASSES}/int8_static.npy", "models/other/reference.npy"),
+    f"{_CLASSES}/int8_static.npy": (page, (), _PAGE, f"{_CLASSES}/int4_weight_only.npy"),
     "reports/tiny/curves/finetune.csv": (plots, (), "reports/tiny/results.csv", "reports/tiny/results.csv"),
-    **{f"reports/tiny/{name}": (page, (), "reports/pages/tiny.json", "params.yaml") for name in JSON_OF},
-    "reports/pages/tiny.json": (report, None, "reports/report.html", "params.yaml"),
+    **{f"reports/tiny/{name}": (page, (), _PAGE, "reports/tiny/details/fp32.json") for name in _JSON},
+    _PAGE: (report, (), "reports/report.html", "reports/tiny/details/fp32.json"),
 }
 """By file: the stage that reads it, its flags, what it writes, and the file that takes its place."""
 
@@ -72,22 +66,21 @@ def network(num_classes: int) -> nn.Module:
 
 
 def make_studies() -> None:
-    """Run two tiny studies, but for their export, in the working directory."""
+    """Run a tiny study, but for its export, in the working directory, and some stages of another."""
     model = {"architecture": NETWORK, "code_sha256": code_sha256(NETWORK)}
     studies = {"tiny": TINY | {"model": model}, "other": TINY | {"model": model, "seed": 1}}
     budget = {"budget": {"studies": [], "methods": []}, "export": FEW["export"] | {"budget": []}}
-    params = TINY_PARAMS | FEW | budget | {"run": list(studies), "studies": studies}
+    params = TINY_PARAMS | FEW | budget | {"studies": studies}
     Path("params.yaml").write_text(yaml.safe_dump(params))
     for study in studies:
         for stage in (download, finetune, calibrate, outliers, trace):
             stage.main(["--study", study])
-        for stage, method in ((ptq, "int8_static"), (ptq, "int4_weight_only"), (qat, "qat_int8")):
-            stage.main(["--study", study, "--method", method])
-        for variant in ("fp32", "int8_static", "int4_weight_only", "qat_int8"):
-            evaluate.main(["--study", study, "--variant", variant])
-        for stage in (plots, page):
-            stage.main(["--study", study])
-    report.main([])
+        evaluate.main(["--study", study, "--variant", "fp32"])
+    for stage, variant in ((ptq, "int8_static"), (ptq, "int4_weight_only"), (qat, "qat_int8")):
+        stage.main(["--study", "tiny", "--method", variant])
+        evaluate.main(["--study", "tiny", "--variant", variant])
+    for stage in (plots, page):
+        stage.main(["--study", "tiny"])
 
 
 def damages(path: Path, other: Path, rng: random.Random, flips: int) -> Iterator[tuple[str, bytes]]:
@@ -138,7 +131,7 @@ def try_damages(flips: int = 4, seed: int = 0) -> tuple[Counter[str], list[str]]
     rng, counts, wrong = random.Random(seed), Counter[str](), []
     for name, (stage, flags, output, other) in READERS.items():
         path, result = Path(name), Path(output)
-        arguments = [] if flags is None else ["--study", "tiny", *flags]
+        arguments = [] if stage is report else ["--study", "tiny", *flags]
         stage.main(arguments)
         expected, whole, before = result.read_bytes(), path.read_bytes(), listing(Path())
         for kind, content in damages(path, Path(other), rng, flips):
@@ -148,30 +141,37 @@ def try_damages(flips: int = 4, seed: int = 0) -> tuple[Counter[str], list[str]]
                 outcome = "taken in silence"
             path.write_bytes(whole)
             left = listing(Path()) - before
-            counts[kind] += 1
-            counts[outcome if outcome in ("accepted", "refused") else "wrong"] += 1
-            if outcome not in ("accepted", "refused") or left:
-                wrong.append(f"{name}, {kind}: {outcome} {sorted(left)}")
+            counts.update([kind, outcome if outcome in ENDS else "wrong"])
+            if outcome not in ENDS or left:
+                wrong.append(f"{name}: {kind}: {outcome}; left {sorted(left)}")
             result.write_bytes(expected)
     return counts, wrong
 
 
+def hostile() -> Iterator[tuple[str, str, Make, Callable[[Path], Any], str]]:
+    """Yield the kind and the name of each hostile file, what writes it, what reads it, and how that has to end."""
+    for kind, made in {"archives": archives(), "images": images(), "folders": folders()}.items():
+        for name, make, expected in made:
+            yield kind, name, make, lambda path: prepare(folder_data(path, 16), "tiny"), expected
+    torch.manual_seed(0)
+    for name, make, expected, key in checkpoints(network(3).eval()):
+        named: dict[str, Any] = {"architecture": NETWORK, "image_size": 32, "weights_key": key}
+        options = {} if "this project" in name else named
+        yield "checkpoints", name, make, lambda path, options=options: load_model(path, **options), expected
+
+
 def try_hostile(share: int = 1) -> tuple[Counter[str], list[str]]:
-    """Read each hostile archive, image, folder and checkpoint, or one in `share` of them; return as `try_damages` does."""
+    """Read each hostile file, or one in `share` of them; return as `try_damages` does."""
     counts, wrong = Counter[str](), []
-    for number, case in enumerate(hostile.cases(network, NETWORK)):
-        if number % share:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            path, started = case.make(Path(folder)), time.perf_counter()
-            before = listing(Path(folder))
-            outcome = attempt(lambda case=case, path=path: case.read(path))
-            left = listing(Path(folder)) - before
-            counts[case.kind] += 1
-            counts[outcome if outcome in ("accepted", "refused") else "wrong"] += 1
-            if (outcome != case.expected and case.expected != "either") or left:
-                wrong.append(f"{case.kind} {case.name}: {outcome}, {case.expected} expected {sorted(left)}")
-            counts["seconds"] = max(counts["seconds"], round(time.perf_counter() - started))
+    for kind, name, make, read, expected in itertools.islice(hostile(), 0, None, share):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder, started = Path(temporary), time.perf_counter()
+            path, before = make(folder), listing(folder)
+            outcome, left = attempt(lambda read=read, path=path: read(path)), listing(folder) - before
+        counts["longest_seconds"] = max(counts["longest_seconds"], round(time.perf_counter() - started))
+        counts.update([kind, outcome if outcome in ENDS else "wrong"])
+        if outcome not in ENDS or expected not in (outcome, EITHER) or left or Path("executed").exists():
+            wrong.append(f"{kind}: {name}: {outcome}, not {expected}; left {sorted(left)}")
     return counts, wrong
 
 
