@@ -85,13 +85,13 @@ class Subject:
     def onnx_path(self) -> Path:
         """The fp32 model as an ONNX file."""
         path = self.folder / "fp32.onnx"
-        save_onnx(path, to_onnx(self.fp32, load_graph(layout.graph(self.name))))
+        save_onnx(path, to_onnx(self.fp32, load_graph(layout.graph(self.name), self.name)))
         return path
 
 
 def quantstudy(subject: Subject) -> Iterator[Candidate]:
     """This project: fp32 as the yardstick, then its methods."""
-    source, graph = layout.model(subject.name, "fp32"), load_graph(layout.graph(subject.name))
+    source, graph = layout.model(subject.name, "fp32"), load_graph(layout.graph(subject.name), subject.name)
     size, proto = source.stat().st_size / 1e6, onnx.load(subject.onnx_path)
     for runtime in PACKAGES:
         yield Candidate("quantstudy", "fp32", runtime, open_session(proto, runtime, subject.threads).run, size, 0.0)

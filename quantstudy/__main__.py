@@ -103,6 +103,9 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="the file to write, .onnx or .pth")
     parser.add_argument("--architecture", help=f"{whole}: a torchvision name, vgg11_small, or package.module:factory")
     parser.add_argument("--preprocessing", help=f"{whole}: torchvision, or the name of some weights of torchvision's")
+    parser.add_argument(
+        "--weights-key", help="of a file of several state_dicts: the name of one, state_dict_ema for one"
+    )
     parser.add_argument("--image-size", type=int, help=f"{whole}: pixels a side (224)")
     for name in ("mean", "std"):
         parser.add_argument(f"--{name}", type=float, nargs=3, help=f"{whole}: of red, green, blue (ImageNet's)")

@@ -7,6 +7,7 @@ message names the key or file, the value found and the choices. A stage script e
 
 import difflib
 import errno
+import io
 import reprlib
 import sys
 from collections.abc import Callable, Iterable
@@ -53,16 +54,16 @@ def one_line(error: BaseException, line: int = 0) -> str:
 
 def run_stage(main: Callable[[], None]) -> None:
     """Run a stage's `main`; print a `UserError` or what the file system refuses as a line and exit with status 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an ASCII terminal gets what it lacks as escapes
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
         sys.exit("\n".join(f"error: {' '.join(str(line).split())}" for line in error.args))
-    except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
-        if not error.filename:
-            raise
-        sys.exit(f"error: {error.filename}: {error.strerror}")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
+            if not error.filename or not error.strerror:
+                raise
+            sys.exit(f"error: {error.filename!s:.200}: {error.strerror}")
         where = f" while writing {error.filename}" if error.filename else ""
         sys.exit(f"error: the disk is full{where}; free some space and run the stage again")

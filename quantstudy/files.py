@@ -2,28 +2,39 @@
 
 import contextlib
 import csv
+import fcntl
+import functools
 import hashlib
 import io
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantstudy.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PARTIAL = ".partial-"
+"""What the name of a file begins with while it is written; .dvcignore names it, so that no stage hashes such a file."""
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; move it there on success, delete it on any error."""
+    """Yield a temporary path beside `path`; move it there on success, delete it on any error.
+
+    A temporary file is locked while its writer lives. Those that a killed writer left in the folder are deleted first.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = None
+    _sweep(path.parent)
+    handle, temporary = None, None
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
+        handle, temporary = _locked(path)
         yield temporary
         temporary.chmod(0o644)
         temporary.replace(path)
@@ -31,8 +42,27 @@ def atomic(path: Path) -> Iterator[Path]:
         error.filename = str(path)
         raise
     finally:
-        if temporary is not None:
+        if handle is not None and temporary is not None:
             temporary.unlink(missing_ok=True)
+            os.close(handle)
+
+
+def _locked(path: Path) -> tuple[int, Path]:
+    """Make a temporary file beside `path`; return it open and locked, and its path."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL, suffix=path.suffix)
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            return handle, Path(name)
+        os.close(handle)  # another process swept it before it was locked
+
+
+def _sweep(folder: Path) -> None:
+    for left in folder.glob(f"{PARTIAL}*"):
+        with contextlib.suppress(OSError), left.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -56,20 +86,78 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
 
 
 def save_tensors(path: Path, content: Any) -> None:
-    """Write tensors and plain values atomically with `torch.save`; equal content gives equal bytes.
+    """Write tensors and plain values atomically with `torch.save`; equal content gives equal bytes."""
+    with atomic(path) as temporary:
+        write_tensors(temporary, content)
+
+
+def write_tensors(path: Path, content: Any) -> None:
+    """Write tensors and plain values over an own file.
 
     Given a path, `torch.save` would write the temporary file's name into the archive, and report a full disk as a
     `RuntimeError`; given an open file it does neither, once the error behind its own is raised.
     """
     import torch
 
-    with atomic(path) as temporary, temporary.open("wb") as file:
+    with path.open("wb") as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
+
+
+def check_records(path: Path) -> None:
+    """Raise `BadZipFile` unless each record of a file of `torch.save` has its CRC-32; an unchanged one is read once."""
+    status = path.stat()
+    _check_records(path.resolve(), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _check_records(path: Path, *status: int) -> None:
+    with zipfile.ZipFile(path) as archive:
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise zipfile.BadZipFile("TorchScript")
+        if any(record.compress_type or record.flag_bits & 1 for record in archive.infolist()):
+            raise zipfile.BadZipFile("compressed or encrypted")
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"bad checksum of {damaged}")
+
+
+def seal(content: bytes, what: str) -> str:
+    """Return the SHA-256 of a file's content and of what it is, as 64 hexadecimal digits."""
+    return hashlib.sha256(f"{what}\0".encode() + content).hexdigest()
+
+
+def save_array(path: Path, array: "np.ndarray", what: str) -> None:
+    """Write an array, which is `what`, atomically as .npy, and behind it the seal, which `np.load` does not read."""
+    import numpy as np
+
+    stream = io.BytesIO()
+    np.save(stream, array)
+    content = stream.getvalue()
+    with atomic(path) as temporary:
+        temporary.write_bytes(content + seal(content, what).encode())
+
+
+def load_array(content: bytes, path: Path, what: str) -> "np.ndarray":
+    """Return the array in the content of a .npy file; raise `UserError`, naming `path`, unless it is whole and finite.
+
+    A file without a seal, of `np.save`, ends with its array.
+    """
+    import numpy as np
+
+    stream = io.BytesIO(content)
+    try:
+        array = np.load(stream, allow_pickle=False)
+        end = stream.tell()
+        is_whole = content[end:] in (b"", seal(content[:end], what).encode()) and bool(np.isfinite(array).all())
+    except Exception:  # whatever numpy makes of damaged bytes
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{path}: damaged, not finite, or not {what}; run evaluate again")
+    return array
 
 
 def _plain(value: Any) -> Any:
@@ -81,11 +169,15 @@ def _plain(value: Any) -> Any:
 def read_json(path: Path) -> Any:
     """Read a JSON file; raise `UserError` when it is missing or not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run the stage that writes it") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
 
 
 def sha256(path: Path) -> str:

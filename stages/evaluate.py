@@ -1,16 +1,15 @@
 """Measure one variant of a study on its test split: accuracy, latency, memory, size, bit-operations."""
 
 from collections.abc import Sequence
-from pathlib import Path
-
-import numpy as np
 
 from quantstudy import layout
 from quantstudy.data.container import load_split
-from quantstudy.errors import UserError, run_stage, unknown
-from quantstudy.files import atomic, write_json
+from quantstudy.errors import run_stage, unknown
+from quantstudy.files import write_json
 from quantstudy.machine.device import set_up
 from quantstudy.measure.evaluation import Task, evaluate
+from quantstudy.measure.predictions import load_reference, save_predictions, save_reference
+from quantstudy.network.checkpoint import model_file
 from quantstudy.params import load_params
 from stages._flags import flags
 
@@ -26,27 +25,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = set_up(study.seed, params.measure.threads)
 
     test = load_split(layout.split(name, "test"))
-    logits = layout.reference(name)
-    if variant != "fp32" and not logits.is_file():
-        raise UserError(f"{logits}: no such file; evaluate the variant fp32 first")
-    reference = None if variant == "fp32" else np.load(logits)
+    for needed in ("fp32", variant):
+        model_file(name, needed, study.model.architecture)
+    reference = None if variant == "fp32" else load_reference(name, len(test), len(test.classes))
     task = Task(name, study, variant, params.measure, device)
     metrics, details, found = evaluate(task, test, reference)
 
     if variant == "fp32":
-        _save(logits, found)
-    _save(layout.predictions(name, variant), found.argmax(1).astype(np.int16))
+        save_reference(name, found)
+    save_predictions(name, variant, found)
     write_json(layout.details(name, variant), details)
     write_json(layout.metrics(name, variant), metrics)
     print(
         f"{name} {variant}: top-1 {metrics['top1']:.2f} ± {metrics['top1_ci95']:.2f} %, {metrics['size_mb']:.2f} MB, "
         f"{metrics['latency_ms_b16']:.2f} ms a batch of 16 on {details['runtime']}, {details['kernel']['note']}"
     )
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    with atomic(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array)
 
 
 if __name__ == "__main__":

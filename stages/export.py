@@ -8,7 +8,7 @@ from quantstudy.errors import run_stage, unknown
 from quantstudy.files import write_json
 from quantstudy.machine.device import set_up
 from quantstudy.measure.agreement import check
-from quantstudy.network.checkpoint import load_checkpoint
+from quantstudy.network.checkpoint import load_checkpoint, model_file
 from quantstudy.network.fp32 import load_preprocessing
 from quantstudy.params import load_params
 from quantstudy.quantization.variant import load_any
@@ -29,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise unknown("variant", variant, params.variants)
     set_up(study.seed, params.measure.threads)
 
-    source, path = layout.model(name, variant), layout.onnx(name, variant)
+    source, path = model_file(name, variant, study.model.architecture), layout.onnx(name, variant)
     model = load_any(source)
-    graph = load_graph(layout.graph(name))
+    graph = load_graph(layout.graph(name), name)
     plain = to_onnx(model, graph)
     timed = {runtime: exported_model(model, graph, runtime) for runtime in PACKAGES}
     facts = check(model, plain, timed, load_split(layout.split(name, "test")), load_preprocessing(source))

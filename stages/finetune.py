@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = training.train(model, batches, validation, run)
     if parallel.rank():
         return
-    save_fp32(layout.model(name, "fp32"), model, study.model.architecture, classes, preprocessing, split.classes)
+    path = layout.model(name, "fp32")
+    save_fp32(path, model, study.model.architecture, classes, preprocessing, split.classes, name)
     start = {
         "weights": loaded.source,
         "weights_loaded": len(loaded.loaded),

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from quantstudy import layout
 from quantstudy.errors import run_stage
 from quantstudy.files import write_json
-from quantstudy.network.checkpoint import load_tensors
 from quantstudy.params import load_params
-from quantstudy.report.histograms import check_calibration, layer_statistics, plot_histograms
+from quantstudy.report.histograms import layer_statistics, load_histograms, plot_histograms
 from stages._flags import flags
 
 
@@ -18,11 +17,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     params.study(name)
     percentiles = sorted(params.outliers.percentiles, reverse=True)
 
-    path = layout.calibration(name)
-    calibration = load_tensors(path)
-    layers = check_calibration(calibration, path)
+    layers, images = load_histograms(name)
     statistics = {layer: layer_statistics(values, percentiles) for layer, values in layers.items()}
-    write_json(layout.report(name) / "activation_stats.json", {"images": calibration["images"], "layers": statistics})
+    write_json(layout.report(name) / "activation_stats.json", {"images": images, "layers": statistics})
 
     folder = layout.report(name) / "outlier_quant_results"
     plot_histograms(folder, layers, percentiles)
@@ -33,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for layer, row in statistics.items():
         kurtosis, ratio = row["kurtosis"] or 0.0, row["percentiles"][widest]["range_ratio"] or 0.0
         print(f"{layer:<{longest}}  {row['min']:8.3g}  {row['max']:8.3g}  {kurtosis:8.1f}  {ratio:.2f}")
-    print(f"{len(layers)} histograms of {calibration['images']} calibration images are in {folder}/")
+    print(f"{len(layers)} histograms of {images} calibration images are in {folder}/")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from quantstudy.errors import run_stage
 from quantstudy.machine.device import set_up
 from quantstudy.methods.calibration import load_calibration
 from quantstudy.methods.recipes import method_row, quantize
-from quantstudy.network.checkpoint import load_checkpoint
+from quantstudy.network.checkpoint import load_checkpoint, model_file
 from quantstudy.network.fp32 import load_fp32, load_preprocessing
 from quantstudy.params import load_params
 from quantstudy.quantization.variant import left_out, save_variant
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     study, row = params.study(name), method_row(params, method, trains=False)
     set_up(study.seed)
 
-    fp32 = layout.model(name, "fp32")
+    fp32 = model_file(name, "fp32", study.model.architecture)
     model = load_fp32(fp32)
     observed = not row.needs_sensitivity
     calibration = load_calibration(name, study, model, load_preprocessing(fp32), observed=observed)

@@ -10,7 +10,7 @@ from quantstudy.machine.device import describe, set_up
 from quantstudy.methods.calibration import load_calibration
 from quantstudy.methods.recipes import method_row, naming, trained_recipe_of
 from quantstudy.network.architectures import check_logits
-from quantstudy.network.checkpoint import load_checkpoint
+from quantstudy.network.checkpoint import load_checkpoint, model_file
 from quantstudy.network.fp32 import load_fp32, load_preprocessing
 from quantstudy.params import load_params
 from quantstudy.quantization.variant import left_out, save_variant
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     device = parallel.join(set_up(study.seed, tf32=True))
 
-    fp32, recipe = layout.model(name, "fp32"), trained_recipe_of(row)
+    fp32, recipe = model_file(name, "fp32", study.model.architecture), trained_recipe_of(row)
     model, preprocessing = load_fp32(fp32, fold=not recipe.keeps_batchnorm), load_preprocessing(fp32)
     key = f"studies.{name}.model.architecture"
     check_logits(model, load_checkpoint(fp32)["classes"], preprocessing.shape, key, trains=True)

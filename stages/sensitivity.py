@@ -12,6 +12,7 @@ from quantstudy.machine.device import set_up
 from quantstudy.measure.operations import count_macs
 from quantstudy.methods.calibration import load_calibration
 from quantstudy.methods.sensitivity import COLUMNS, measure_layers
+from quantstudy.network.checkpoint import model_file
 from quantstudy.network.fp32 import load_fp32, load_preprocessing
 from quantstudy.params import load_params
 from quantstudy.report.heatmap import plot_sensitivity
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     study, settings = params.study(name), params.sensitivity
     set_up(study.seed)
 
-    fp32 = layout.model(name, "fp32")
+    fp32 = model_file(name, "fp32", study.model.architecture)
     model, preprocessing = load_fp32(fp32), load_preprocessing(fp32)
     split, size = load_split(layout.split(name, "calibration")), study.calibration.batch_size
     calibration = load_calibration(name, study, model, preprocessing, observed=False)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from quantstudy import layout
 from quantstudy.errors import run_stage
+from quantstudy.network.checkpoint import model_file
 from quantstudy.network.fp32 import load_fp32, load_preprocessing
 from quantstudy.runtimes.onnx_graph import graph_of
 from quantstudy.runtimes.onnx_model import save_onnx
@@ -14,10 +15,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write models/<study>/graph.onnx."""
     name = flags(argv, __doc__).study
 
-    fp32 = layout.model(name, "fp32")
+    fp32 = model_file(name, "fp32")
     path = layout.graph(name)
     graph = graph_of(load_fp32(fp32), load_preprocessing(fp32).shape)
-    save_onnx(path, graph)
+    save_onnx(path, graph, name)
     print(f"{path}: {len(graph.graph.node)} operators, {path.stat().st_size / 1e3:.1f} kB")
 
 

@@ -2,21 +2,20 @@
 
 Nothing is extracted, so no member can be written outside a folder; a member whose path would escape, or that is
 a link, is refused all the same, since the archive is not what it says. A compressed tar is decompressed once,
-into an unnamed temporary file, so that its members can be read in any order and from threads.
+into an unnamed temporary file, so that its members can be read in any order and from threads. What would unpack to far
+more than images are, what loops, and what is neither a file nor a folder is refused too.
 """
 
 import bz2
 import gzip
 import lzma
 import os
-import shutil
 import stat
 import tarfile
 import tempfile
 import threading
 import zipfile
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -30,7 +29,10 @@ _DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {
     ".tar.xz": lzma.LZMAFile,
 }
 _SUFFIXES = (".tar", *_DECOMPRESSORS, ".zip")
-_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+_LARGEST = 2**29
+"""Bytes of one image file at most."""
+_SWOLLEN, _RATIO = 2**30, 100
+"""A compressed tar may unpack to so many bytes, or to so many times its own; images hardly compress."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +50,16 @@ def open_files(path: Path) -> Files:
     Raise `UserError` for a path that is missing, an archive of an unknown type, truncated or corrupt, and for a
     member that is a link or whose path escapes.
     """
-    if path.is_dir():
-        return _folder(path)
+    files = _folder(path) if path.is_dir() else _archive(path)
+    for name in (*files.names, *files.folders):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{path}: the name {os.fsencode(name)[:100]!r} is not UTF-8; rename it") from None
+    return files
+
+
+def _archive(path: Path) -> Files:
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder; put or link it there")
     suffix = next((suffix for suffix in _SUFFIXES if path.name.endswith(suffix)), None)
@@ -57,30 +67,51 @@ def open_files(path: Path) -> Files:
         raise UserError(f"{path}: not an archive that can be read; use a folder or one of {', '.join(_SUFFIXES)}")
     try:
         return _zip(path) if suffix == ".zip" else _tar(path, _uncompressed(path, suffix))
-    except (*_DAMAGE, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
+    except Exception as error:  # what the libraries raise for damaged bytes is not documented
         raise _damaged(path, error) from None
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: truncated or corrupt ({error}); fetch it again")
+def _damaged(path: Path, error: Exception) -> Exception:
+    """Return what to raise: a user's mistake and a full disk as they are, anything else as damage."""
+    if isinstance(error, UserError) or getattr(error, "errno", None) is not None:
+        return error
+    return UserError(f"{path}: truncated or corrupt ({str(error)[:100] or type(error).__name__}); fetch it again")
 
 
 def _folder(path: Path) -> Files:
-    names, folders = [], []
-    for top, below, inside in os.walk(path, followlinks=True):
-        relative = Path(top).relative_to(path)
-        folders += [(relative / name).as_posix() for name in below]
-        names += [(relative / name).as_posix() for name in inside]
+    folders: list[str] = []
+    names = [name.relative_to(path).as_posix() for name in _walk(path, path, (), folders)]
 
     def read(name: str) -> bytes:
+        file = path / name
         try:
-            return (path / name).read_bytes()
-        except (FileNotFoundError, PermissionError) as error:
-            raise UserError(f"{path / name}: cannot be read ({error.strerror})") from None
+            if not file.is_file():
+                what = "a folder, a pipe or a device" if file.exists() else "a link to nothing, or gone"
+                raise UserError(f"{file}: cannot be read: {what}; remove it")
+            _checked_size(path, name, file.stat().st_size)
+            return file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror})") from None
 
     return Files(sorted(names), sorted(folders), read)
+
+
+def _walk(root: Path, folder: Path, above: tuple[Path, ...], folders: list[str]) -> Iterator[Path]:
+    """Yield what lies below `folder` and is no folder, links followed; add the folders, relative to `root`."""
+    here = folder.resolve()
+    if here in above:
+        raise UserError(f"{folder}: a link that loops; remove it")
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            folders.append(entry.relative_to(root).as_posix())
+            yield from _walk(root, entry, (*above, here), folders)
+        else:
+            yield entry
+
+
+def _checked_size(path: Path, name: str, size: int) -> None:
+    if size > _LARGEST:
+        raise UserError(f"{path}: {name[:100]} has {size / 1e6:,.0f} MB; an image has at most {_LARGEST / 1e6:,.0f}")
 
 
 def _uncompressed(path: Path, suffix: str) -> IO[bytes]:
@@ -89,7 +120,11 @@ def _uncompressed(path: Path, suffix: str) -> IO[bytes]:
         return path.open("rb")
     unpacked = tempfile.TemporaryFile()  # noqa: SIM115
     with _DECOMPRESSORS[suffix](path) as stream:
-        shutil.copyfileobj(stream, unpacked, 2**20)
+        most = max(_SWOLLEN, _RATIO * path.stat().st_size)
+        while block := stream.read(2**20):
+            unpacked.write(block)
+            if unpacked.tell() > most:
+                raise UserError(f"{path}: unpacks to more than {most / 1e9:.1f} GB, as no images do; do not trust it")
     unpacked.seek(0)
     return unpacked
 
@@ -102,10 +137,11 @@ def _tar(path: Path, stream: IO[bytes]) -> Files:
             _check_member(path, member.name, member.linkname if member.issym() or member.islnk() else None)
             if member.isdir():
                 folders.append(_plain(member.name))
-            elif member.isreg():
+            elif member.isreg() and not member.issparse():
+                _checked_size(path, member.name, member.size)
                 spans[_plain(member.name)] = member.offset_data, member.size
             else:
-                raise UserError(f"{path}: member {member.name} is not a file or a folder; leave it out")
+                raise UserError(f"{path}: member {member.name[:100]} is not a plain file or a folder; leave it out")
         end = archive.offset
     stream.seek(end)
     if stream.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
@@ -123,7 +159,8 @@ def _zip(path: Path) -> Files:
     members, folders = {}, []
     for member in archive.infolist():
         if member.flag_bits & 1:
-            raise UserError(f"{path}: member {member.filename} is encrypted; archive it without a password")
+            raise UserError(f"{path}: member {member.filename[:100]} is encrypted; archive it without a password")
+        _checked_size(path, member.filename, member.file_size)
         is_link = stat.S_ISLNK(member.external_attr >> 16)
         _check_member(path, member.filename, archive.read(member).decode(errors="replace") if is_link else None)
         if member.is_dir():
@@ -136,7 +173,7 @@ def _zip(path: Path) -> Files:
         try:
             with lock:
                 return archive.read(members[name])
-        except _DAMAGE as error:
+        except Exception as error:
             raise _damaged(path, error) from None
 
     return Files(sorted(members), sorted(folders), read)
@@ -149,6 +186,6 @@ def _plain(name: str) -> str:
 def _check_member(path: Path, name: str, link: str | None) -> None:
     parts = name.replace("\\", "/").split("/")
     if ".." in parts or parts[0] == "" or parts[0].endswith(":"):
-        raise UserError(f"{path}: member {name} would escape the archive's folder; do not trust this archive")
+        raise UserError(f"{path}: member {name[:100]} would escape the archive's folder; do not trust this archive")
     if link is not None:
-        raise UserError(f"{path}: member {name} is a link to {link}; archive the file itself")
+        raise UserError(f"{path}: member {name[:100]} is a link to {link[:100]}; archive the file itself")

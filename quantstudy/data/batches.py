@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantstudy.data.augment import augment
 from quantstudy.data.container import Split
+from quantstudy.errors import UserError
 from quantstudy.params import Augmentation, Preprocessing
 
 _AHEAD = 2
@@ -146,6 +147,9 @@ def run_on_split(
     """Return what `run` makes of a split's images, in its order, as float32 [images, ...].
 
     Every batch has `batch_size` images: the last one is filled up with its last image.
+
+    Raises:
+        UserError: some of it is not finite.
     """
     found = []
     for images, _ in Batches(split, preprocessing, batch_size, device):
@@ -153,4 +157,8 @@ def run_on_split(
         full = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)]) if missing else images
         logits = run(full.contiguous(memory_format=memory_format))
         found.append(logits[: len(images)].float().cpu().numpy())
-    return np.concatenate(found)
+    outputs = np.concatenate(found)
+    if bad := int((~np.isfinite(outputs.reshape(len(outputs), -1)).all(1)).sum()):
+        cause = "values overflow their type, or the weights are damaged"
+        raise UserError(f"logits: those of {bad} of {len(outputs)} images are not finite (NaN or infinite): {cause}")
+    return outputs

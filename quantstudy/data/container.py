@@ -6,18 +6,18 @@ the same bytes. `images.py` decides which form a split takes.
 """
 
 import contextlib
-import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantstudy.data.preprocessing import pixels
 from quantstudy.errors import UserError
-from quantstudy.files import atomic, save_tensors
+from quantstudy.files import atomic, check_records, save_tensors, write_tensors
 from quantstudy.params import Preprocessing
 
 _VERSION = 2
@@ -74,32 +74,42 @@ class Split:
 
 def save_split(path: Path, split: Split) -> None:
     """Write `split` to `path` atomically; equal splits give equal bytes."""
-    plain = {"classes": list(split.classes), "preprocessing": split.preprocessing.model_dump()}
-    save_tensors(path, {"version": _VERSION, **vars(split), **plain})
+    save_tensors(path, _content(split))
 
 
 def save_splits(splits: Mapping[Path, Split]) -> None:
-    """Write every split, or none of them when one fails."""
+    """Write every split of a study, or none of them when one fails; each file says which split it is."""
     with contextlib.ExitStack() as stack:
         for path, split in splits.items():
-            save_split(stack.enter_context(atomic(path)), split)
+            write_tensors(stack.enter_context(atomic(path)), _content(split) | {"of": _place(path)})
+
+
+def _content(split: Split) -> dict[str, Any]:
+    plain = {"classes": list(split.classes), "preprocessing": split.preprocessing.model_dump()}
+    return {"version": _VERSION, **vars(split), **plain}
+
+
+def _place(path: Path) -> str:
+    """Return a split's study and name: those of its path."""
+    return f"{path.parent.name}/{path.stem}"
 
 
 def load_split(path: Path) -> Split:
-    """Map a split from `path`; raise `UserError` when it is missing, truncated or corrupt."""
+    """Map a split from `path`; raise `UserError` when it is missing, truncated, corrupt, or that of another place."""
+    again = "run the stage `download` again"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; run the stage `download`, which writes it")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise zipfile.BadZipFile(f"bad checksum of {damaged}")
+        check_records(path)
         content = torch.load(path, mmap=True, weights_only=True)
         if content.pop("version") != _VERSION:
             raise ValueError("another version of the format")
+        if (place := content.pop("of", _place(path))) != _place(path):
+            raise ValueError(f"that of {place}")
         preprocessing = Preprocessing.model_validate(content["preprocessing"])
         return Split(**{**content, "classes": tuple(content["classes"]), "preprocessing": preprocessing})
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run the stage `download`, which writes it") from None
-    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: not a whole split file ({error}); run the stage `download` again") from None
-    except pickle.UnpicklingError:
-        raise UserError(f"{path}: not a split file; run the stage `download` again") from None
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path}: not a whole split file ({error}); {again}") from None
+    except Exception as error:  # what is in it may be anything
+        reason = f" ({error})" if type(error) is ValueError else ""
+        raise UserError(f"{path}: not a split file of this study{reason}; {again}") from None

@@ -128,7 +128,7 @@ def _converted(images: ImageList, index: int, convert: "Callable[[bytes | Image]
         return convert(source)
     except Exception as error:  # PIL's decoders raise many types for damaged files
         reason = str(error).split("<_io")[0].strip()
-        raise UserError(f"{images.names[index]}: not an image that can be decoded ({reason})") from None
+        raise UserError(f"{images.names[index]:.250}: not an image that can be decoded ({reason})") from None
 
 
 def _peek(

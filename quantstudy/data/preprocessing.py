@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What Pillow itself decodes; it hands others, EPS for one, to programs outside."""
+
+
 def opened(source: "bytes | Image") -> "Image":
     """Read an image's header, so that its size is known; an image that is open already stays as it is."""
     from PIL import Image
 
-    return Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
+    return Image.open(io.BytesIO(source), formats=_FORMATS) if isinstance(source, bytes) else source
 
 
 def decoded(source: "bytes | Image", preprocessing: Preprocessing) -> "Image":

@@ -77,6 +77,8 @@ def check(
         forms = {"agreement": tuned} | ({} if form_of(tuned) == AS_EXPORTED else {"agreement_as_exported": plain})
         try:
             found = {key: _logits(exported, runtime, test, preprocessing) for key, exported in forms.items()}
+        except UserError:
+            raise
         except Exception as error:  # whatever a runtime raises at an operator it lacks
             facts["unavailable"][runtime] = one_line(error, -1)  # OpenVINO's first line is a place in its source
             continue

@@ -77,7 +77,7 @@ class Task:
         """The ONNX graph that the study's variants share."""
         from quantstudy.runtimes.onnx_graph import load_graph
 
-        return load_graph(layout.graph(self.name))
+        return load_graph(layout.graph(self.name), self.name)
 
 
 class _Model(NamedTuple):

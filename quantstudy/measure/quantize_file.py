@@ -28,7 +28,7 @@ from quantstudy.runtimes import library
 from quantstudy.runtimes.library import Model
 
 OUTPUTS = (".onnx", ".pth")
-_OPTIONS = ("architecture", "preprocessing", "image_size", "mean", "std")
+_OPTIONS = ("architecture", "preprocessing", "image_size", "mean", "std", "weights_key")
 """What a state_dict does not say."""
 _CPU = torch.device("cpu")
 
@@ -54,9 +54,10 @@ def quantize(arguments: argparse.Namespace) -> None:
     layers = "{layers_quantized} of {layers_quantizable} layers in low bits, {weight_bits:.2f} bits a weight"
     print(f"{arguments.method}: {layers.format(**counted)}")
     skipped = variant.network.skipped if isinstance(variant.network, Variant) else {}
+    agreement = _agreement(model, variant, test)
     remarks = left_out(skipped) + remark(not_quantized(variant.network)) + _write(out, variant, test)
     print(f"{out}: {out.stat().st_size / 1e6:.3f} MB, fp32 {source.stat().st_size / 1e6:.3f} MB")
-    print(_agreement(model, variant, test), f"calibrated on {drawn}", sep=", ")
+    print(agreement, f"calibrated on {drawn}", sep=", ")
     for line in remarks:
         print(line)
 
@@ -70,7 +71,7 @@ def _fp32(source: Path, arguments: argparse.Namespace) -> Model:
             raise UserError(f"{source}: holds the variant {content['variant']}; give the fp32 model it was made from")
         if given:
             raise UserError(f"--{next(iter(given)).replace('_', '-')}: {source} says that itself; leave the option out")
-    elif "preprocessing" in given and (twice := set(given) - {"architecture", "preprocessing"}):
+    elif "preprocessing" in given and (twice := set(given) & {"image_size", "mean", "std"}):
         raise UserError(f"--{min(twice).replace('_', '-')}: --preprocessing says that; leave one of them out")
     elif arguments.architecture is None:
         raise UserError(f"{source}: a state_dict does not say its architecture; add --architecture, resnet18 for one")

@@ -15,11 +15,12 @@ from quantstudy import layout
 from quantstudy import params as P
 from quantstudy.data.batches import images_of
 from quantstudy.data.container import load_split
+from quantstudy.errors import UserError
 from quantstudy.files import read_json
 from quantstudy.methods.moments import Moments, input_moments
 from quantstudy.network.checkpoint import load_tensors
 from quantstudy.network.graph import Graph, capture
-from quantstudy.quantization.observers import collect
+from quantstudy.quantization.observers import check_calibration, collect
 
 Statistics = dict[str, dict[str, Any]]
 """What `observers.collect` records of each layer's input, by the layer's name."""
@@ -60,7 +61,10 @@ class Calibration:
         if self._statistics is None:
             batches = [(images, torch.empty(0)) for images in self.images]
             return collect(self.model, batches, self.bins)["layers"]  # type: ignore[no-any-return]
-        return self._statistics()
+        found = self._statistics()
+        if missing := set(self.replaceable) - set(found):
+            raise UserError(f"calibration: no statistics of {min(missing)}; run calibrate again")
+        return found
 
     @functools.cached_property
     def sensitivity(self) -> list[dict[str, Any]]:
@@ -106,6 +110,7 @@ def load_calibration(
         split = load_split(layout.split(study, "calibration"))
         return images_of(split, preprocessing, row.calibration.batch_size)
 
-    statistics = (lambda: load_tensors(layout.calibration(study))["layers"]) if observed else None
+    path = layout.calibration(study)
+    statistics = (lambda: check_calibration(load_tensors(path), path, study)) if observed else None
     sensitivity = functools.partial(read_json, layout.sensitivity(study, "json"))
     return Calibration(model, images, statistics, row.calibration.bins, sensitivity)

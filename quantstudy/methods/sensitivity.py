@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantstudy import params as P
+from quantstudy.errors import UserError
 from quantstudy.methods.allocation import HALF, stored_bits
 from quantstudy.methods.bias_correction import correct_own_biases
 from quantstudy.methods.calibration import Calibration
@@ -83,6 +84,10 @@ def measure_layers(
         weight = layers[name].weight
         with _changed(layers[name], table[bits][name] if bits < HALF else None):
             logits = torch.cat([model(batch) for batch in images])
+        if not logits.isfinite().all():
+            raise UserError(
+                f"sensitivity: the logits are not finite with {name} at {bits} bits; take its width out of bits"
+            )
         row = {"layer": name, "bits": bits, "weights": weight.numel(), "macs": macs[name]}
         row["bytes"] = stored_bits(weight.shape, bits, settings.group_size) // 8
         rows.append(row | _compare(reference, logits, labels))

@@ -1,11 +1,12 @@
 """Model files: safe to load, and as small as what they hold.
 
 A file is a dictionary of plain values and tensors, so `torch.load(weights_only=True)` reads it and nothing in
-it is executed. `torch.save` spends some 200 bytes and a 64-byte alignment on each storage; therefore the tensors of one
-dtype are views into one storage.
+it is executed. Its tensors are finite when they are written and when they are read. `torch.save` spends some 200 bytes
+and a 64-byte alignment on each storage; therefore the tensors of one dtype are views into one storage.
 """
 
-import pickle
+import json
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -15,14 +16,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantstudy import layout
 from quantstudy.errors import UserError
-from quantstudy.files import save_tensors
+from quantstudy.files import check_records, save_tensors
 
 FORMAT = "quantstudy-3"
+_SAFETENSORS = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
 
 
 def save_checkpoint(path: Path, state_dict: dict[str, torch.Tensor], **facts: Any) -> None:
-    """Write `state_dict` and the plain values `facts` to `path` atomically."""
+    """Write `state_dict` and the plain values `facts` to `path` atomically; raise `UserError` for a NaN in it."""
+    check_finite(state_dict, path)
     save_tensors(path, {"format": FORMAT, **facts, "state_dict": _shared_storage(state_dict)})
 
 
@@ -35,6 +43,50 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def model_file(study: str, variant: str, architecture: str | None = None) -> Path:
+    """Return the path of a study's model file, known to be whole, and of this study, variant and architecture.
+
+    Raises:
+        UserError: it is missing, damaged, or another's.
+    """
+    path = layout.model(study, variant)
+    checkpoint = load_checkpoint(path)
+    wanted = {"study": study, "variant": variant} | ({"architecture": architecture} if architecture else {})
+    for key, value in wanted.items():
+        if (found := checkpoint.get(key)) != value:
+            raise UserError(f"{path}: its {key} is {found!r}, not {value!r}; run the stage that writes it again")
+    return path
+
+
+def check_dense(state: Mapping[str, torch.Tensor], source: object) -> None:
+    """Raise `UserError`, naming `source` and the tensor, unless all are dense, real, and have all of their values."""
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_nested:
+            kind = "sparse"
+        elif tensor.is_quantized:
+            kind = "quantized"
+        elif tensor.is_complex():
+            kind = "complex"
+        elif tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.nbytes:
+            kind = "without values of its own"
+        else:
+            continue
+        raise UserError(f"{source}: {name:.100} is {kind}; save dense tensors of real numbers")
+
+
+def check_finite(state: Mapping[str, torch.Tensor], source: object) -> None:
+    """Raise `UserError`, naming `source` and the tensor, for a NaN, an infinity or a negative variance."""
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
+            continue
+        low, high = torch.aminmax(tensor.detach())
+        if not (low.isfinite() and high.isfinite()):
+            count = int(tensor.isfinite().logical_not().sum())
+            raise UserError(f"{source}: {name:.100} has {count} values that are not finite (NaN or infinite)")
+        if low < 0 and name.endswith("running_var"):
+            raise UserError(f"{source}: {name:.100} has negative variances, down to {float(low):.3g}")
+
+
 def load_into(
     model: nn.Module, state_dict: Mapping[str, torch.Tensor], *, strict: bool = True, assign: bool = False
 ) -> None:
@@ -45,14 +97,59 @@ def load_into(
 
 
 def load_tensors(path: Path) -> Any:
-    """Read any file of tensors and plain values on the CPU, executing nothing in it."""
-    if not Path(path).is_file():
+    """Read any file of tensors and plain values, safetensors too, on the CPU, executing nothing in it.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds what only code could make of it.
+    """
+    path = Path(path)
+    if not path.is_file():
         raise UserError(f"{path}: no such file; run the stage that writes it, or put the file there")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AssertionError) as error:
-        reason = str(error).split("\n")[0][:120]
-        raise UserError(f"{path}: truncated, corrupt or not a file of tensors ({reason})") from None
+        with path.open("rb") as file:
+            if file.read(9)[8:] == b"{":
+                return _safetensors(path.read_bytes())
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
+            check_records(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except PermissionError:
+        raise
+    except Exception as error:  # damaged bytes may raise anything
+        raise UserError(f"{path}: {_why_unreadable(path, error)}") from None
+
+
+def _safetensors(content: bytes) -> dict[str, torch.Tensor]:
+    """Read the format of https://huggingface.co/docs/safetensors: a header's length, the header in JSON, the values."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header.pop("__metadata__", None)
+    state = {}
+    for name, row in header.items():
+        first, last = (start + offset for offset in row["data_offsets"])
+        flat = torch.frombuffer(bytearray(content[first:last]) or bytearray(8), dtype=_SAFETENSORS[row["dtype"]])
+        state[name] = (flat[:0] if first == last else flat).view(row["shape"])
+    if start + max((row["data_offsets"][1] for row in header.values()), default=0) != len(content):
+        raise ValueError("the values end elsewhere than the header says")
+    return state
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """Say what a file is that holds no plain tensors, and what to save instead."""
+    text = str(error)
+    if "TorchScript" in text:
+        return "a TorchScript program; save the state_dict of the model that it was made from"
+    names = re.findall(r"(?:GLOBAL|class|type) `?([\w.]*[a-z]\w*\.\w+)`? was not an allowed", text)
+    if names and zipfile.is_zipfile(path):
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    if any("torch.nn.modules" in name for name in names):
+        what = f"a whole pickled model ({names[0]:.60}), which only its code could load; save its weights alone"
+        return f"{what}, torch.save(model.state_dict(), path)"
+    if names:
+        what = f"beside its tensors {', '.join(names)[:80]}, which only code could load; save the state_dict alone"
+        return f"holds {what}, torch.save(checkpoint['state_dict'], path) for one"
+    reason = f" ({text})" if isinstance(error, zipfile.BadZipFile) else ""
+    return f"truncated, corrupt or not a file of tensors{reason}"
 
 
 def _shared_storage(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from quantstudy import params as P
 from quantstudy.network.architectures import IMAGE_SIZE, Shape, build, check_code, code_sha256, is_own
-from quantstudy.network.checkpoint import load_checkpoint, load_into, save_checkpoint
+from quantstudy.network.checkpoint import check_finite, load_checkpoint, load_into, save_checkpoint
 from quantstudy.network.folding import channels_last, fold_in_place, fold_like, settle_weights
 
 
@@ -20,10 +20,15 @@ def save_fp32(
     classes: int,
     preprocessing: P.Preprocessing,
     class_names: Sequence[str] | None = None,
+    study: str | None = None,
 ) -> None:
-    """Write the trained model, BatchNorm not folded, with its input, its classes and the SHA-256 of one's own code."""
+    """Write the trained model, BatchNorm not folded, with its input, its classes and the SHA-256 of one's own code.
+
+    `study` is the study that it is of, and that its variants will be of.
+    """
     facts = new_facts(architecture, classes, preprocessing)
     facts |= {"class_names": list(class_names)} if class_names else {}
+    facts |= {"study": study} if study else {}
     save_checkpoint(path, model.state_dict(), **facts, variant="fp32")
 
 
@@ -35,7 +40,7 @@ def new_facts(architecture: str, classes: int, preprocessing: P.Preprocessing) -
 
 def network_facts(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a checkpoint that says which network its tensors belong to, and for which input."""
-    keys = ("architecture", "classes", "class_names", "preprocessing", "code_sha256")
+    keys = ("study", "architecture", "classes", "class_names", "preprocessing", "code_sha256")
     return {key: checkpoint[key] for key in keys if key in checkpoint}
 
 
@@ -49,6 +54,7 @@ def load_fp32(path: Path, *, fold: bool = True) -> nn.Module:
     checkpoint = load_checkpoint(path)
     model = _network_of(checkpoint, path)
     load_into(model, checkpoint["state_dict"], assign=True)
+    check_finite(model.state_dict(), path)
     model.eval()
     if fold:
         fold_in_place(model)

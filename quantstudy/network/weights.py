@@ -1,21 +1,31 @@
-"""Load the weights that a model starts from: torchvision's, or a state_dict on disk."""
+"""Load the weights that a model starts from: torchvision's, or a state_dict on disk.
 
+A file of a training script may hold several state_dicts, and name tensors by the modules that were around the network.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantstudy import params as P
-from quantstudy.errors import UserError
+from quantstudy.errors import UserError, unknown
 from quantstudy.files import check_sha256
 from quantstudy.network.architectures import Shape, build, check_layers, check_logits, torchvision_names
 from quantstudy.network.attention import opened_names
-from quantstudy.network.checkpoint import load_into, load_tensors
+from quantstudy.network.checkpoint import check_dense, check_finite, load_into, load_tensors
 from quantstudy.network.graph import head_name
 
 AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 """Tensors of GoogLeNet and Inception that only their own training needs."""
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""Modules that DataParallel, torch.compile and FSDP put around others."""
+_DEPTH = 6
+"""Modules that may lie around a network."""
 
 
 @dataclass(frozen=True)
@@ -52,30 +62,36 @@ def load_pretrained(model: nn.Module, row: P.Model, study: str) -> LoadReport:
         source, state = f"torchvision ImageNet {row.architecture}", _imagenet(row.architecture)
     else:
         check_sha256(Path(row.weights), row.weights_sha256, f"studies.{study}.model.weights_sha256")
-        source, state = row.weights, read_state_dict(Path(row.weights))
+        key = f"studies.{study}.model.weights_key"
+        source, state = row.weights, read_state_dict(Path(row.weights), row.weights_key, key)
     return load_state(model, state, source, f"studies.{study}.model.weights", row.architecture)
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], source: str, key: str, architecture: str) -> LoadReport:
-    """Load a state_dict of torchvision's or of this project into `model`, in place, as `load_pretrained` does.
+    """Load a state_dict into `model`, in place, as `load_pretrained` does.
 
     Position embeddings of a vision transformer for another image size are interpolated. `source` is what the report
     and errors call the state, `key` the param or file that an error names.
     """
     own = model.state_dict()
-    state = opened_names(state, own.keys())
+    state = opened_names(fitted(state, own, source), own.keys())
+    check_dense(state, source)
     state = {k: v for k, v in state.items() if not k.startswith(AUXILIARY_HEADS) or k in own}
     _fit_positions(model, state, own)
     head = {f"{head_name(model)}.{tensor}" for tensor in ("weight", "bias")}
     strange = [k for k in state if k not in own or (state[k].shape != own[k].shape and k not in head)]
     if strange:
         first = strange[0]
-        found = f"holds {first}" + (f" of shape {tuple(state[first].shape)}" if first in own else "")
+        found = f"holds {first:.100}" + (f" of shape {tuple(state[first].shape)}" if first in own else "")
         wanted = f"of shape {tuple(own[first].shape)} here" if first in own else "which it lacks"
         found += f", {wanted} ({len(strange)} of {len(state)} tensors do not fit)"
         raise UserError(f"{key}: {source!r} is not of architecture {architecture}: it {found}")
     usable = {name: tensor for name, tensor in state.items() if tensor.shape == own[name].shape}
+    for name, tensor in usable.items():
+        if tensor.is_floating_point() != own[name].is_floating_point():
+            raise UserError(f"{source}: {name} is of {tensor.dtype}, not of {own[name].dtype} as in {architecture}")
     load_into(model, usable, strict=False)
+    check_finite({name: tensor for name, tensor in model.state_dict().items() if name in usable}, source)
     return LoadReport(source, list(usable), [name for name in own if name not in usable])
 
 
@@ -99,19 +115,75 @@ def _imagenet(architecture: str) -> dict[str, torch.Tensor]:
         raise UserError(f"model.weights: {what}; put a state_dict on disk and name its path instead") from None
 
 
-def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Read a file of weights: a state_dict, alone or under the names that training scripts keep it by.
+def read_state_dict(path: Path, key: str | None = None, named_by: str = "weights_key") -> dict[str, Tensor]:
+    """Read a file of weights: a state_dict, alone or under the name that a training script keeps it by.
+
+    Args:
+        path: of torch.save or safetensors.
+        key: that name, `ema.module` for one inside another, or what the names of one network's tensors begin with.
+        named_by: the param that errors call `key`.
 
     Raises:
-        UserError: the file is missing, corrupt, or holds anything else, such as a whole pickled model.
+        UserError: the file is missing, damaged, or holds no state_dict, or several and no `key`.
     """
-    state = load_tensors(path)
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path}: not a state_dict (a mapping from names to tensors)")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}  # DistributedDataParallel's prefix
+    content = load_tensors(path)
+    found = _state_dicts(content)
+    if not found:
+        inside = content.items() if isinstance(content, Mapping) else ()
+        held = ", ".join(f"{name!s:.30}: {type(value).__name__}" for name, value in list(inside)[:5])
+        what = f"holds {{{held}}}" if held else f"holds a {type(content).__name__}"
+        raise UserError(f"{path}: {what:.150}, not a state_dict (a mapping from names to tensors)")
+    if key is None and len(found) > 1:
+        listed = ", ".join(f"{name:.40} ({len(state)} tensors)" for name, state in list(found.items())[:6])
+        raise UserError(f"{named_by}: {path} holds several state_dicts; name one of {listed}")
+    if key is None or key in found:
+        return found[key or next(iter(found))]
+    begun = {name: tensor for state in found.values() for name, tensor in state.items() if name.startswith(f"{key}.")}
+    if len(found) > 1 or not begun:
+        raise unknown(named_by, key, [name[:40] for name in found][:10])
+    return begun
+
+
+def _state_dicts(content: Any, name: str = "", depth: int = 2) -> dict[str, dict[str, Tensor]]:
+    """Return every state_dict in a file by its name, which is empty for the file itself."""
+    entries = (
+        {key: value for key, value in content.items() if isinstance(key, str)} if isinstance(content, dict) else {}
+    )
+    inside: dict[str, dict[str, Tensor]] = {}
+    for key, value in entries.items() if depth else ():
+        inside |= _state_dicts(value, f"{name}.{key}" if name else key, depth - 1)
+    tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
+    return inside or ({name: tensors} if any(tensor.ndim > 1 for tensor in tensors.values()) else {})
+
+
+def fitted(state: Mapping[str, Tensor], own: Collection[str], source: str) -> dict[str, Tensor]:
+    """Return a state_dict by the names `own` of a network's tensors, whatever modules lay around it when it was saved.
+
+    Where another module held the network, as Lightning's do, what that one had beside it is left out.
+
+    Raises:
+        UserError: it held two such networks, a student and a teacher for example.
+    """
+    wanted = {_unwrapped(name): name for name in own}
+    plain = {_unwrapped(name): tensor for name, tensor in state.items()}
+    fits: Counter[str] = Counter()
+    for name in plain:
+        parts = name.split(".", _DEPTH)
+        for at in range(len(parts)):
+            if ".".join(parts[at:]) in wanted:
+                fits["".join(f"{part}." for part in parts[:at])] += 1
+    most = max(fits.values(), default=0)
+    best = [prefix for prefix, count in fits.items() if count == most]
+    prefix = "" if "" in best or not best else best[0]
+    if prefix and len(best) > 1 and 2 * most > len(wanted):
+        which = " and ".join(one.removesuffix(".") for one in best[:4])
+        raise UserError(f"weights_key: {source} holds several networks that fit: {which:.150}; name one")
+    found = {name.removeprefix(prefix): tensor for name, tensor in plain.items() if name.startswith(prefix)}
+    return {wanted.get(name, name): tensor for name, tensor in found.items() if name in wanted or name != "n_averaged"}
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def network_of_state(
@@ -127,8 +199,10 @@ def network_of_state(
     network = build(architecture, 1, image_size, "architecture")
     check_layers(network, "architecture")
     head = f"{head_name(network)}.weight"
-    weight = opened_names(state).get(head)
-    if weight is None:
+    state = opened_names(fitted(state, network.state_dict(), source))
+    check_dense(state, source)
+    weight = state.get(head)
+    if weight is None or not weight.ndim:
         raise UserError(f"{source}: not of architecture {architecture}: it lacks {head}")
     model = build(architecture, weight.shape[0], image_size, "architecture")
     check_logits(model, weight.shape[0], image_size, "image_size")

@@ -32,6 +32,8 @@ class Model(Section):
     weights: Text | None = None
     """None: random; `imagenet`: torchvision's; otherwise the path of a local state_dict."""
     weights_sha256: Sha256 | None = None
+    weights_key: str | None = None
+    """Where a file of weights holds several: the name of one, `state_dict_ema` or `ema.module`."""
 
     @field_validator("code_sha256", "weights_sha256")
     @classmethod

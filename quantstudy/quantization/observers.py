@@ -7,13 +7,16 @@ histogram of fixed bins between them, so nothing is approximated by merging. Eve
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from quantstudy.errors import UserError
 from quantstudy.network.graph import LAYERS
 
 QUANTIZABLE = LAYERS
@@ -47,6 +50,8 @@ def collect(
 
     def watch_range(name: str, value: Tensor) -> None:
         low, high = (float(bound) for bound in torch.aminmax(value.detach()))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise UserError(f"calibration: the input of {name} is not finite (NaN or infinite): {low} to {high}")
         seen = extremes.setdefault(name, [low, high])
         extremes[name] = [min(seen[0], low), max(seen[1], high)]
         pairs = zip(moving.setdefault(name, [low, high]), (low, high), strict=True)
@@ -70,6 +75,20 @@ def collect(
             name: _statistics(extremes[name], sums[name], counts[name]) | {"moving": moving[name]} for name in counts
         },
     }
+
+
+def check_calibration(calibration: Any, path: Path, study: str | None = None) -> dict[str, dict[str, Any]]:
+    """Return the layers of a calibration file; raise `UserError` when it is not of `study`, or not finite."""
+    layers = calibration.get("layers") if isinstance(calibration, dict) else None
+    if not isinstance(layers, dict) or not layers:
+        raise UserError(f"{path}: not a calibration file; run calibrate again")
+    if (found := calibration.get("study", study)) != study:
+        raise UserError(f"{path}: of the study {found!r}, not {study!r}; run calibrate again")
+    for name, statistics in layers.items():
+        for key, value in statistics.items():
+            if not torch.as_tensor(value).isfinite().all():
+                raise UserError(f"{path}: {key} of the input of {name} is not finite; run calibrate again")
+    return layers
 
 
 def run_watched(

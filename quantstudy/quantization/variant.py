@@ -6,6 +6,7 @@ row a quantized layer (bits, group size, activation grid) and the tensors, integ
 """
 
 import copy
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantstudy.network.checkpoint import load_checkpoint, load_into, save_checkpoint
+from quantstudy.errors import UserError
+from quantstudy.network.checkpoint import check_finite, load_checkpoint, load_into, save_checkpoint
 from quantstudy.network.folding import channels_last
 from quantstudy.network.fp32 import load_fp32, network_facts, skeleton_of
 from quantstudy.network.graph import put
@@ -59,6 +61,7 @@ def save_variant(path: Path, variant: Variant, fp32: dict[str, Any], name: str) 
         name: {"scheme": asdict(module.scheme), "scale": module.scale, "zero_point": module.zero_point}
         for name, module in quantized_operands(variant.network).items()
     }
+    _check_grids(path, quantized_layers(variant.network))
     facts = {
         **network_facts(fp32),
         "variant": name,
@@ -80,7 +83,8 @@ def load_variant(path: Path) -> Variant:
         name: LayerScheme(WeightScheme(**row["weight"]), ActivationScheme(**row["activation"]))
         for name, row in checkpoint["layers"].items()
     }
-    for name, layer in quantize_layers(network, schemes).items():
+    replaced = quantize_layers(network, schemes)
+    for name, layer in replaced.items():
         layer.empty_codes()
         layer.dtype = dtype
         row = checkpoint["layers"][name]
@@ -90,8 +94,18 @@ def load_variant(path: Path) -> Variant:
     relus = checkpoint["channel_relus"].items()
     put(network, {name: ChannelReLU(checkpoint["state_dict"][f"{name}.bound"], axis) for name, axis in relus})
     load_into(network, checkpoint["state_dict"], assign=True)
+    _check_grids(path, replaced)
+    check_finite(network.state_dict(), path)
     network = channels_last(network.requires_grad_(False).eval())
     return Variant(network, dtype, checkpoint["skipped"]).eval()
+
+
+def _check_grids(path: Path, layers: dict[str, Any]) -> None:
+    for name, layer in layers.items():
+        grid = layer.activation
+        if not (0 < grid.scale < math.inf and 0 <= grid.zero_point <= grid.scheme.highest):
+            what = f"the input of {name} has the scale {grid.scale} and the zero point {grid.zero_point}"
+            raise UserError(f"{path}: {what}; a scale is finite and positive, a zero point one of the codes")
 
 
 def load_any(path: Path) -> nn.Module:

@@ -16,20 +16,20 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quantstudy.errors import UserError
-from quantstudy.quantization.observers import histogram_percentile
+from quantstudy import layout
+from quantstudy.network.checkpoint import load_tensors
+from quantstudy.quantization.observers import check_calibration, histogram_percentile
 from quantstudy.report.style import BLUE, GREEN, ORANGE, PURPLE, VERMILLION, plot_style, save
 
 DRAWN_BINS = 128
 _CLIP_STYLES = ((VERMILLION, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"))
 
 
-def check_calibration(calibration: Any, path: Path) -> dict[str, dict[str, Any]]:
-    """Return the layers of a calibration file; raise `UserError` when it is not one."""
-    layers = calibration.get("layers") if isinstance(calibration, dict) else None
-    if not isinstance(layers, dict) or not layers:
-        raise UserError(f"{path}: not a calibration file; run calibrate again")
-    return layers
+def load_histograms(study: str) -> tuple[dict[str, dict[str, Any]], int]:
+    """Return the statistics of every layer's input, by layer, and the number of images; raise `UserError` without."""
+    path = layout.calibration(study)
+    calibration = load_tensors(path)
+    return check_calibration(calibration, path, study), calibration["images"]
 
 
 def layer_statistics(layer: Mapping[str, Any], percentiles: Sequence[float]) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from quantstudy import layout
 from quantstudy.data.container import Split
 from quantstudy.errors import UserError
 from quantstudy.files import read_json
+from quantstudy.measure.predictions import load_predictions
 from quantstudy.measure.statistics import paired_drop_half_width
-from quantstudy.network.checkpoint import load_tensors
 from quantstudy.params import Params
 from quantstudy.quantization.ranges import activation_range
 from quantstudy.quantization.schemes import ActivationScheme
-from quantstudy.report.histograms import as_array, check_calibration, rebin
+from quantstudy.report.histograms import as_array, load_histograms, rebin
 from quantstudy.report.pareto import on_front, split_level
 from quantstudy.report.results import Result, remarks
 from quantstudy.report.tables import facts, record, scaling_law
@@ -47,7 +47,8 @@ def page_data(params: Params, study: str, results: Sequence[Result], test: Split
         UserError: a file of predictions, the calibration or the outliers is missing or does not fit.
     """
     labels = test.labels.numpy()
-    predictions = {result.variant: read_predictions(study, result.variant, len(labels)) for result in results}
+    shape = len(labels), len(test.classes)
+    predictions = {result.variant: load_predictions(study, result.variant, *shape) for result in results}
     sensitivity = layout.sensitivity(study, "json")
     return {
         "study": study,
@@ -69,18 +70,6 @@ def page_data(params: Params, study: str, results: Sequence[Result], test: Split
         "predictions": {variant: joined(found) for variant, found in predictions.items()},
         "thumbnails": thumbnails(test) if params.study(study).data.source in FREE_TO_SHOW else None,
     }
-
-
-def read_predictions(study: str, variant: str, images: int) -> NDArray[np.int16]:
-    """Return the predicted classes of a variant, int16 [images]; raise `UserError` when they are of other images."""
-    path = layout.predictions(study, variant)
-    try:
-        found: NDArray[np.int16] = np.load(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run evaluate for {variant} first") from None
-    if found.shape != (images,):
-        raise UserError(f"{path}: predictions of {len(found)} images, the test split has {images}; run evaluate again")
-    return found
 
 
 def variant_rows(
@@ -158,9 +147,12 @@ def layer_inputs(params: Params, study: str) -> list[Row]:
     `clips` has the range of every static post-training variant on these histograms: training, run time and
     equalization make the others' ranges.
     """
-    path = layout.calibration(study)
-    layers = check_calibration(load_tensors(path), path)
-    outliers = read_json(layout.activation_stats(study))["layers"]
+    layers, _ = load_histograms(study)
+    path = layout.activation_stats(study)
+    found = read_json(path)
+    outliers = found.get("layers") if isinstance(found, dict) else None
+    if not isinstance(outliers, dict) or outliers.keys() != layers.keys():
+        raise UserError(f"{path}: not of the layers of {layout.calibration(study)}; run outliers again")
     methods = {name: params.method(name) for name in params.ptq}
     static = {name: row for name, row in methods.items() if hasattr(row, "activation_range") and not row.equalize}
     rows = []

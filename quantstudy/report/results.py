@@ -85,9 +85,13 @@ def _load(params: Params, study: str, variant: str) -> Result:
     for key in METRIC_KEYS:
         if not isinstance(metrics, dict) or key not in metrics:
             raise UserError(f"{path}: has no key {key!r}; run evaluate for {variant} again")
+        if not isinstance(metrics[key], int | float | None):
+            raise UserError(f"{path}: {key} is {metrics[key]!r:.40}, no number; run evaluate for {variant} again")
         if key in NEVER_NULL and metrics[key] is None:
             raise UserError(f"{path}: {key} is null; run evaluate for {variant} again")
     measured = (metrics, read_json(details) if details.is_file() else {})
+    if not isinstance(measured[1], dict) or measured[1].get("variant", variant) != variant:
+        raise UserError(f"{details}: not the details of {variant}; run evaluate for it again")
     if variant == "fp32":
         return Result(variant, "baseline", "fp32", "fp32", "32/32", 32, *measured)
     row = params.method(variant)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from quantstudy import layout
 from quantstudy.errors import UserError, one_line
+from quantstudy.measure.predictions import predictions_in
 from quantstudy.params import PARAMS_FILE
 from quantstudy.params.reading import parse_params
 
@@ -74,7 +75,7 @@ class Revision:
     def predictions(self, study: str, variant: str) -> NDArray[np.int16] | None:
         """Return a variant's predicted classes, int16 [images]; None where the cache has lost them."""
         content = self._read(layout.predictions(study, variant))
-        return None if content is None else np.load(io.BytesIO(content))
+        return None if content is None else predictions_in(content, study, variant)
 
     def test_md5(self, study: str) -> str | None:
         """Return the checksum by which DVC knows a study's test split; None when it does not."""

@@ -102,6 +102,7 @@ def load_model(
     image_size: int = 224,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
+    weights_key: str | None = None,
 ) -> Model:
     """Read a model file: of this project, fp32 or a variant, or a state_dict.
 
@@ -113,6 +114,7 @@ def load_model(
         image_size: of a state_dict: pixels a side.
         mean: of a state_dict: of red, green, blue, of pixels from 0 to 1.
         std: likewise.
+        weights_key: of a file that holds several state_dicts: the name of one, `state_dict_ema` for example.
 
     Raises:
         UserError: the file cannot be read, or is not of the architecture.
@@ -124,7 +126,16 @@ def load_model(
             what = "a state_dict does not say its architecture; pass architecture, 'resnet18' for one"
             raise UserError(f"{path}: {what}")
         checkpoint = load_checkpoint(path)
-        model = Model(load_any(path), network_facts(checkpoint), checkpoint["variant"])
+        try:
+            model = Model(load_any(path), network_facts(checkpoint), checkpoint["variant"])
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            RuntimeError,
+        ) as error:  # it lacks what such files have
+            raise UserError(f"{path}: not a whole model file ({one_line(error)})") from None
         if is_own(model.facts["architecture"]):
             check_logits(model.network, model.facts["classes"], model.preprocessing.shape, f"{path}: architecture")
         return model
@@ -136,7 +147,8 @@ def load_model(
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{first['loc'][0]}: {first['input']}: {first['msg'].removeprefix('Value error, ')}") from None
-    network, classes = network_of_state(read_state_dict(path), str(path), architecture, preprocessing.shape)
+    state = read_state_dict(path, weights_key)
+    network, classes = network_of_state(state, str(path), architecture, preprocessing.shape)
     return Model(channels_last(fold_batchnorm(network)), new_facts(architecture, classes, preprocessing))
 
 

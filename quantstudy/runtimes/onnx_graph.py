@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from quantstudy.errors import UserError, one_line
+from quantstudy.files import seal
 from quantstudy.network.architectures import Shape, image_shape
 from quantstudy.network.folding import copy_of
 from quantstudy.network.fp32 import skeleton
@@ -148,11 +149,29 @@ _PLAIN |= {pool: functools.partial(_avg_pool, pool) for pool in (F.avg_pool2d, F
 _PLAIN |= dict.fromkeys((torch.clamp, torch.clip, Tensor.clamp, Tensor.clip), _clamp)
 
 
-def load_graph(path: Path) -> onnx.ModelProto:
-    """Read the graph that the stage `trace` wrote; raise `UserError` when it is not there."""
+def load_graph(path: Path, study: str = "") -> onnx.ModelProto:
+    """Read the graph that `trace` wrote; raise `UserError` when it is not there, damaged or another study's."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; run the stage trace")
-    return onnx.load_model_from_string(path.read_bytes())
+    return unsealed(path, study, "run the stage trace again")
+
+
+def sealed(content: bytes, study: str = "") -> bytes:
+    """Return the bytes of an ONNX model and, behind them, its metadata `sha256`: of these bytes and of its study.
+
+    Protocol buffers of one message may be written one behind another; every reader takes them together.
+    """
+    entry = onnx.StringStringEntryProto(key="sha256", value=seal(content, study))
+    return content + onnx.ModelProto(metadata_props=[entry]).SerializeToString()
+
+
+def unsealed(path: Path, study: str, remedy: str) -> onnx.ModelProto:
+    """Read a model that `sealed` made the bytes of; raise `UserError`, with the remedy, unless it is as written."""
+    found = path.read_bytes()
+    content = found[: len(found) - len(sealed(b""))]
+    if found != sealed(content, study):
+        raise UserError(f"{path}: damaged, or not the ONNX model that was written there; {remedy}")
+    return onnx.load_model_from_string(content)
 
 
 def _untie(network: nn.Module) -> None:

@@ -28,6 +28,7 @@ from quantstudy.network.graph import is_transposed
 from quantstudy.quantization.layers import ActivationQuantizer, ChannelReLU, quantized_layers, quantized_operands
 from quantstudy.quantization.packing import pack
 from quantstudy.quantization.variant import Variant
+from quantstudy.runtimes.onnx_graph import sealed
 
 PRODUCER = "quantstudy"
 CALL = "@"
@@ -70,8 +71,10 @@ def _metadata(model: onnx.ModelProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
-def save_onnx(path: Path, model: onnx.ModelProto) -> None:
+def save_onnx(path: Path, model: onnx.ModelProto, study: str = "") -> None:
     """Write an ONNX file atomically, equal models as equal bytes, and a .json beside it of what `described` it.
+
+    Its metadata `sha256` tells a damaged file, and with `study` one of another study, when it is read here.
 
     Raises:
         UserError: more than 2 GB, which one file cannot hold.
@@ -79,7 +82,7 @@ def save_onnx(path: Path, model: onnx.ModelProto) -> None:
     if model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
         raise UserError(f"{path}: {model.ByteSize() / 1e9:.1f} GB; an ONNX file holds at most 2 GB")
     with atomic(path) as temporary:
-        temporary.write_bytes(model.SerializeToString(deterministic=True))
+        temporary.write_bytes(sealed(model.SerializeToString(deterministic=True), study))
     if metadata := _metadata(model):
         write_json(path.with_suffix(".json"), {key: json.loads(value) for key, value in metadata.items()})
 

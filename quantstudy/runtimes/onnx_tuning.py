@@ -27,6 +27,7 @@ from torch import nn
 from quantstudy.errors import UserError
 from quantstudy.machine.hardware import int8_sums_saturate
 from quantstudy.quantization import saturation
+from quantstudy.runtimes.onnx_graph import unsealed
 from quantstudy.runtimes.onnx_model import PRODUCER, checked, save_onnx, to_onnx
 
 AS_EXPORTED, TUNED = "as exported", "tuned for onnxruntime"
@@ -98,6 +99,7 @@ def tune(source: Path, out: Path, *, saturates: bool) -> None:
         raise UserError(f"{source}: not an ONNX model, or only a part of one") from None
     if (found := model.producer_name) != PRODUCER:
         raise UserError(f"{source}: its producer is {found!r}; only what {PRODUCER} exported can be tuned")
+    model = unsealed(source, "", "export it again")
     if model.producer_version:
         raise UserError(f"{source}: was {model.producer_version} before; tune the file that it was made from")
     result = tuned(model, saturates=saturates)

@@ -80,6 +80,9 @@ def _score(state: State, model: nn.Module, validation: Batches, run: Run, row: d
         run.before_validation(model)
     parallel.share_buffers(model)
     row["validation_loss"], row["validation_top1"] = evaluate(model, validation, run.dtype)
+    if not math.isfinite(row["validation_loss"]):
+        cause = f"; lower learning_rate, which is {run.settings.learning_rate}" if row["epoch"] else " before training"
+        raise UserError(f"{run.name}: the logits of the validation images are not finite{cause}")
     keep(state, model, row)
 
 

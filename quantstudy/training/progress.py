@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from quantstudy import params as P
 from quantstudy.files import save_tensors, write_csv
-from quantstudy.network.checkpoint import load_into
+from quantstudy.network.checkpoint import load_into, load_tensors
 
 COLUMNS = (
     *("epoch", "train_loss", "train_top1", "validation_loss", "validation_top1"),
@@ -83,7 +83,7 @@ def restore(run: Run, parts: dict[str, Any]) -> State:
     if not run.resume.is_file():
         return State()
     try:
-        content = torch.load(run.resume, map_location="cpu", weights_only=True)
+        content = load_tensors(run.resume)
         if content["fingerprint"] != run.fingerprint:
             return State()
     except Exception as error:

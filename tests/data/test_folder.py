@@ -2,10 +2,12 @@
 
 import io
 import os
+import socket
 import subprocess
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -202,3 +204,51 @@ def test_a_test_split_is_drawn_from_folders_of_classes(make_tree: MakeTree, pack
     assert again is not None and torch.equal(again, test.images)
     line = message(tree, test_fraction=0.25)
     assert line == "studies.tiny.data.test_fraction: PATH has a folder test/; remove the key"
+
+
+@pytest.mark.parametrize("end", ["000.png", ".", "../..", "/dev/zero", "/nowhere", "pipe", "socket"])
+def test_what_is_no_file_ends_in_a_line_and_hangs_nobody(make_tree: MakeTree, end: str) -> None:
+    odd = make_tree() / "train" / "ant" / "9.png"
+    tree = odd.parents[2]
+    if end == "pipe":
+        os.mkfifo(odd)
+    elif end == "socket":
+        with socket.socket(socket.AF_UNIX) as one:
+            one.bind(str(odd))
+    else:
+        odd.symlink_to("9.png" if end == "000.png" else end)
+    found = message(tree)
+    assert (
+        "a link that loops" in found or "cannot be read: a folder, a pipe or a device" in found or "to nothing" in found
+    )
+
+
+def test_a_name_that_is_not_utf8_is_refused(make_tree: MakeTree, pack: Pack) -> None:
+    tree = make_tree()
+    odd = tree / "train" / "ant" / "\udcff.png"
+    odd.write_bytes(b"x")
+    assert message(tree).endswith("\\xff.png' is not UTF-8; rename it")
+    assert "is not UTF-8" in message(pack(tree, ".tar"))
+
+
+def test_bombs_and_unknown_compression_are_refused(make_tree: MakeTree, pack: Pack, monkeypatch: Any) -> None:
+    archive = pack(make_tree(), ".zip")
+    content = bytearray(archive.read_bytes())
+    content[content.index(b"PK\1\2") + 10] = 99
+    archive.write_bytes(content)
+    assert "truncated or corrupt (" in message(archive)
+    monkeypatch.setattr("quantstudy.data.archive._LARGEST", 500)
+    assert "MB; an image has at most" in message(pack(make_tree(name="a"), ".zip"))
+    assert "MB; an image has at most" in message(pack(make_tree(name="b"), ".tar"))
+    assert "MB; an image has at most" in message(make_tree(name="c"))
+    monkeypatch.setattr("quantstudy.data.archive._SWOLLEN", 500)
+    monkeypatch.setattr("quantstudy.data.archive._RATIO", 1)
+    assert "unpacks to more than" in message(pack(make_tree(name="d"), ".tar.gz"))
+
+
+def test_no_program_outside_decodes_an_image(make_tree: MakeTree, monkeypatch: Any) -> None:
+    tree = make_tree()
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n"
+    (tree / "train" / "ant" / "9.png").write_bytes(script)
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was called"))
+    assert "not an image that can be decoded (cannot identify" in message(tree)

@@ -44,7 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def quantize(model: str = "model.pth", out: str = "out.pth", images: str = "images", **options: Any) -> None:
     given = {"method": "int8_static", "architecture": "resnet18"} | options
-    flags = [text for key, value in given.items() if value for text in (f"--{key}", value)]
+    flags = [text for key, value in given.items() if value for text in (f"--{key}", *value.split())]
     main(["quantize", model, "--images", images, "--out", out, *(SIZES if given["architecture"] else ()), *flags])
 
 
@@ -93,8 +93,18 @@ def test_mistakes_are_one_line_and_leave_no_file(folder: Path) -> None:
     assert "gone: no such file or folder" in failure(images="gone")
     assert "--out: 'x.tflite'" in failure(out="x.tflite")
     assert "--out: 'model.pth'" in failure(out="model.pth")
+    state = torch.load("model.pth")["model"]
+    torch.save({"model": state, "model_ema": state}, "several.pth")
+    torch.save(state | {"module.conv1.weight": state["module.conv1.weight"] * float("nan")}, "nan.pth")
+    torch.save(state | {"module.fc.weight": state["module.fc.weight"] * 1e37}, "large.pth")
+    before |= {folder / f"{name}.pth" for name in ("several", "nan", "large")}
+    assert "--weights-key: several.pth holds several state_dicts; name one of model (102" in failure("several.pth")
+    assert "nan.pth: conv1.weight has 9408 values that are not finite" in failure("nan.pth")
+    assert "logits: those of " in failure("large.pth", method="int8_weight_only")
+    assert "--std: 0.0: " in failure(std="0 0 0")
+    assert "--mean: nan: " in failure(mean="nan 0 0")
     assert set(folder.rglob("*")) == before
-    quantize()
+    quantize("several.pth", **{"weights-key": "model_ema"})
     assert "out.pth: holds the variant int8_static" in failure("out.pth", "again.pth", architecture=None)
 
 

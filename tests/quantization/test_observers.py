@@ -1,10 +1,13 @@
 """Calibration statistics against direct computation."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from quantstudy.quantization.observers import collect, histogram_percentile
+from quantstudy.errors import UserError
+from quantstudy.quantization.observers import check_calibration, collect, histogram_percentile
 
 
 @pytest.fixture
@@ -41,3 +44,17 @@ def test_a_constant_input_has_a_histogram() -> None:
     edges, counts = torch.arange(5.0), torch.tensor([10.0, 80.0, 9.0, 1.0], dtype=torch.float64)
     assert histogram_percentile(edges, counts, 99.0) == (0.0, 3.0)
     assert histogram_percentile(edges, counts, 90.0) == (1.0, 2.0)
+
+
+def test_statistics_are_finite_when_they_are_taken_and_when_they_are_read(model: nn.Module, batches: list) -> None:
+    found, path = collect(model, batches, 64) | {"study": "a"}, Path("calibration.pt")
+    assert check_calibration(found, path, "a") == found["layers"]
+    with pytest.raises(UserError, match="of the study 'a', not 'b'"):
+        check_calibration(found, path, "b")
+    for key in ("max", "moving", "counts"):
+        wrong = torch.as_tensor(found["layers"]["3"][key]) / 0
+        with pytest.raises(UserError, match=rf"calibration\.pt: {key} of the input of 3 is not finite"):
+            check_calibration({"layers": found["layers"] | {"3": {key: wrong}}}, path)
+    model[0].weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(UserError, match="calibration: the input of 3 is not finite"):
+        collect(model, batches, 64)
