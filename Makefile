@@ -39,7 +39,7 @@ $(TOOLS): $(READY)
 	touch $@
 
 repro: setup  ## Run what changed of the studies in params.yaml, then print the result tables
-	python -m tools.warm sh -c 'python -m quantstudy check && python -m stages diagnose > /dev/null && dvc repro'
+	python -m tools.warm sh -c 'python -m quantstudy check && python -m stages diagnose > /dev/null && exec dvc repro'
 	@$(MAKE) --no-print-directory results
 
 results: setup  ## Print the result tables and where the plots are
@@ -77,8 +77,8 @@ front: setup  ## Accuracy against size for budgets of bits: make front STUDY=...
 figures: setup  ## Draw the figures of docs/
 	python -m docs.drawing
 
-dag: setup  ## Show the stages and what they depend on
-	dvc dag --mermaid
+dag: setup  ## Draw the DAG by kind of stage, as Mermaid
+	@python -m tools.dag
 
 peers: $(PEERS)/.ready  ## Compare with NNCF, ONNX Runtime and torchao: make peers STUDY=...
 	$(PEERS)/bin/python -m benchmarks.peers --study $(STUDY)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from quantstudy import layout
 from quantstudy.errors import UserError, run_stage, shown
-from quantstudy.params import PARAMS_FILE, load_params
+from quantstudy.params import PARAMS_FILE, Params, load_params
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif arguments.command == "compare" and arguments.before:
         print_comparison(arguments.before, arguments.after, arguments.page)
     else:
-        for study in load_params().run:
-            print_results(study)
+        params = load_params()
+        for study in params.run:
+            print_results(params, study)
         if layout.REPORT.is_file():
             print(f"\nall of it on one page: {layout.REPORT}")
 
@@ -145,15 +146,20 @@ def print_comparison(before: str, after: str, page: Path | None) -> None:
         write_text(page, build_page([found for found in studies.values() if found], to_record(old, new, rows)))
 
 
-def print_results(study: str) -> None:
+def print_results(params: Params, study: str) -> None:
     """Print a study's table and the paths of its plots."""
+    from quantstudy.report.results import pictures
+
     folder = layout.report(study)
     path = folder / "results.md"
     if not path.is_file():
         raise UserError(f"{path}: no such file; run `dvc repro` first")
     print(f"\n## {study}\n\n{path.read_text(encoding='utf-8')}")
-    print("plots:", *sorted(str(path) for path in folder.glob("*.png")), sep="\n  ")
+    current, older = pictures(params, study)
+    print("plots:", *current, sep="\n  ")
     print(f"  {folder / 'outlier_quant_results'}/ (one histogram a layer)")
+    if older:
+        print("of an older fp32 model, or no stage of this run:", *older, sep="\n  ")
 
 
 def fill_pages() -> None:

@@ -2,15 +2,25 @@
 
 Every mistake a user can make (a wrong key, a missing file, a full disk) ends as a `UserError`, whose
 message names the key or file, the value found and the choices. A stage script ends with
-`run_stage(main)`, which prints that line and exits with status 1, without a traceback.
+`run_stage(main)`, which prints that line and exits with status 1. A traceback never reaches the terminal: it
+is written down, and the line says where.
 """
 
 import difflib
 import errno
 import io
 import reprlib
+import signal
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NoReturn
+
+LOGS = Path(".cache") / "logs"
+MOST_TEXT = 4000
+"""Characters that an error line has at most."""
 
 LONGEST = 190
 """Characters of a line that shows what a user wrote."""
@@ -53,17 +63,49 @@ def one_line(error: BaseException, line: int = 0) -> str:
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage's `main`; print a `UserError` or what the file system refuses as a line and exit with status 1."""
+    """Run a stage's `main`; whatever ends it is one line and status 1, or a shell's status for a signal.
+
+    SIGTERM ends it as an exception does, so that temporary files and processes of its own go with it.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):  # an ASCII terminal gets what it lacks as escapes
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         main()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except UserError as error:
-        sys.exit("\n".join(f"error: {' '.join(str(line).split())}" for line in error.args))
+        _fail(*map(str, error.args))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            if not error.filename or not error.strerror:
-                raise
-            sys.exit(f"error: {error.filename!s:.200}: {error.strerror}")
-        where = f" while writing {error.filename}" if error.filename else ""
-        sys.exit(f"error: the disk is full{where}; free some space and run the stage again")
+        if _disk_is_full(error):
+            where = f" while writing {error.filename}" if error.filename else ""
+            _fail(f"the disk is full{where}; free some space and run the stage again")
+        if error.filename and error.strerror:
+            _fail(f"{error.filename!s:.200}: {error.strerror}")
+        _fail(one_line(error) + _written_down(error))
+    except Exception as error:
+        _fail(one_line(error) + _written_down(error))
+
+
+def _fail(*mistakes: str) -> NoReturn:
+    lines = ("".join(character if character.isprintable() else " " for character in text) for text in mistakes)
+    sys.exit("\n".join(f"error: {' '.join(line.split())[:MOST_TEXT]}" for line in lines))
+
+
+def _disk_is_full(error: OSError) -> bool:
+    """NumPy says only how many items it has written."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return full or (error.errno is None and "requested and" in str(error))
+
+
+def _written_down(error: Exception) -> str:
+    """Write the traceback to a log file; return the words that name it, none where it cannot be written."""
+    script = Path(sys.argv[0])
+    path = LOGS / f"{script.parent.name if script.stem == '__main__' else script.stem}.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="backslashreplace")
+    except OSError:
+        return ""
+    return f"; the traceback is in {path}"

@@ -4,12 +4,15 @@ DVC runs stages this way. One whose code is not what code.yaml says is refused t
 ran fails: DVC would write down that it ran other code than it did.
 """
 
+import contextlib
 import json
 import os
 import runpy
 import socket
 import sys
 from pathlib import Path
+
+from quantstudy.errors import run_stage
 
 STAGES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
 
@@ -18,15 +21,17 @@ def ask(arguments: list[str]) -> int | None:
     """Have a stage run by `tools/warm.py`; return its exit status, or None where no such process is."""
     with socket.socket(socket.AF_UNIX) as connection:
         try:
-            connection.connect(os.environ["QUANTSTUDY_WARM"])
+            connection.connect("\0" + os.environ["QUANTSTUDY_WARM"])
         except (KeyError, OSError):
             return None
         request = {"arguments": arguments, "folder": str(Path.cwd()), "environment": dict(os.environ)}
         content = json.dumps(request).encode()
-        socket.send_fds(connection, [len(content).to_bytes(8)], range(3))
-        connection.sendall(content)
-        answer = connection.recv(1)
-        return answer[0] if answer else 1
+        with contextlib.suppress(ConnectionError):
+            socket.send_fds(connection, [len(content).to_bytes(8)], range(3))
+            connection.sendall(content)
+            if answer := connection.recv(1):
+                return answer[0]
+        sys.exit("error: the process that runs the stages has ended; run it again")
 
 
 def code_digest(stage: str) -> str:
@@ -59,4 +64,5 @@ def run_checked(name: str, arguments: list[str]) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in STAGES:
         sys.exit(f"usage: python -m stages STAGE ...; STAGE is one of {', '.join(STAGES)}")
-    (run_checked if "DVC_STAGE" in os.environ else run)(sys.argv[1], sys.argv[2:])
+    stage, *others = sys.argv[1:]
+    run_stage(lambda: (run_checked if "DVC_STAGE" in os.environ else run)(stage, others))

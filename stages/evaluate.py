@@ -36,9 +36,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     save_predictions(name, variant, found)
     write_json(layout.details(name, variant), details)
     write_json(layout.metrics(name, variant), metrics)
+    busy = ", the machine was busy" if 16 in details["busy"] else ""
     print(
         f"{name} {variant}: top-1 {metrics['top1']:.2f} ± {metrics['top1_ci95']:.2f} %, {metrics['size_mb']:.2f} MB, "
-        f"{metrics['latency_ms_b16']:.2f} ms a batch of 16 on {details['runtime']}, {details['kernel']['note']}"
+        f"{metrics['latency_ms_b16']:.2f} ms a batch of 16 on {details['runtime']}{busy}, {details['kernel']['note']}"
     )
 
 

@@ -5,13 +5,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
+from quantstudy import layout
 from tests.conftest import ROOT
 from tests.params import TINY_PARAMS
+from tools.dag import flowchart
 
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
@@ -61,6 +64,21 @@ def test_git_ignores_what_the_cache_holds() -> None:
     if printed.returncode > 1:
         pytest.skip(f"no git repository: {printed.stderr}")
     assert sorted(printed.stdout.split()) == sorted(cached)
+
+
+def test_the_facts_of_a_machine_are_no_output_that_another_one_would_skip() -> None:
+    outs = [yaml.safe_dump(stage) for stage in STAGES.values()]
+    assert not any(layout.ENVIRONMENT.as_posix() in text for text in outs)
+    assert f"/{layout.ENVIRONMENT.as_posix()}" in (ROOT / ".gitignore").read_text().split()
+    assert "stages diagnose" in (ROOT / "Makefile").read_text()
+
+
+def test_the_picture_of_the_dag_has_a_box_a_kind_and_no_arrow_that_others_imply() -> None:
+    names = ["a@s", "b@s-1", "b@s-2", "c@s"]
+    a, one, two, c = (SimpleNamespace(name=name) for name in names)
+    found = flowchart([a, one, two, c], [(one, a), (two, a), (c, one), (c, a)])
+    boxes, arrows = ['  a["a"]', '  b["b × 2"]', '  c["c"]'], ["  a --> b", "  b --> c"]  # noqa: RUF001
+    assert found.splitlines() == ["flowchart LR", *boxes, *arrows]
 
 
 @pytest.fixture

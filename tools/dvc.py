@@ -1,26 +1,72 @@
 """DVC, with code.yaml up to date: `python -m tools.dvc status` is `dvc status` that knows what the code does now.
 
-`repro` first reports all mistakes in params.yaml.
-
-`make setup` has the virtual environment's `dvc` run this. `python -m dvc` is DVC itself.
+`repro` first reports all mistakes in params.yaml. What a killed run left of DVC's files is mended first
+(tools/repair.py), and what it started ends when it is told to end. `make setup` has the virtual environment's `dvc` run
+this. `python -m dvc` is DVC itself.
 """
 
-import functools
+import contextlib
+import fcntl
+import os
+import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
+import psutil
 from dvc.cli import main
 
 from quantstudy.errors import run_stage
 from quantstudy.params import PARAMS_FILE, load_params
 from tools.code import CODE_FILE, refresh
+from tools.processes import end
+from tools.repair import keep_lock_file, repair
+
+
+def project() -> Path | None:
+    """Return the folder of the project that the working directory lies in."""
+    here = Path.cwd()
+    found = (folder for folder in (here, *here.parents) if (folder / CODE_FILE).is_file())
+    return next((folder for folder in found if (folder / "dvc.yaml").is_file()), None)
+
+
+def run() -> None:
+    """Run DVC with the arguments of this process; leave with its exit status."""
+    told: list[int] = []
+
+    def stop(number: int, _: object) -> NoReturn:
+        told.append(number)
+        end(psutil.Process().children())
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
+    root = project()
+    if root:
+        _prepare(root)
+        if sys.argv[1:2] == ["repro"]:
+            load_params(root / PARAMS_FILE)
+    status = main(sys.argv[1:])
+    if root and (root / ".dvc").is_dir():
+        with contextlib.suppress(OSError):  # a full disk: the next run keeps it
+            keep_lock_file(root)
+    sys.exit(128 + told[0] if told else status)
+
+
+def _prepare(root: Path) -> None:
+    """Mend DVC's files unless another DVC runs here, tell others until the end that this one does, write code.yaml."""
+    if (root / ".dvc").is_dir():
+        guard = os.open(root / ".dvc", os.O_RDONLY)  # open until the process ends, however it ends
+        try:
+            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass
+        else:
+            repair(root)
+        fcntl.flock(guard, fcntl.LOCK_SH)
+    refresh(root)
+
 
 if __name__ == "__main__":
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / CODE_FILE).is_file() and (folder / "dvc.yaml").is_file():
-            refresh(folder)
-            if sys.argv[1:2] == ["repro"]:
-                run_stage(functools.partial(load_params, folder / PARAMS_FILE))
-            break
-    sys.exit(main(sys.argv[1:]))
+    run_stage(run)

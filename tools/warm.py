@@ -1,15 +1,19 @@
 """Run a command whose stages need not import PyTorch, a hundred times over.
 
-`python -m tools.warm dvc repro` imports the heavy packages once, while the command starts, and forks for each stage
-that the command runs: `python -m stages <stage> ...` finds a socket's path in the environment, hands over its
-arguments, folder, environment and standard files, and ends with the stage's exit status. No module of the project is
-imported before the fork, so each stage runs the code that lies on disk. Without the variable, or on a system without
-pidfds (only Linux has them), a stage imports what it needs itself; that is the only difference.
+`python -m tools.warm dvc repro` forks a server, which imports the heavy packages once, while the command starts, and
+forks for each stage that the command runs: `python -m stages <stage> ...` finds a socket's name in the environment,
+hands over its arguments, folder, environment and standard files, and ends with its exit status. No module of the
+project is imported before the fork, so each stage runs the code that lies on disk. Without the variable, or on a system
+without pidfds (only Linux has them), a stage imports what it needs itself; that is the only difference.
+
+The socket has a name that no file holds, and serves this user alone. Whatever ends this process, even SIGKILL, ends the
+server, and that the stage it serves.
 
 At the end the seconds of each kind of stage are printed, and what was spent outside them.
 """
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -18,45 +22,61 @@ import runpy
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
+
+import psutil
+
+from tools.processes import end
 
 VARIABLE = "QUANTSTUDY_WARM"
 PRELOAD = ("torch", "torch._dynamo", "torchvision.models", "pydantic", "tqdm", "yaml")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ASKING_SECONDS = 5.0
+"""How long who connects may take to say what it wants."""
+LARGEST_REQUEST = 2**24
+PR_SET_PDEATHSIG = 1
 
 
 def main(command: Sequence[str]) -> int:
-    """Run `command`, serve the stages it starts, return its exit status; a signal to end is passed on to it.
+    """Run `command`, have the stages it starts served, return its exit status; a signal to end is passed on to it.
 
     The command is a process group of its own, so that a terminal's Ctrl-C reaches it once, from here.
     """
     if not hasattr(os, "pidfd_open"):
         return subprocess.call(command)
-    started, seconds = time.perf_counter(), dict[str, list[float]]()
-    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
-        path = str(Path(folder) / "stages")
-        listener.bind(path)
+    started = time.perf_counter()
+    report, written = os.pipe()
+    watched = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup has it
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("")  # Linux finds a free name in a namespace beside the file system
         listener.listen()
-        process = subprocess.Popen(command, env=os.environ | {VARIABLE: path}, process_group=0)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda number, _: _pass_on(process.pid, number))
-        for name in PRELOAD:
-            importlib.import_module(name)
-        gc.freeze()
-        with os.fdopen(os.pidfd_open(process.pid), "rb", 0) as ended:
-            while ended not in select.select([listener, ended], [], [])[0]:
-                with listener.accept()[0] as connection:
-                    name, taken = _serve(connection)
-                    seconds.setdefault(name, []).append(taken)
-    if seconds:
-        print(_summary(seconds, time.perf_counter() - started), file=sys.stderr)
-    return _exit_status(process.wait())
+        own = os.getpid()
+        server = os.fork()
+        if not server:
+            _serve_stages(listener, written, own)
+        os.close(written)
+        early: list[int] = []
+        for number in watched:
+            signal.signal(number, lambda number, _: early.append(number))
+        environment = os.environ | {VARIABLE: listener.getsockname()[1:].decode()}
+        process = subprocess.Popen(command, env=environment, process_group=0)
+    for number in watched:
+        signal.signal(number, lambda number, _: _pass_on(process.pid, number))
+    for number in early:
+        _pass_on(process.pid, number)
+    status = _exit_status(process.wait())
+    os.kill(server, signal.SIGTERM)
+    os.waitpid(server, 0)
+    with os.fdopen(report) as lines:
+        if seconds := [(name, float(taken)) for name, taken in map(str.split, lines)]:
+            print(_summary(seconds, time.perf_counter() - started), file=sys.stderr)
+    return status
 
 
 def _pass_on(group: int, number: int) -> None:
@@ -70,35 +90,79 @@ def _exit_status(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _serve(connection: socket.socket) -> tuple[str, float]:
-    """Run the stage that a connection asks for; return its name and the seconds it took."""
-    header, files, *_ = socket.recv_fds(connection, 8, 3)
-    with connection.makefile("rb") as stream:
-        try:
-            request = json.loads(stream.read(int.from_bytes(header)))
-        except ValueError:  # who asked is gone already
-            return "nothing", 0.0
-    started = time.perf_counter()
+def _end_with_parent(parent: int) -> None:
+    """Have the system end this process when its parent is gone, and end now when it is gone already."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _serve_stages(listener: socket.socket, report: int, parent: int) -> NoReturn:
+    """Become the server: import, then run a stage for each connection; write the name and the seconds of each."""
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        os.setpgid(0, 0)
+        _end_with_parent(parent)
+        for name in PRELOAD:
+            importlib.import_module(name)
+        gc.freeze()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so far it ended at once
+        while True:
+            with listener.accept()[0] as connection:
+                started = time.perf_counter()
+                if name := _serve(connection):
+                    os.write(report, f"{name} {time.perf_counter() - started}\n".encode())
+    finally:
+        os._exit(0)
+
+
+def _serve(connection: socket.socket) -> str | None:
+    """Run the stage that a connection asks for and return its name; None where nothing is asked in time."""
+    asked = _receive(connection)
+    if not asked:
+        return None
+    request, files = asked
+    own = os.getpid()
     child = os.fork()
     if not child:
-        _run(request, files)
+        _run(request, files, own)
     for file in files:
         os.close(file)
-    with os.fdopen(os.pidfd_open(child), "rb", 0) as ended:
-        if ended not in select.select([connection, ended], [], [])[0]:  # who asked is gone
-            os.kill(child, signal.SIGTERM)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    stage = psutil.Process(child)
+    try:
+        with os.fdopen(os.pidfd_open(child), "rb", 0) as ended:
+            select.select([connection, ended], [], [])
+    finally:  # it has ended, who asked is gone, or this process has to end
+        end([stage])
     with contextlib.suppress(OSError):
-        connection.sendall(bytes([_exit_status(status)]))
-    return request["arguments"][0], time.perf_counter() - started
+        connection.sendall(bytes([_exit_status(stage.wait() or 0)]))
+    return request["arguments"][0]
 
 
-def _run(request: dict[str, Any], files: Sequence[int]) -> NoReturn:
+def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """Return the request and the standard files of who connects; None for another user, and for who does not ask."""
+    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    if user != os.getuid():
+        return None
+    connection.settimeout(ASKING_SECONDS)
+    files: list[int] = []
+    try:
+        header, files, *_ = socket.recv_fds(connection, 8, 3)
+        with connection.makefile("rb") as stream:
+            return json.loads(stream.read(min(int.from_bytes(header), LARGEST_REQUEST))), files
+    except (OSError, ValueError):
+        for file in files:
+            os.close(file)
+        return None
+
+
+def _run(request: dict[str, Any], files: Sequence[int], parent: int) -> NoReturn:
     """Become the stage."""
     status = 1
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _end_with_parent(parent)
         for number, file in enumerate(files):
             os.dup2(file, number)
         os.environ.clear()
@@ -108,10 +172,10 @@ def _run(request: dict[str, Any], files: Sequence[int]) -> NoReturn:
         sys.path[0], sys.argv = request["folder"], ["stages", *request["arguments"]]
         runpy.run_module("stages", run_name="__main__", alter_sys=True)
         status = 0
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-        status = int(isinstance(end.code, str)) if not isinstance(end.code, int) else end.code
+    except SystemExit as left:
+        if isinstance(left.code, str):
+            print(left.code, file=sys.stderr)
+        status = int(isinstance(left.code, str)) if not isinstance(left.code, int) else left.code
     except BaseException:
         traceback.print_exc()
     finally:
@@ -122,9 +186,12 @@ def _run(request: dict[str, Any], files: Sequence[int]) -> NoReturn:
             os._exit(status)
 
 
-def _summary(seconds: dict[str, list[float]], total: float) -> str:
-    inside = sum(map(sum, seconds.values()))
-    lines = [f"{name:12}{len(taken):4} x {sum(taken) / len(taken):6.1f} s" for name, taken in seconds.items()]
+def _summary(seconds: Sequence[tuple[str, float]], total: float) -> str:
+    kinds: dict[str, list[float]] = {}
+    for name, taken in seconds:
+        kinds.setdefault(name, []).append(taken)
+    inside = sum(taken for _, taken in seconds)
+    lines = [f"{name:12}{len(taken):4} x {sum(taken) / len(taken):6.1f} s" for name, taken in kinds.items()]
     outside = f"{total:.0f} s in all, of them {total - inside:.0f} s ({1 - inside / total:.0%}) outside the stages"
     return "\n".join(["", *lines, outside])
 

@@ -23,7 +23,7 @@ from quantstudy.machine.device import DTYPES
 from quantstudy.machine.hardware import arithmetic_is_native, describe_machine, int8_sums_saturate, remarks
 from quantstudy.measure.accuracy import accuracy, percent_equal
 from quantstudy.measure.coverage import not_quantized, remark, stored
-from quantstudy.measure.latency import Timing, Timings, fastest, latencies, time_alternately
+from quantstudy.measure.latency import Load, Timing, Timings, busy_sizes, fastest, latencies, time_calmly
 from quantstudy.measure.memory import with_peak_memory_mb
 from quantstudy.measure.operations import count_macs, layer_bits, tera_bit_operations
 from quantstudy.measure.per_layer import LAYER_IMAGES, layer_sqnr_db, weight_storage
@@ -101,7 +101,8 @@ def evaluate(task: Task, test: Split, reference: np.ndarray | None) -> tuple[Rec
     (eager, model), memory = with_peak_memory_mb(lambda: _eager_after_a_batch(task), task.device)
     total_macs, macs = count_macs(task.load("fp32"), task.preprocessing.shape)
     executables, baselines, failed = _executables(task, eager)
-    timings = {size: _time(task, executables, baselines, size) for size in BATCH_SIZES}
+    timed = {size: _time(task, executables, baselines, size) for size in BATCH_SIZES}
+    timings = {size: timing for size, (timing, _) in timed.items()}
     chosen = fastest(task.variant, executables, timings)
     logits_of = {executable.runtime: _logits(executable, task, test) for executable in executables}
     logits = logits_of[chosen.runtime]
@@ -117,6 +118,8 @@ def evaluate(task: Task, test: Split, reference: np.ndarray | None) -> tuple[Rec
     eager_logits = logits_of["eager"]
     agreement = {runtime: percent_equal(found, eager_logits) for runtime, found in logits_of.items()}
     details = _details(task, chosen, timings) | {
+        "busy": busy_sizes(task.variant, chosen, timings),
+        "load": [{"batch_size": size, **asdict(load)} for size, (_, load) in timed.items()],
         "layers": _layer_rows(chosen, model, macs, sqnr),
         "unavailable": failed,
         "not_quantized": model.left,
@@ -178,14 +181,16 @@ def _build(task: Task, variant: str, runtime: str) -> Executable | None:
     return open_executable(model, exported_model(model, task.graph, runtime), runtime)
 
 
-def _time(task: Task, executables: list[Executable], baselines: list[Executable], batch_size: int) -> dict[str, Timing]:
+def _time(
+    task: Task, executables: list[Executable], baselines: list[Executable], batch_size: int
+) -> tuple[dict[str, Timing], Load]:
     noise = task.noise(batch_size)
     named = [(task.variant, executable) for executable in executables] + [("fp32", given) for given in baselines]
     calls = {
         f"{name} {given.runtime}": functools.partial(given.run, noise.contiguous(memory_format=given.memory_format))
         for name, given in named
     }
-    return time_alternately(calls, task.measure.seconds * len(calls) / 2, on_cuda=task.device.type == "cuda")
+    return time_calmly(calls, task.measure.seconds * len(calls) / 2, on_cuda=task.device.type == "cuda")
 
 
 def _layer_sqnr(task: Task, test: Split) -> dict[str, float]:

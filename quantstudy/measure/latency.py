@@ -4,20 +4,27 @@ Machines drift (clocks, neighbours), so the fp32 model and the variant take turn
 of its own calls. A turn starts with a call that is not timed: the threads of another runtime may still be waiting for
 work on the same cores, and its weights fill the caches. On CUDA the clock is a pair of events around the call.
 
+A timing is busy where other processes took processors that it needed, or where its quartiles lie too far apart. What is
+busy is timed again, a few times; what stays so is marked and gives no speed-up.
+
 The fastest runtime of a variant is the one that is reported, and a speed-up only of kernels that are real.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from quantstudy.machine import load
 from quantstudy.runtimes.executables import Executable
 
 MINIMUM_ROUNDS = 3
 CALLS_A_TURN = 3
+ATTEMPTS = 3
+WIDEST_SPREAD = 0.5
+"""Distance of the quartiles, as a share of the median, of a timing that can be trusted."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,22 @@ class Timing:
     lower_quartile_ms: float
     upper_quartile_ms: float
     calls: int
+    busy: bool = False
+    """Whether it cannot be trusted."""
+
+    @property
+    def spread(self) -> float:
+        """The distance of the quartiles as a share of the median."""
+        return (self.upper_quartile_ms - self.lower_quartile_ms) / self.median_ms
+
+
+@dataclass(frozen=True)
+class Load:
+    """How many processors other processes kept busy while something was timed, and whether they left enough."""
+
+    before: float
+    during: float
+    busy: bool
 
 
 Timings = Mapping[int, Mapping[str, Timing]]
@@ -52,6 +75,25 @@ def time_alternately(
     return {name: _summarize(values) for name, values in elapsed.items()}
 
 
+def time_calmly(
+    calls: Mapping[str, Callable[[], object]], seconds: float, *, on_cuda: bool = False
+) -> tuple[dict[str, Timing], Load]:
+    """Return what `time_alternately` does, and the load: of the first attempt that is not busy, or of the calmest."""
+    taken: list[tuple[dict[str, Timing], Load]] = []
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(seconds)
+        before, others = load.others_now(), load.Others()
+        timings = time_alternately(calls, seconds, on_cuda=on_cuda)
+        during = others.processors()
+        full = not load.leaves_room(max(before, during), torch.get_num_threads())
+        marked = {name: replace(timing, busy=full or timing.spread > WIDEST_SPREAD) for name, timing in timings.items()}
+        taken.append((marked, Load(before, during, full)))
+        if not any(timing.busy for timing in marked.values()):
+            break
+    return min(taken, key=lambda one: (sum(timing.busy for timing in one[0].values()), one[1].during))
+
+
 def fastest(variant: str, executables: Sequence[Executable], timings: Timings) -> Executable:
     """Return the executable with the smallest sum of medians, of those whose kernels are real where there are any."""
     real = [executable for executable in executables if executable.real] or executables
@@ -61,15 +103,27 @@ def fastest(variant: str, executables: Sequence[Executable], timings: Timings) -
 def latencies(variant: str, chosen: Executable, timings: Timings) -> dict[str, float | None]:
     """Return the median of each batch size on the chosen runtime, and how many times faster that is than fp32's best.
 
-    A speed-up is None where a kernel is simulated, or fp32 was not timed.
+    A speed-up is None where a kernel is simulated, fp32 was not timed, or one of both timings is busy.
     """
     found: dict[str, float | None] = {}
+    busy = busy_sizes(variant, chosen, timings)
     for size, timing in timings.items():
-        own = timing[f"{variant} {chosen.runtime}"].median_ms
-        fp32 = [timed.median_ms for name, timed in timing.items() if name.startswith("fp32 ")]
-        speedup = min(fp32) / own if chosen.real and fp32 else None
-        found |= {f"latency_ms_b{size}": own, f"speedup_b{size}": 1.0 if variant == "fp32" else speedup}
+        own, fp32 = timing[f"{variant} {chosen.runtime}"].median_ms, _fp32(timing)
+        speedup = 1.0 if variant == "fp32" else fp32.median_ms / own if chosen.real and fp32 else None
+        found |= {f"latency_ms_b{size}": own, f"speedup_b{size}": None if size in busy else speedup}
     return found
+
+
+def busy_sizes(variant: str, chosen: Executable, timings: Timings) -> list[int]:
+    """Return the batch sizes at which the variant, or the fp32 that it is compared with, could not be timed well."""
+    used = {size: (timing[f"{variant} {chosen.runtime}"], _fp32(timing)) for size, timing in timings.items()}
+    return [size for size, pair in used.items() if any(timing and timing.busy for timing in pair)]
+
+
+def _fp32(timing: Mapping[str, Timing]) -> Timing | None:
+    """Return fp32's quickest timing."""
+    found = [timed for name, timed in timing.items() if name.startswith("fp32 ")]
+    return min(found, key=lambda timed: timed.median_ms, default=None)
 
 
 def _milliseconds(call: Callable[[], object], on_cuda: bool) -> float:

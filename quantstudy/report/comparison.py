@@ -13,7 +13,7 @@ from typing import Any, Literal
 from quantstudy.errors import UserError
 from quantstudy.measure.statistics import mcnemar_exact_p
 from quantstudy.report.revisions import Revision
-from quantstudy.report.tables import NOTHING, markdown_table, number, p_value, signed
+from quantstudy.report.tables import NOTHING, latency, markdown_table, p_value, signed
 
 FALSE_DISCOVERIES = 0.05
 """Share of the variants called moved that chance may make."""
@@ -108,7 +108,7 @@ def to_record(before: Revision, after: Revision, rows: Sequence[Row]) -> dict[st
     """Return the comparison as plain JSON, for the HTML report."""
 
     def values(side: Metrics | None) -> Metrics | None:
-        return None if side is None else {key: side[key] for key in MEASURED}
+        return side and {key: side[key] for key in (*MEASURED, "busy") if key in MEASURED or side.get(key)}
 
     return {
         "before": before.name,
@@ -155,8 +155,12 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _both(row: Row, key: str) -> str:
-    values = [number(None if side is None else side[key], 2) for side in (row.before, row.after)]
+    values = [NOTHING if side is None else latency(side[key], _busy(side, key)) for side in (row.before, row.after)]
     return values[0] if values[0] == values[1] else " → ".join(values)
+
+
+def _busy(side: Metrics, key: str) -> bool:
+    return any(key == f"latency_ms_b{size}" for size in side.get("busy", []))
 
 
 def _reading(common: Sequence[Row]) -> str:
@@ -173,4 +177,7 @@ def _reading(common: Sequence[Row]) -> str:
             f"{len(common) - len(tested)} variants have no predictions on the same images in both: they moved if "
             "their 95 % intervals do not overlap."
         )
-    return " ".join([*text, "Timings are of each run's own machine and moment."])
+    text.append("Timings are of each run's own machine and moment.")
+    if any(side.get("busy") for row in common for side in (row.before, row.after) if side):
+        text.append("One that is marked busy was taken beside other work and compares to none.")
+    return " ".join(text)

@@ -29,8 +29,8 @@ from quantstudy.report.verdict import sentence
 
 BINS = 64
 """Bins of a histogram on the page."""
-COSTS = {"size_mb": False, "tbops": False, "latency_ms_b1": True, "latency_ms_b16": True}
-"""What accuracy is traded for, each with whether a simulated kernel's figure says nothing about it."""
+COSTS = ("size_mb", "tbops", "latency_ms_b1", "latency_ms_b16")
+"""What accuracy is traded for."""
 LAYER_COLUMNS = ("name", "weight", "activation", "real", "macs", "bytes", "sqnr_db")
 FREE_TO_SHOW = ("digits",)
 """Sources whose images may be copied into a page: UCI's digits, CC BY 4.0."""
@@ -80,7 +80,7 @@ def variant_rows(
 ) -> list[Row]:
     """Return a row a variant: its metrics, intervals, sentences, settings, and the Pareto fronts that it is on."""
     right = {variant: found == labels for variant, found in predictions.items()}
-    fronts = {f"front_{cost}": on_front(results, cost, real_only) for cost, real_only in COSTS.items()}
+    fronts = {f"front_{cost}": on_front(results, cost) for cost in COSTS}
     settings = {name: row.model_dump(exclude_none=True) for name, row in params.methods.items()}
     rows = []
     for result in results:
@@ -89,14 +89,14 @@ def variant_rows(
         row |= {name: result in front for name, front in fronts.items()}
         row |= {
             "simulated": result.simulated,
+            "busy": result.busy,
             "drop_ci95": drop_ci95,
             "sentences": {size: sentence(result, drop_ci95, size) for size in (1, 16)},
             "settings": settings.get(result.variant, {}),
             "runtime": result.details.get("runtime"),
             "kernel": result.details.get("kernel", {}),
         }
-        if result.simulated:
-            row |= {"speedup_b1": None, "speedup_b16": None}
+        row |= {f"speedup_b{size}": None for size in (1, 16) if not result.comparable(f"latency_ms_b{size}")}
         rows.append(row)
     return rows
 
@@ -119,7 +119,7 @@ def timing_spread(results: Sequence[Result]) -> dict[str, float]:
     """
     taken: dict[tuple[str, int], list[float]] = {}
     for timing in (timing for result in results for timing in result.details.get("timings", [])):
-        if timing["executable"].startswith("fp32 "):
+        if timing["executable"].startswith("fp32 ") and not timing.get("busy"):
             taken.setdefault((timing["executable"], timing["batch_size"]), []).append(timing["median_ms"])
     spread = {"1": 0.0, "16": 0.0}
     for (_, size), values in taken.items():

@@ -24,15 +24,15 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     return front
 
 
-def on_front(results: Sequence[Result], cost: str, real_only: bool) -> list[Result]:
+def on_front(results: Sequence[Result], cost: str) -> list[Result]:
     """Return the variants that no other beats in both top-1 and the metric `cost`, from the cheapest up.
 
-    One whose `cost` is null is on no front; with `real_only` none whose kernel is simulated.
+    One whose `cost` is null, or a latency that cannot be compared, is on no front.
     """
     points = {
         result.variant: (value, result.value("top1"))
         for result in results
-        if (value := result[cost]) is not None and not (real_only and result.simulated)
+        if (value := result[cost]) is not None and result.comparable(cost)
     }
     front = pareto_front(list(points.values()))
     found = [result for result in results if points.get(result.variant) in front]

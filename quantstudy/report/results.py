@@ -4,8 +4,10 @@ The variants come from the lists in `params.yaml` and never from the files that 
 variant does not haunt a report.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from quantstudy import layout
@@ -25,6 +27,9 @@ NEVER_NULL = ("top1", "top1_ci95", "images", "size_mb")
 
 MOST_NAMES = 12
 """Layers that a remark names before it counts the rest; `details/<variant>.json` names all."""
+
+PLOTS = ("scaling_law_plot", "accuracy_vs_size_plot", "accuracy_vs_latency_plot", "training_curves")
+"""The pictures that the stage `plots` writes of each study."""
 
 Group = Literal["baseline", "ptq", "outlier", "qat"]
 Family = Literal["fp32", "16-bit float", "INT8", "INT8 clipped", "uniform INT4", "INT4 clipped", "mixed", "other"]
@@ -61,6 +66,16 @@ class Result:
     def simulated(self) -> bool:
         """Whether its arithmetic runs in another type than the stated one, so that its latency says nothing."""
         return self.metrics["kernel_real"] == 0
+
+    @property
+    def busy(self) -> list[int]:
+        """The batch sizes whose latency was taken while the machine was busy, so that it says nothing."""
+        return self.details.get("busy", [])
+
+    def comparable(self, key: str) -> bool:
+        """Whether the metric `key` can be compared: a latency where its kernel is real and the machine was not busy."""
+        _, latency, size = key.partition("latency_ms_b")
+        return not latency or not (self.simulated or int(size) in self.busy)
 
     @property
     def interval(self) -> dict[str, float]:
@@ -128,3 +143,20 @@ def remarks(results: Sequence[Result]) -> list[str]:
         parts = (f"{what} ({', '.join(variants)})" for what, variants in left.items())
         texts[f"{technique} was not applied everywhere. " + "; ".join(parts) + "."] = None
     return list(texts)
+
+
+def pictures(params: Params, study: str) -> tuple[list[Path], list[Path]]:
+    """Return the pictures of a study that are of its fp32 model as it is now, and those that an older one left."""
+    current = {layout.report(study) / f"{name}.png" for name in PLOTS}
+    if study in params.budget.studies:
+        current.add(layout.sensitivity(study, "png"))
+    front = layout.budget_front(study, "json")
+    if front.is_file() and _is_of(read_json(front), read_json(layout.metrics(study, "fp32"))):
+        current.add(layout.budget_front(study, "png"))
+    found = sorted(layout.report(study).glob("*.png"))
+    return [path for path in found if path in current], [path for path in found if path not in current]
+
+
+def _is_of(front: dict[str, Any], fp32: dict[str, float]) -> bool:
+    rows = (row for row in front["rows"] if row["series"] == "fp32")
+    return any(all(math.isclose(row[key], fp32[key]) for key in ("top1", "size_mb")) for row in rows)

@@ -63,10 +63,13 @@ class Revision:
         }
 
     def metrics(self, study: str, variant: str) -> dict[str, Any] | None:
-        """Return a variant's metrics; None when the revision's params do not list it or it was not measured."""
-        if (study, variant) not in self.variants:
-            return None
-        return self._read_json(layout.metrics(study, variant))
+        """Return a variant's metrics; None when the revision's params do not list it or it was not measured.
+
+        `busy` has the batch sizes that were timed on a busy machine, as far as the details are kept.
+        """
+        metrics = self._read_json(layout.metrics(study, variant)) if (study, variant) in self.variants else None
+        details = metrics and self._read_json(layout.details(study, variant))
+        return metrics and metrics | {"busy": details.get("busy", []) if details else []}
 
     def page(self, study: str) -> dict[str, Any] | None:
         """Return what the HTML report shows of a study; None when it was not written."""

@@ -67,7 +67,6 @@ def markdown_table(rows: Sequence[Sequence[str]], words: int) -> str:
 
 
 def _cells(result: Result) -> tuple[str, ...]:
-    measured = ("size_mb", "compression", "latency_ms_b1", "latency_ms_b16")
     speedups = [number(result[f"speedup_b{batch}"], 2) for batch in (1, 16)]
     return (
         result.variant,
@@ -75,7 +74,8 @@ def _cells(result: Result) -> tuple[str, ...]:
         f"{result.value('top1'):.2f} ± {result.value('top1_ci95'):.2f}",
         _drop(result),
         number(result["agreement"], 1),
-        *(number(result[key], 2) for key in measured),
+        *(number(result[key], 2) for key in ("size_mb", "compression")),
+        *(latency(result[f"latency_ms_b{batch}"], batch in result.busy) for batch in (1, 16)),
         NOTHING if set(speedups) == {NOTHING} else " / ".join(speedups),
         f"{number(result['layers_quantized'], 0)}/{number(result['layers_quantizable'], 0)}",
         _kernel(result),
@@ -109,6 +109,11 @@ def number(value: float | None, decimals: int) -> str:
     return NOTHING if value is None else f"{value:.{decimals}f}"
 
 
+def latency(milliseconds: float | None, busy: bool) -> str:
+    """Return a latency, marked where the machine was busy."""
+    return number(milliseconds, 2) + (" busy" if busy else "")
+
+
 def facts(row: Study, results: Sequence[Result]) -> dict[str, str]:
     """Return what was run, on what, as names and values to read."""
     height, width = row.data.size
@@ -138,6 +143,7 @@ def note(study: str, row: Study, results: Sequence[Result]) -> str:
         "± is half the 95 % Wilson interval. Drop is fp32's top-1 minus the variant's, in percentage points, with the "
         "exact McNemar p-value on the same images. Agreement: share of images predicted as fp32 predicts them. "
         "Speed-up is at batch 1 / batch 16 over fp32 timed alternately in the same process; none is stated for a "
-        "simulated kernel, whose latency is the simulation's. Layers: those stored in fewer than 32 bits."
+        "simulated kernel, whose latency is the simulation's, and for a latency that is marked busy: other work, or a "
+        "wide spread, made it unsure. Layers: those stored in fewer than 32 bits."
     )
     return "\n\n".join([measured, reading, *remarks(results)])

@@ -30,7 +30,7 @@ def plot_accuracy_vs_size(path: Path, title: str, results: Sequence[Result]) -> 
     with plot_style():
         figure = Figure(figsize=(11, 7))
         axes = figure.add_axes((0.07, BOTTOM, 0.91, HEIGHT))
-        _panel(axes, results, "size_mb", hollow=False)
+        _panel(axes, results, "size_mb")
         axes.set(title=f"{title}: accuracy against size", xlabel="size of the model file, MB")
         _legend(figure, results, hollow=False)
         save(figure, path)
@@ -39,20 +39,20 @@ def plot_accuracy_vs_size(path: Path, title: str, results: Sequence[Result]) -> 
 def plot_accuracy_vs_latency(path: Path, title: str, results: Sequence[Result]) -> None:
     """Draw every variant's top-1 over its latency (ms a batch, logarithmic), batch 16 and batch 1 side by side.
 
-    Variants whose kernel is simulated are hollow and no part of the Pareto front.
+    What a simulated kernel or a busy machine took is hollow and no part of the Pareto front.
     """
     with plot_style():
         figure = Figure(figsize=(15, 7.4))
         for batch, left in ((16, 0.05), (1, 0.545)):
             axes = figure.add_axes((left, BOTTOM, 0.445, HEIGHT))
-            _panel(axes, results, f"latency_ms_b{batch}", hollow=True)
+            _panel(axes, results, f"latency_ms_b{batch}")
             axes.set(title=f"{title}: batch {batch}", xlabel=f"latency of a batch of {batch}, ms")
         _legend(figure, results, hollow=True)
         save(figure, path)
 
 
-def _panel(axes: Axes, results: Sequence[Result], key: str, hollow: bool) -> None:
-    """Draw top-1 over the metric `key`; `hollow` marks the simulated kernels and keeps them off the Pareto front."""
+def _panel(axes: Axes, results: Sequence[Result], key: str) -> None:
+    """Draw top-1 over the metric `key`; what cannot be compared is hollow and off the Pareto front."""
     costs = {result.variant: value for result in results if (value := result[key]) is not None}
     timed = [result for result in results if result.variant in costs]
     axes.set_ylabel("top-1 accuracy, %")
@@ -66,12 +66,12 @@ def _panel(axes: Axes, results: Sequence[Result], key: str, hollow: bool) -> Non
     margin, pad = max(most / least, 1.5) ** 0.16, max(0.12 * (high - low), 0.5)
     log_axis(axes, (1, 2, 3, 5, 7))
     axes.set(xlim=(least / margin, most * margin), ylim=(low - pad, high + pad))
-    best = on_front(results, key, real_only=hollow)
+    best = on_front(results, key)
     x = np.repeat([*(costs[result.variant] for result in best), most * margin], 2)[1:-1]
     front = x, np.repeat([result.value("top1") for result in best], 2)
     axes.axhspan(results[0].interval["top1_low"], results[0].interval["top1_high"], color="#F2F2F2", zorder=0)
     axes.plot(*front, color=GREY, linewidth=1, linestyle="--", zorder=1)
-    _points(axes, drawn, costs, hollow)
+    _points(axes, drawn, costs, key)
     _names(axes, drawn, costs, front)
     below = [f"{result.variant} {result.value('top1'):.1f} %" for result in timed if result not in drawn]
     untimed = [result.variant for result in results if result.variant not in costs]
@@ -80,12 +80,12 @@ def _panel(axes: Axes, results: Sequence[Result], key: str, hollow: bool) -> Non
     axes.annotate(text, (0, 0), (0, -34), "axes fraction", "offset points", fontsize=8, color=GREY, va="top")
 
 
-def _points(axes: Axes, results: Sequence[Result], costs: Mapping[str, float], hollow: bool) -> None:
+def _points(axes: Axes, results: Sequence[Result], costs: Mapping[str, float], key: str) -> None:
     """Draw the results that lie within `axes`, but for their names."""
     for result in results:
         marker, color = FAMILIES[result.family]
         point, top = (costs[result.variant], result.value("top1")), marker == "*"
-        face = "white" if hollow and result.simulated else color
+        face = color if result.comparable(key) else "white"
         axes.scatter(*point, s=130 if top else 48, marker=marker, c=face, edgecolors=color, linewidths=1.3, zorder=3)
         if result.group == "qat":
             axes.scatter(*point, s=150, marker="o", c="none", edgecolors=INK, linewidths=0.9, zorder=3)
@@ -110,8 +110,8 @@ def _legend(figure: Figure, results: Sequence[Result], hollow: bool) -> None:
     ]
     if any(result.group == "qat" for result in results):
         handles.append(_handle("o", "none", INK, "ringed: with training (QAT)", 11))
-    if hollow and any(result.simulated for result in results):
-        handles.append(_handle("s", "white", GREY, "hollow: simulated kernel, the time is the simulation's", 7))
+    if hollow and any(result.simulated or result.busy for result in results):
+        handles.append(_handle("s", "white", GREY, "hollow: the time of a simulated kernel or a busy machine", 7))
     handles.append(Line2D([], [], color=GREY, linewidth=1, linestyle="--", label="Pareto front"))
     handles.append(Patch(color="#E4E4E4", label="fp32's 95 % interval"))
     figure.legend(handles=handles, loc="lower center", ncols=6, columnspacing=1.4, handletextpad=0.5)

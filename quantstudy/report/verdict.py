@@ -14,6 +14,8 @@ def sentence(result: Result, drop_ci95: float, batch_size: int) -> str:
     smaller = "size not compared" if compression is None else _times(compression, "smaller", "larger", 2)
     if result.simulated:
         faster = "no speed-up stated (its kernel is simulated here)"
+    elif batch_size in result.busy:
+        faster = "no speed-up stated (the machine was busy)"
     elif speedup is None:
         faster = "not timed here"
     else:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, distributed, nn
 
-from quantstudy.errors import UserError
+from quantstudy.errors import UserError, run_stage
 
 
 def launched(stage: str, arguments: Sequence[str], processes: int) -> bool:
@@ -29,11 +29,15 @@ def launched(stage: str, arguments: Sequence[str], processes: int) -> bool:
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
         raise UserError(f"runtime.processes: {processes} is more than the {torch.cuda.device_count()} GPUs here")
     cores = max((os.cpu_count() or 1) // processes, 1)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, "-m", __name__, "--standalone", f"--nproc-per-node={processes}"]
     environment = {"OMP_NUM_THREADS": str(cores)} | os.environ
-    done = subprocess.run([*command, "-m", f"stages.{stage}", *arguments], env=environment, check=False)
-    if done.returncode:
-        raise UserError(f"runtime.processes: {processes} processes of {stage} failed with status {done.returncode}")
+    with subprocess.Popen([*command, "-m", f"stages.{stage}", *arguments], env=environment) as torchrun:
+        try:
+            status = torchrun.wait()
+        finally:
+            torchrun.terminate()  # this process is told to end; torchrun ends the others, which are no group of its own
+    if status:
+        raise UserError(f"runtime.processes: {processes} processes of {stage} failed with status {status}")
     return True
 
 
@@ -78,3 +82,9 @@ def sum_over_processes(values: Tensor) -> Tensor:
     if world() > 1:
         distributed.all_reduce(values)
     return values
+
+
+if __name__ == "__main__":
+    from torch.distributed.run import main
+
+    run_stage(main)

@@ -1,6 +1,7 @@
 """What `evaluate` reports, on stand-in executables whose logits and delays are known."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from quantstudy.data.container import Split
 from quantstudy.measure import evaluation, latency
 from quantstudy.measure.accuracy import accuracy
 from quantstudy.measure.evaluation import Task
-from quantstudy.measure.latency import Timing, fastest, latencies, time_alternately
+from quantstudy.measure.latency import Timing, busy_sizes, fastest, latencies, time_alternately, time_calmly
 from quantstudy.measure.operations import count_macs, layer_bits, tera_bit_operations
 from quantstudy.params import Preprocessing
 from quantstudy.quantization.sqnr import SQNR_LIMIT_DB
@@ -38,6 +39,9 @@ class Clock:
     def perf_counter(self) -> float:
         return self.now
 
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
     def call(self, *milliseconds: float) -> Callable[[], None]:
         """Return a function that takes the given times in turn."""
         left = list(milliseconds)
@@ -52,6 +56,21 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def others(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The processors that others keep busy in each attempt; the last for all that follow."""
+    left = [0.0]
+
+    class Others:
+        def processors(self) -> float:
+            return left.pop(0) if len(left) > 1 else left[0]
+
+    monkeypatch.setattr(latency.load, "Others", Others)
+    monkeypatch.setattr(latency.load, "others_now", lambda: 0.0)
+    monkeypatch.setattr(latency.load, "leaves_room", lambda others, threads: others < 0.5)
+    return left
 
 
 def logits_at(*ranks: int) -> np.ndarray:
@@ -140,6 +159,38 @@ def test_executables_take_turns_of_four_calls_until_the_time_is_up(clock: Clock)
     assert "".join(order) == "aabb" + 3 * "aaaabbbb"
 
 
+@pytest.mark.parametrize(
+    ("busy", "attempts", "during", "marked"),
+    [([0.0], 1, 0.0, False), ([2.0, 0.1], 2, 0.1, False), ([3.0, 1.0, 2.0], 3, 1.0, True)],
+    ids=["calm", "calm later", "never calm"],
+)
+def test_a_busy_timing_is_taken_again_and_marked_when_it_stays_so(
+    clock: Clock, others: list[float], busy: list[float], attempts: int, during: float, marked: bool
+) -> None:
+    others[:] = busy
+    calls: list[int] = []
+    found, load = time_calmly({"a": lambda: (calls.append(1), clock.call(1.0)())}, 0)
+    assert len(calls) == attempts * (2 + 3 * 4)
+    assert (load.during, load.busy, found["a"].busy) == (during, marked, marked)
+
+
+def test_quartiles_far_apart_are_busy(clock: Clock) -> None:
+    calls = {"wide": clock.call(1.0, 1.0, 9.0), "narrow": clock.call(1.0, 1.1, 1.2)}
+    found, load = time_calmly(calls, 0)
+    assert (found["wide"].busy, found["narrow"].busy, load.busy) == (True, False, False)
+
+
+def test_a_busy_timing_of_either_side_gives_no_speed_up() -> None:
+    for slow in ("v eager", "fp32 eager"):
+        times = timings(v__eager=(2, 10), v__openvino=(3, 11), fp32__eager=(4, 40), fp32__openvino=(9, 90))
+        times[16][slow] = replace(times[16][slow], busy=True)
+        times[1]["v openvino"] = replace(times[1]["v openvino"], busy=True)  # neither is compared
+        found = latencies("v", executable("eager"), times)
+        assert (found["latency_ms_b16"], found["speedup_b16"], found["speedup_b1"]) == (10, None, 2)
+        assert busy_sizes("v", executable("eager"), times) == [16]
+    assert latencies("fp32", executable("eager"), times)["speedup_b16"] is None
+
+
 MODEL = evaluation._Model({"layers_quantizable": 2.0}, {"0": (8, 8), "1": (4, 32)}, {"0": (9, 9), "1": (9, 18)}, {}, {})
 MACS = 30, {"0": 10**12, "1": 2 * 10**12}
 
@@ -190,6 +241,18 @@ def test_accuracy_and_latency_are_of_one_executable(evaluated: Evaluated) -> Non
     assert (metrics["kernel_real"], metrics["size_mb"], metrics["compression"]) == (1, 1, 4)
     assert metrics["tbops"] == 8 * 8 + 2 * 4 * 32
     assert [(row["weight"], row["activation"]) for row in details["layers"]] == [(8, 8), (4, 32)]
+
+
+def test_what_was_timed_on_a_busy_machine_says_so(evaluated: Evaluated, others: list[float]) -> None:
+    others[:] = [0.0, 9.0]
+    metrics, details = evaluated(("eager", 3, FP32))
+    assert (metrics["speedup_b1"], metrics["speedup_b16"]) == (pytest.approx(4 / 3), None)
+    assert metrics["latency_ms_b16"] == pytest.approx(48) and details["busy"] == [16]
+    assert [(row["batch_size"], row["during"], row["busy"]) for row in details["load"]] == [
+        (1, 0, False),
+        (16, 9, True),
+    ]
+    assert {row["busy"] for row in details["timings"] if row["batch_size"] == 16} == {True}
 
 
 def test_what_is_simulated_is_chosen_last_and_reported_without_a_speed_up(evaluated: Evaluated) -> None:

@@ -66,6 +66,17 @@ def test_without_the_same_images_the_intervals_decide(changes: dict[str, Any]) -
     assert verdicts(before, after) == {"a": "same", "b": "worse"}
 
 
+def test_a_latency_of_a_busy_machine_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = Fake("old", {"a": 360}), Fake("new", {"a": 300})
+    metrics = before.metrics("s", "a")
+    monkeypatch.setattr(before, "metrics", lambda *_: metrics | {"latency_ms_b16": 643.0, "busy": [16]})
+    rows = compare(before, after)
+    text = to_markdown(before, after, rows)
+    assert "643.00 busy → 2.00" in text and "marked busy" in text
+    assert to_record(before, after, rows)["rows"][0]["before"]["busy"] == [16]
+    assert "busy" not in to_markdown(after, after, compare(after, after))
+
+
 def test_a_variant_of_one_side_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = verdicts(Fake("old", {"fp32": 380, "a": 380}), Fake("new", {"fp32": 380, "b": 380}))
     assert found == {"fp32": "same", "b": "only after", "a": "only before"}

@@ -53,6 +53,18 @@ def test_a_simulated_kernel_gets_no_speed_up_and_no_place_on_a_latency_front(stu
     assert "no speed-up stated" in row["sentences"]["16"] and "faster" not in row["sentences"]["16"]
 
 
+def test_a_latency_of_a_busy_machine_counts_for_nothing(study: Project) -> None:
+    path = layout.details("tiny", "int8_static")
+    path.write_text(json.dumps(read_json(path) | {"busy": [16]}))
+    path = layout.metrics("tiny", "int8_static")
+    best = {"latency_ms_b1": 1e-3, "latency_ms_b16": 1e-3, "speedup_b1": 9.0, "speedup_b16": 9.0, "top1": 99.0}
+    path.write_text(json.dumps(read_json(path) | best))
+    row = next(row for row in written()["variants"] if row["variant"] == "int8_static")
+    assert (row["busy"], row["speedup_b1"], row["speedup_b16"]) == ([16], 9.0, None)
+    assert row["front_latency_ms_b1"] and not row["front_latency_ms_b16"]
+    assert "the machine was busy" in row["sentences"]["16"] and "9.0× faster" in row["sentences"]["1"]  # noqa: RUF001
+
+
 def test_layers_have_their_facts_and_inputs_their_clips_and_sensitivity_is_shown(study: Project) -> None:
     data = written()
     assert data["layers"]["int8_static"]["name"] == list(LAYERS)

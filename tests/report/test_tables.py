@@ -10,8 +10,9 @@ from quantstudy import layout
 from quantstudy.errors import UserError
 from quantstudy.files import read_json, write_json
 from quantstudy.params import load_params
-from quantstudy.report.results import Result, load_results, remarks
+from quantstudy.report.results import Result, load_results, pictures, remarks
 from quantstudy.report.tables import NOTHING, markdown, note, scaling_law
+from tests.conftest import Project
 from tests.report.fabricate import fabricate
 
 
@@ -58,6 +59,34 @@ def test_the_table_says_what_it_does_not_know(results: list[Result]) -> None:
     rows = cells(load_results(load_params(), "tiny"))
     kernels = [rows[name][-1] for name in ("int8_static", "int4_static", "mixed_simple", "mixed_variance")]
     assert kernels == ["real", "simulated", "simulated (3/11 real)", "simulated"]
+
+
+def test_a_latency_of_a_busy_machine_says_so(results: list[Result]) -> None:
+    path = layout.details("tiny", "int8_static")
+    write_json(path, read_json(path) | {"busy": [16]})
+    row = cells(change("int8_static", latency_ms_b1=1.5, latency_ms_b16=643.0, speedup_b1=2.0, speedup_b16=None))
+    assert row["int8_static"][7:10] == ["1.50", "643.00 busy", f"2.00 / {NOTHING}"]
+    assert row["int8_dynamic"][8].replace(".", "").isdecimal()
+
+
+def test_pictures_of_an_older_fp32_model_are_told_apart(results: list[Result], project: Project) -> None:
+    fp32 = results[0].metrics
+    for name in ("scaling_law_plot", "sensitivity", "budget_front", "other"):
+        (layout.report("tiny") / f"{name}.png").touch()
+    row = {"series": "fp32", "size_mb": fp32["size_mb"], "top1": fp32["top1"]}
+
+    def current() -> list[str]:
+        found, older = pictures(load_params(), "tiny")
+        assert len(found) + len(older) == 4
+        return [path.stem for path in found]
+
+    assert current() == ["scaling_law_plot"]
+    project.edit("budget.studies", ["tiny"])
+    for change in ({"top1": 9.0}, {"size_mb": 9.0}):
+        write_json(layout.budget_front("tiny", "json"), {"rows": [row | change]})
+        assert current() == ["scaling_law_plot", "sensitivity"]
+    write_json(layout.budget_front("tiny", "json"), {"rows": [row]})
+    assert current() == ["budget_front", "scaling_law_plot", "sensitivity"]
 
 
 def test_what_a_technique_was_not_applied_to_is_one_remark(results: list[Result]) -> None:

@@ -1,12 +1,16 @@
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 
+from quantstudy import layout
 from quantstudy.data.batches import Batches
 from quantstudy.data.container import load_split
 from quantstudy.network.checkpoint import load_checkpoint
@@ -60,3 +64,21 @@ def test_failed_processes_are_one_line(project: Project) -> None:
     assert done.returncode == 1
     assert "train.pt: no such file" in done.stderr
     assert done.stderr.rstrip().endswith("error: runtime.processes: 2 processes of finetune failed with status 1")
+
+
+def test_a_signal_ends_every_process(project: Project) -> None:
+    download.main(["--study", project.study])
+    for key, value in (("runtime.processes", 2), ("studies.tiny.training.epochs", 10_000)):
+        project.edit(key, value)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "stages.finetune", "--study", project.study]
+    stage = subprocess.Popen(command, cwd=project.root, env=environment, text=True, stderr=-1)
+    while not layout.curve("tiny", "finetune").is_file():
+        assert stage.poll() is None
+        time.sleep(0.1)
+    processes = psutil.Process(stage.pid).children(recursive=True)
+    assert len(processes) >= 3  # torchrun and two of the stage
+    stage.terminate()
+    errors = stage.communicate(timeout=60)[1]
+    assert stage.returncode == 128 + signal.SIGTERM and "Traceback" not in errors, errors
+    assert not psutil.wait_procs(processes, 1)[1]

@@ -80,7 +80,7 @@ function tradeRows(cost, timed, scale = 1) {
     cost_low: (row[`${cost}_low`] ?? row[cost]) * scale,
     cost_high: (row[`${cost}_high`] ?? row[cost]) * scale,
     on_front: row[`front_${cost}`],
-    hollow: timed && row.simulated,
+    hollow: timed && untimed(row, state.batch),
     chosen: row.variant === state.chosen,
     recommended: row.variant === pick,
     on_the_right: Math.log(row[cost]) > middle,

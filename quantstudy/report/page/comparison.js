@@ -22,7 +22,8 @@ function showComparison() {
 
 function comparedRow(row) {
   const both = (key, decimals = 2) => {
-    const [before, after] = [row.before, row.after].map((side) => (side ? fixed(side[key], decimals) : NOTHING));
+    const shown = (side) => fixed(side[key], decimals) + (isBusy(side, key.split("latency_ms_b")[1]) ? " busy" : "");
+    const [before, after] = [row.before, row.after].map((side) => (side ? shown(side) : NOTHING));
     return before === after ? after : `${before} → ${after}`;
   };
   const change = row.before && row.after ? row.after.top1 - row.before.top1 : null;

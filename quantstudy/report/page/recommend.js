@@ -12,13 +12,22 @@ function limitSteps(values) {
   return [...new Set(values.map(roundUp))].sort((a, b) => a - b).concat(ANY);
 }
 
-/** A simulated kernel's latency says nothing, so it meets no limit of latency. */
+/** Whether a latency says nothing: a simulated kernel's, or one that was taken while the machine was busy. */
+function untimed(row, batch) {
+  return row.simulated || isBusy(row, batch);
+}
+
+function isBusy(row, batch) {
+  return (row.busy ?? []).includes(Number(batch));
+}
+
+/** A latency that says nothing meets no limit of latency. */
 function meets(variant, limits, batch) {
   const latency = variant[`latency_ms_b${batch}`];
   return (
     variant.top1_drop <= limits.drop + 1e-9 &&
     variant.size_mb <= limits.size &&
-    (limits.latency === ANY || (!variant.simulated && latency !== null && latency <= limits.latency))
+    (limits.latency === ANY || (!untimed(variant, batch) && latency !== null && latency <= limits.latency))
   );
 }
 
@@ -43,7 +52,7 @@ function sameTime(study, batch) {
 function recommend(study, limits, batch, prefer) {
   const meeting = study.variants.filter((variant) => meets(variant, limits, batch));
   // Beside fp32 in the same process, so that how busy the machine was at the time of one variant does not choose.
-  const time = (row) => (row.simulated ? ANY : 1 / (row[`speedup_b${batch}`] ?? 0));
+  const time = (row) => (untimed(row, batch) ? ANY : 1 / (row[`speedup_b${batch}`] ?? 0));
   const goals = {
     speed: (rows) => nearSmallest(rows.filter((row) => time(row) < ANY), time, sameTime(study, batch)),
     accuracy: (rows) => nearSmallest(rows, (row) => row.top1_drop, 0),

@@ -9,13 +9,17 @@ const COLUMNS = [
   { key: "agreement", label: "agrees %", cell: (v) => fixed(v.agreement, 1) },
   { key: "size_mb", label: "size, MB", cell: (v) => fixed(v.size_mb, 2) },
   { key: "compression", label: "× smaller", cell: (v) => fixed(v.compression, 2) },
-  { key: "latency_ms_b1", label: "ms, batch 1", cell: (v) => fixed(v.latency_ms_b1, 2), timed: true },
-  { key: "latency_ms_b16", label: "ms, batch 16", cell: (v) => fixed(v.latency_ms_b16, 2), timed: true },
+  { key: "latency_ms_b1", label: "ms, batch 1", cell: (v) => latencyCell(v, 1), timed: 1 },
+  { key: "latency_ms_b16", label: "ms, batch 16", cell: (v) => latencyCell(v, 16), timed: 16 },
   { key: "speedup_b1", label: "× faster, 1", cell: (v) => fixed(v.speedup_b1, 2) },
   { key: "speedup_b16", label: "× faster, 16", cell: (v) => fixed(v.speedup_b16, 2) },
   { key: "tbops", label: "bit-ops, 10⁹", cell: (v) => significant(v.tbops * 1000) },
   { key: "layers_quantized", label: "layers", cell: (v) => `${v.layers_quantized}/${v.layers_quantizable}` },
 ];
+
+function latencyCell(variant, batch) {
+  return fixed(variant[`latency_ms_b${batch}`], 2) + (isBusy(variant, batch) ? " busy" : "");
+}
 
 function dropCell(variant) {
   if (variant.variant === "fp32") return fixed(0, 2);
@@ -60,7 +64,7 @@ function showTable() {
     const chosen = variant.variant === state.chosen;
     const name = h("button", { type: "button", "aria-pressed": String(chosen), onclick: () => choose(variant.variant) }, variant.variant);
     const cells = COLUMNS.slice(1).map((column) =>
-      h("td", { class: column.timed && variant.simulated ? "simulated" : null }, column.cell(variant)),
+      h("td", { class: column.timed && untimed(variant, column.timed) ? "simulated" : null }, column.cell(variant)),
     );
     const classes = [chosen && "chosen", variant.variant === pick && "recommended"].filter(Boolean).join(" ");
     return h("tr", { class: classes || null, "data-variant": variant.variant }, h("th", { scope: "row" }, name), cells);
@@ -103,7 +107,7 @@ function radios(name, legend, options, current, change) {
 
 function buildLimits() {
   const rows = state.study.variants;
-  const times = rows.filter((row) => !row.simulated && row[`latency_ms_b${state.batch}`] !== null);
+  const times = rows.filter((row) => !untimed(row, state.batch) && row[`latency_ms_b${state.batch}`] !== null);
   state.limits.latency = ANY;
   replace(
     "limits",

@@ -1,0 +1,24 @@
+"""End processes for good."""
+
+import contextlib
+from collections.abc import Iterable
+
+import psutil
+
+PATIENCE = 10.0
+"""Seconds that a process has to end by itself."""
+
+
+def end(processes: Iterable[psutil.Process]) -> None:
+    """Ask processes and all that they started to end, wait, and kill those that do not."""
+    told = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            told += [process, *process.children(recursive=True)]
+    for process in told:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    for process in psutil.wait_procs(told, PATIENCE)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(told, PATIENCE)
