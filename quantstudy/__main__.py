@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from quantstudy import layout
-from quantstudy.errors import UserError, run_stage, shown
+from quantstudy.errors import UserError, cut, run_stage, shown
 from quantstudy.params import PARAMS_FILE, Params, load_params
 
 
@@ -59,7 +59,6 @@ def check() -> None:
         UserError: it has a line for each mistake.
     """
     from quantstudy.params.checks import at, names_at
-    from quantstudy.params.mistakes import refusal
     from quantstudy.params.reading import read_params
 
     raw, lines, params = read_params(PARAMS_FILE), list[str](), None
@@ -83,17 +82,17 @@ def check() -> None:
                 if path not in ("", "imagenet") and not Path(path).exists():
                     lines.append(f"{key}.{'.'.join(place)}: {shown(path)}: no such file; put or link it there")
     if params is None or lines:
-        raise refusal(lines)
+        raise UserError(*lines)
     print(f"{PARAMS_FILE}: no mistake found; studies: {len(params.run)}, variants of each: {len(params.variants)}")
 
 
 @contextlib.contextmanager
 def _kept(lines: list[str]) -> Iterator[None]:
-    """Keep the lines of an error in `lines` instead of raising it."""
+    """Keep the lines of an error in `lines` instead of raising it; one that ends in a checksum stays whole."""
     try:
         yield
     except UserError as error:
-        lines += error.args
+        lines += [line if "SHA-256" in line else cut(line) for line in error.args]
 
 
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
@@ -116,14 +115,16 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
+    return _whole(text, 1, 10**9)
 
 
 def _seed(text: str) -> int:
-    if not text.isdecimal() or len(text) > 10 or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a whole number from 0 to 2^32 - 1")
+    return _whole(text, 0, 2**32 - 1)
+
+
+def _whole(text: str, least: int, most: int) -> int:
+    if not text.isdecimal() or len(text) > 10 or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from {least} to {most}")
     return int(text)
 
 

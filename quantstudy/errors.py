@@ -12,6 +12,7 @@ import io
 import reprlib
 import signal
 import sys
+import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Iterable
@@ -38,7 +39,9 @@ def unknown(key: str, value: object, choices: Iterable[str]) -> UserError:
     names = list(choices)
     near = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) and len(value) < 100 else []
     hint = f" (did you mean {near[0]}?)" if near else ""
-    return UserError(f"{key}: {shown(value)} is unknown{hint}; choose one of {', '.join(names) or '(none)'}")
+    line = f"{key}: {shown(value)} is unknown{hint}; choose one of "
+    room = max(40, LONGEST - len(line))
+    return UserError(line + textwrap.shorten(", ".join(names) or "(none)", room, placeholder=" …"))
 
 
 def shown(value: object) -> str:

@@ -52,15 +52,15 @@ def _written_out(row: Any, key: str, lines: list[str]) -> Any:
     data = at(row, dict, "data")
     if "preprocessing" not in data:
         return row
+    own = {name: value for name, value in data.items() if name != "preprocessing"}
     try:
         architecture, weights = at(row, str, "model", "architecture"), data["preprocessing"]
         preset = torchvision_preset(architecture, weights, f"{key}.preprocessing")
     except UserError as error:
         lines.append(str(error))
-        preset = {"image_size": 224, "mean": [0.5] * 3, "std": [0.5] * 3}  # so that the other keys are looked at too
-    lines += [
-        f"{key}.{name}: {shown(data[name])} is what preprocessing says too; remove one of them"
-        for name in preset
-        if name in data
-    ]
-    return row | {"data": {name: value for name, value in data.items() if name != "preprocessing"} | preset}
+        stand_in = {"image_size": 224, "mean": [0.5] * 3, "std": [0.5] * 3}  # so that the other keys are looked at too
+        return row | {"data": stand_in | own}
+    if twice := [name for name in preset if name in own]:
+        others = f", and {', '.join(twice[1:])}" if twice[1:] else ""
+        lines.append(f"{key}.{twice[0]}: {shown(own[twice[0]])} is what preprocessing says too{others}; remove one")
+    return row | {"data": own | preset}

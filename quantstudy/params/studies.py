@@ -65,7 +65,7 @@ class Preprocessing(Section):
     exif: bool = False
     """Whether the rotation that a camera noted is applied; torchvision's ImageFolder does not."""
     mean: tuple[Annotated[float, Field(ge=-256, le=256)], ...] = Field(strict=False)
-    std: tuple[Annotated[float, Field(ge=1e-3, le=256)], ...] = Field(strict=False)
+    std: tuple[Annotated[float, Field(gt=1e-3, le=256)], ...] = Field(strict=False)
 
     @field_validator("image_size", mode="plain")
     @classmethod

@@ -60,6 +60,17 @@ def test_evaluation_batches_are_normalized_and_in_order() -> None:
     assert batches.images == 3 and torch.equal(epoch(batches)[1], chosen)
 
 
+@pytest.mark.parametrize(("images", "batch_size", "parts"), [(5, 2, 1), (25, 12, 1), (2, 2, 1), (5, 4, 2), (9, 4, 2)])
+def test_no_batch_of_an_epoch_is_too_small_for_batch_normalization(images: int, batch_size: int, parts: int) -> None:
+    shares = [
+        Batches(decoded_split(images), data(16), batch_size, "cpu", shuffle=True, share=(part, parts))
+        for part in range(parts)
+    ]
+    sizes = [[len(labels) for _, labels in share] for share in shares]
+    assert min(map(min, sizes)) >= 2 and sum(map(sum, sizes)) == images
+    assert [len(share) for share in shares] == [len(found) for found in sizes]
+
+
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
 @pytest.mark.parametrize("image_size", [16, 32, 72])
 def test_batches_have_the_models_size_and_layout(image_size: int, augmentation: str) -> None:

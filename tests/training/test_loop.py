@@ -79,6 +79,15 @@ def test_the_best_epoch_is_kept_and_no_other_runs_state_resumed(run: training.Ru
         training.train(network(), *batches, wild)
 
 
+def test_one_image_to_train_on_is_refused() -> None:
+    split = prepare(DATA, "digits")["train"].subset(range(2))
+    settings = P.Training(epochs=0, learning_rate=0.1)
+    assert training.training_and_validation(split, DATA, settings, 0, torch.device("cpu"))[0].images == 1
+    with pytest.raises(UserError, match=r"^studies\.s\.epochs: batches of 64 from 1 images"):
+        settings = P.Training(epochs=1, learning_rate=0.1)
+        training.training_and_validation(split, DATA, settings, 0, torch.device("cpu"), "studies.s.epochs")
+
+
 def test_float16_scales_gradients_and_skips_those_that_overflow(
     run: training.Run, batches: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
