@@ -42,7 +42,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     checkpoint = load_tensors(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise UserError(f"{path}: format {found!r} is not {FORMAT!r}; run the stage that writes it again")
+        raise UserError(f"{path}: format {found!r:.60} is not {FORMAT!r}; run the stage that writes it again")
     return checkpoint
 
 
@@ -57,7 +57,7 @@ def model_file(study: str, variant: str, architecture: str | None = None) -> Pat
     wanted = {"study": study, "variant": variant} | ({"architecture": architecture} if architecture else {})
     for key, value in wanted.items():
         if (found := checkpoint.get(key)) != value:
-            raise UserError(f"{path}: its {key} is {found!r}, not {value!r}; run the stage that writes it again")
+            raise UserError(f"{path}: its {key} is {found!r:.60}, not {value!r}; run the stage that writes it again")
     return path
 
 
@@ -65,7 +65,7 @@ def reads_model(load: Callable[Concatenate[Path, Given], Read]) -> Callable[Conc
     """Have a function that reads a model file raise `UserError` where the file lacks what such files have."""
 
     @functools.wraps(load)
-    def checked(path: Path, *args: Given.args, **kwargs: Given.kwargs) -> Read:
+    def checked(path: Path, /, *args: Given.args, **kwargs: Given.kwargs) -> Read:
         try:
             return load(path, *args, **kwargs)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
