@@ -15,7 +15,7 @@ import tarfile
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -31,6 +31,7 @@ _DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {
 _SUFFIXES = (".tar", *_DECOMPRESSORS, ".zip")
 _LARGEST = 2**29
 """Bytes of one image file at most."""
+_MOST_FOLDERS = 10**5
 _SWOLLEN, _RATIO = 2**30, 100
 """A compressed tar may unpack to so many bytes, or to so many times its own; images hardly compress."""
 
@@ -79,8 +80,19 @@ def _damaged(path: Path, error: Exception) -> Exception:
 
 
 def _folder(path: Path) -> Files:
+    names: list[str] = []
     folders: list[str] = []
-    names = [name.relative_to(path).as_posix() for name in _walk(path, path, (), folders)]
+    waiting: list[tuple[Path, tuple[Path, ...]]] = [(path, ())]
+    while waiting:
+        folder, above = waiting.pop()
+        here = folder.resolve()
+        if here in above or len(folders) > _MOST_FOLDERS:
+            raise UserError(f"{path}: {folder.relative_to(path)!s:.100}: links loop or multiply folders; remove them")
+        for entry in folder.iterdir():
+            is_folder = entry.is_dir()
+            (folders if is_folder else names).append(entry.relative_to(path).as_posix())
+            if is_folder:
+                waiting.append((entry, (*above, here)))
 
     def read(name: str) -> bytes:
         file = path / name
@@ -94,19 +106,6 @@ def _folder(path: Path) -> Files:
             raise UserError(f"{file}: cannot be read ({error.strerror})") from None
 
     return Files(sorted(names), sorted(folders), read)
-
-
-def _walk(root: Path, folder: Path, above: tuple[Path, ...], folders: list[str]) -> Iterator[Path]:
-    """Yield what lies below `folder` and is no folder, links followed; add the folders, relative to `root`."""
-    here = folder.resolve()
-    if here in above:
-        raise UserError(f"{folder}: a link that loops; remove it")
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            folders.append(entry.relative_to(root).as_posix())
-            yield from _walk(root, entry, (*above, here), folders)
-        else:
-            yield entry
 
 
 def _checked_size(path: Path, name: str, size: int) -> None:

@@ -93,6 +93,15 @@ class Calibration:
         return Calibration(model, lambda: self.images, bins=self.bins, sensitivity=self._sensitivity)
 
 
+def read_sensitivity(study: str) -> list[dict[str, Any]]:
+    """Return the rows that the stage `sensitivity` wrote; raise `UserError` where there are none."""
+    path = layout.sensitivity(study, "json")
+    rows, wanted = read_json(path), {"layer", "bits", "sqnr_db", "top1_drop"}
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and wanted <= row.keys() for row in rows):
+        raise UserError(f"{path}: no rows of layers and bits; run sensitivity again")
+    return rows
+
+
 def load_calibration(
     study: str, row: P.Study, model: nn.Module, preprocessing: P.Preprocessing, *, observed: bool = True
 ) -> Calibration:
@@ -112,5 +121,5 @@ def load_calibration(
 
     path = layout.calibration(study)
     statistics = (lambda: check_calibration(load_tensors(path), path, study)) if observed else None
-    sensitivity = functools.partial(read_json, layout.sensitivity(study, "json"))
+    sensitivity = functools.partial(read_sensitivity, study)
     return Calibration(model, images, statistics, row.calibration.bins, sensitivity)

@@ -5,22 +5,25 @@ it is executed. Its tensors are finite when they are written and when they are r
 and a 64-byte alignment on each storage; therefore the tensors of one dtype are views into one storage.
 """
 
+import functools
 import json
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
 from quantstudy import layout
-from quantstudy.errors import UserError
+from quantstudy.errors import UserError, one_line
 from quantstudy.files import check_records, save_tensors
 
 FORMAT = "quantstudy-3"
+Given = ParamSpec("Given")
+Read = TypeVar("Read")
 _SAFETENSORS = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
@@ -39,7 +42,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     checkpoint = load_tensors(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise UserError(f"{path}: format {found!r} is not {FORMAT!r}; run the stage that writes it again")
+        raise UserError(f"{path}: format {found!r:.60} is not {FORMAT!r}; run the stage that writes it again")
     return checkpoint
 
 
@@ -54,8 +57,22 @@ def model_file(study: str, variant: str, architecture: str | None = None) -> Pat
     wanted = {"study": study, "variant": variant} | ({"architecture": architecture} if architecture else {})
     for key, value in wanted.items():
         if (found := checkpoint.get(key)) != value:
-            raise UserError(f"{path}: its {key} is {found!r}, not {value!r}; run the stage that writes it again")
+            raise UserError(f"{path}: its {key} is {found!r:.60}, not {value!r}; run the stage that writes it again")
     return path
+
+
+def reads_model(load: Callable[Concatenate[Path, Given], Read]) -> Callable[Concatenate[Path, Given], Read]:
+    """Have a function that reads a model file raise `UserError` where the file lacks what such files have."""
+
+    @functools.wraps(load)
+    def checked(path: Path, /, *args: Given.args, **kwargs: Given.kwargs) -> Read:
+        try:
+            return load(path, *args, **kwargs)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            what = f"not a whole model file of its architecture ({one_line(error)})"
+            raise UserError(f"{path}: {what}; run the stage that writes it again") from None
+
+    return checked
 
 
 def check_dense(state: Mapping[str, torch.Tensor], source: object) -> None:

@@ -9,7 +9,14 @@ from torch import nn
 
 from quantstudy import params as P
 from quantstudy.network.architectures import IMAGE_SIZE, Shape, build, check_code, code_sha256, is_own
-from quantstudy.network.checkpoint import check_finite, load_checkpoint, load_into, save_checkpoint
+from quantstudy.network.checkpoint import (
+    check_dense,
+    check_finite,
+    load_checkpoint,
+    load_into,
+    reads_model,
+    save_checkpoint,
+)
 from quantstudy.network.folding import channels_last, fold_in_place, fold_like, settle_weights
 
 
@@ -44,15 +51,18 @@ def network_facts(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {key: checkpoint[key] for key in keys if key in checkpoint}
 
 
+@reads_model
 def load_preprocessing(path: Path) -> P.Preprocessing:
     """Return what the model of a file, fp32 or a variant, wants its input to be."""
     return P.Preprocessing.model_validate(load_checkpoint(path)["preprocessing"])
 
 
+@reads_model
 def load_fp32(path: Path, *, fold: bool = True) -> nn.Module:
     """Read a model that `save_fp32` wrote: float32, BatchNorm folded or not, eval mode, channels_last, on the CPU."""
     checkpoint = load_checkpoint(path)
     model = _network_of(checkpoint, path)
+    check_dense(checkpoint["state_dict"], path)
     load_into(model, checkpoint["state_dict"], assign=True)
     check_finite(model.state_dict(), path)
     model.eval()

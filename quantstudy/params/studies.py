@@ -45,6 +45,13 @@ class Model(Section):
             raise ValueError(f"goes with {what}; remove it")
         return value
 
+    @field_validator("weights_key")
+    @classmethod
+    def _weights_key_is_of_a_file(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("weights") in (None, "imagenet"):
+            raise ValueError("goes with a file in weights; leave it out")
+        return value
+
 
 class Preprocessing(Section):
     """What the model sees of an image, in torchvision's and timm's words; `data/preprocessing.py` does it.

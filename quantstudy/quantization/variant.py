@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from quantstudy.errors import UserError
-from quantstudy.network.checkpoint import check_finite, load_checkpoint, load_into, save_checkpoint
+from quantstudy.network.checkpoint import (
+    check_dense,
+    check_finite,
+    load_checkpoint,
+    load_into,
+    reads_model,
+    save_checkpoint,
+)
 from quantstudy.network.folding import channels_last
 from quantstudy.network.fp32 import load_fp32, network_facts, skeleton_of
 from quantstudy.network.graph import put
@@ -74,6 +81,7 @@ def save_variant(path: Path, variant: Variant, fp32: dict[str, Any], name: str) 
     save_checkpoint(path, variant.network.state_dict(), **facts)
 
 
+@reads_model
 def load_variant(path: Path) -> Variant:
     """Read a file that `save_variant` wrote: same layers, same codes, so bit-identical logits."""
     checkpoint = load_checkpoint(path)
@@ -93,6 +101,7 @@ def load_variant(path: Path) -> Variant:
         put(network, {name: ActivationQuantizer(**row | {"scheme": ActivationScheme(**row["scheme"])})})
     relus = checkpoint["channel_relus"].items()
     put(network, {name: ChannelReLU(checkpoint["state_dict"][f"{name}.bound"], axis) for name, axis in relus})
+    check_dense(checkpoint["state_dict"], path)
     load_into(network, checkpoint["state_dict"], assign=True)
     _check_grids(path, replaced)
     check_finite(network.state_dict(), path)
@@ -108,6 +117,7 @@ def _check_grids(path: Path, layers: dict[str, Any]) -> None:
             raise UserError(f"{path}: {what}; a scale is finite and positive, a zero point one of the codes")
 
 
+@reads_model
 def load_any(path: Path) -> nn.Module:
     """Read the file of an fp32 model or of a variant."""
     return load_fp32(path) if load_checkpoint(path)["variant"] == "fp32" else load_variant(path)

@@ -18,6 +18,7 @@ from quantstudy.errors import UserError
 from quantstudy.files import read_json
 from quantstudy.measure.predictions import load_predictions
 from quantstudy.measure.statistics import paired_drop_half_width
+from quantstudy.methods.calibration import read_sensitivity
 from quantstudy.params import Params
 from quantstudy.quantization.ranges import activation_range
 from quantstudy.quantization.schemes import ActivationScheme
@@ -49,7 +50,7 @@ def page_data(params: Params, study: str, results: Sequence[Result], test: Split
     labels = test.labels.numpy()
     shape = len(labels), len(test.classes)
     predictions = {result.variant: load_predictions(study, result.variant, *shape) for result in results}
-    sensitivity = layout.sensitivity(study, "json")
+    has_sensitivity = layout.sensitivity(study, "json").is_file()
     return {
         "study": study,
         "facts": facts(params.study(study), results) | {"Classes": str(len(test.classes))},
@@ -62,7 +63,7 @@ def page_data(params: Params, study: str, results: Sequence[Result], test: Split
         "inputs": layer_inputs(params, study),
         "sensitivity": [
             {key: row[key] for key in ("layer", "bits", "sqnr_db", "top1_drop")}
-            for row in (read_json(sensitivity) if sensitivity.is_file() else [])
+            for row in (read_sensitivity(study) if has_sensitivity else [])
         ],
         "sensitivity_is_of_this_run": study in params.budget.studies,
         "classes": list(test.classes),

@@ -126,16 +126,7 @@ def load_model(
             what = "a state_dict does not say its architecture; pass architecture, 'resnet18' for one"
             raise UserError(f"{path}: {what}")
         checkpoint = load_checkpoint(path)
-        try:
-            model = Model(load_any(path), network_facts(checkpoint), checkpoint["variant"])
-        except (
-            KeyError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            RuntimeError,
-        ) as error:  # it lacks what such files have
-            raise UserError(f"{path}: not a whole model file ({one_line(error)})") from None
+        model = Model(load_any(path), network_facts(checkpoint), checkpoint["variant"])
         if is_own(model.facts["architecture"]):
             check_logits(model.network, model.facts["classes"], model.preprocessing.shape, f"{path}: architecture")
         return model

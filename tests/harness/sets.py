@@ -165,6 +165,15 @@ def folders() -> Iterator[Case]:
         "a name of two lines": lambda odd: odd.with_name("a\nb.png").write_bytes(b""),
         "an empty class": lambda odd: odd.parent.with_name("wasp").mkdir(),
     }
+
+    def multiplied(odd: Path) -> None:
+        for level in range(20):
+            folder = odd.parents[2] / f"level{level}"
+            folder.mkdir()
+            for number in range(9):
+                (folder / str(number)).symlink_to(f"../level{level + 1}")
+
+    bad["links that multiply"] = multiplied
     for end in ("/nowhere", "/dev/zero", "/dev/tty", "9.png", ".", "..", "../..", "/proc/self/root"):
         bad[f"a link to {end}"] = lambda odd, end=end: odd.symlink_to(end)
     good: dict[str, Callable[[Path], Any]] = {
