@@ -20,14 +20,17 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
@@ -37,6 +40,8 @@ from tools.processes import end
 VARIABLE = "QUANTSTUDY_WARM"
 PRELOAD = ("torch", "torch._dynamo", "torchvision.models", "pydantic", "tqdm", "yaml")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SCRATCH = Path(".cache") / "warm"
+"""The server's temporary folder, in which PyTorch leaves one when it is imported; the next run empties it."""
 ASKING_SECONDS = 5.0
 """How long who connects may take to say what it wants."""
 LARGEST_REQUEST = 2**24
@@ -51,6 +56,7 @@ def main(command: Sequence[str]) -> int:
     if not hasattr(os, "pidfd_open"):
         return subprocess.call(command)
     started = time.perf_counter()
+    shutil.rmtree(SCRATCH, ignore_errors=True)
     report, written = os.pipe()
     watched = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup has it
     with socket.socket(socket.AF_UNIX) as listener:
@@ -73,6 +79,7 @@ def main(command: Sequence[str]) -> int:
     status = _exit_status(process.wait())
     os.kill(server, signal.SIGTERM)
     os.waitpid(server, 0)
+    shutil.rmtree(SCRATCH, ignore_errors=True)
     with os.fdopen(report) as lines:
         if seconds := [(name, float(taken)) for name, taken in map(str.split, lines)]:
             print(_summary(seconds, time.perf_counter() - started), file=sys.stderr)
@@ -103,6 +110,8 @@ def _serve_stages(listener: socket.socket, report: int, parent: int) -> NoReturn
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         os.setpgid(0, 0)
         _end_with_parent(parent)
+        SCRATCH.mkdir(parents=True, exist_ok=True)
+        tempfile.tempdir = str(SCRATCH.resolve())
         for name in PRELOAD:
             importlib.import_module(name)
         gc.freeze()
@@ -169,6 +178,7 @@ def _run(request: dict[str, Any], files: Sequence[int], parent: int) -> NoReturn
         os.environ.update(request["environment"])
         del os.environ[VARIABLE]  # the stage is run here
         os.chdir(request["folder"])
+        tempfile.tempdir = None  # the stage's environment says it
         sys.path[0], sys.argv = request["folder"], ["stages", *request["arguments"]]
         runpy.run_module("stages", run_name="__main__", alter_sys=True)
         status = 0
