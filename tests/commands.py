@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from dvc.cli import parse_args
 from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 
@@ -48,7 +49,7 @@ def _python(words: list[str], folder: Path) -> None:
         module, rest = f"stages.{rest[0]}", rest[1:]
     if module in ("quantstudy", "docs.drawing"):
         module += ".__main__"
-    if module.startswith("tools."):  # they take no arguments, or another command's
+    if module.startswith(("tools.", "tests.harness.")):  # they take no arguments, or another command's
         assert importlib.util.find_spec(module), module
         return
     parses(importlib.import_module(module).main, rest)
@@ -78,7 +79,8 @@ def _dvc(words: list[str], folder: Path) -> None:
         apply_overrides(copy, sweep["params.yaml"])
         load_params(copy)
     for target in getattr(arguments, "targets", None) or []:
-        assert (ROOT / target).exists(), target
+        stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+        assert target.partition("@")[0] in stages or (ROOT / target).exists(), target
 
 
 def _pip(words: list[str], folder: Path) -> None:

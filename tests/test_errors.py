@@ -66,7 +66,7 @@ def test_what_the_system_refuses_names_the_file(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     Path("loop").symlink_to("loop")
     for name in ("loop", "x" * 300, "missing", "."):
-        assert failure(Path(name).read_bytes).startswith(f"error: {name}: ")
+        assert failure(Path(name).read_bytes).startswith(f"error: {name[:200]}: ")
     assert "the disk is full" in failure(lambda: np.zeros(10**5).tofile("/dev/full"))
     assert "the disk is full" in failure(lambda: Path("/dev/full").write_text("x"))
     assert not LOGS.exists()

@@ -98,7 +98,7 @@ def test_mixed_layers_and_two_codes_to_a_byte(network: nn.Module, calibration: C
         WeightOnly(kind="weight_only", weight_bits=4, weight_range="mse", bias_correction=True),
         WeightOnly(kind="weight_only", weight_bits=4, group_size=32, rounding="gptq", bias_correction=True),
         Static(kind="static", weight_bits=4, rounding="gptq"),
-        Static(kind="static", weight_bits=4, rounding="brecq", seconds=20.0),
+        pytest.param(Static(kind="static", weight_bits=4, rounding="brecq", seconds=20.0), marks=pytest.mark.slow),
         Static(kind="static", weight_bits=4, equalize=True, bias_correction=True),
         WeightOnly(kind="weight_only", weight_bits=3, group_size=32, finetune=True, seconds=10.0),
         Static(kind="static", weight_bits=4, activation_bits=4, activation_range="mse", finetune=True, seconds=10.0),

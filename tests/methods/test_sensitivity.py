@@ -207,6 +207,7 @@ def test_the_network_as_a_whole_decides(network: nn.Module, images: Tensor) -> N
     assert divergence(spoilt) > divergence(good)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
     [

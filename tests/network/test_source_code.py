@@ -19,6 +19,7 @@ print(*(file for file in files if file and pathlib.Path(file).is_relative_to(pat
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
 def test_every_module_that_python_loads_is_found(script: Path) -> None:
     command = [sys.executable, "-c", LOADED, f"stages.{script.stem}"]
