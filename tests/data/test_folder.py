@@ -218,9 +218,7 @@ def test_what_is_no_file_ends_in_a_line_and_hangs_nobody(make_tree: MakeTree, en
     else:
         odd.symlink_to("9.png" if end == "000.png" else end)
     found = message(tree)
-    assert (
-        "a link that loops" in found or "cannot be read: a folder, a pipe or a device" in found or "to nothing" in found
-    )
+    assert "links loop" in found or "cannot be read: a folder, a pipe or a device" in found or "to nothing" in found
 
 
 def test_a_name_that_is_not_utf8_is_refused(make_tree: MakeTree, pack: Pack) -> None:
@@ -234,7 +232,7 @@ def test_a_name_that_is_not_utf8_is_refused(make_tree: MakeTree, pack: Pack) -> 
 def test_bombs_and_unknown_compression_are_refused(make_tree: MakeTree, pack: Pack, monkeypatch: Any) -> None:
     archive = pack(make_tree(), ".zip")
     content = bytearray(archive.read_bytes())
-    content[content.index(b"PK\1\2") + 10] = 99
+    content[content.rindex(b"PK\1\2") + 10] = 99
     archive.write_bytes(content)
     assert "truncated or corrupt (" in message(archive)
     monkeypatch.setattr("quantstudy.data.archive._LARGEST", 500)
