@@ -243,9 +243,14 @@ def harness(kills: int, disks: int, stages: Sequence[str] = STAGES) -> dict[str,
         return dict(trials.counts)
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the counts as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--disks", type=int, default=10)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     print(json.dumps(harness(arguments.kills, arguments.disks), indent=2))
+
+
+if __name__ == "__main__":
+    main()
