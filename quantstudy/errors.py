@@ -48,8 +48,8 @@ def run_stage(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except UserError as error:
-        _fail(str(error))
+    except UserError as error:  # several mistakes are several arguments
+        _fail(*map(str, error.args))
     except OSError as error:
         if _disk_is_full(error):
             where = f" while writing {error.filename}" if error.filename else ""
@@ -61,9 +61,9 @@ def run_stage(main: Callable[[], None]) -> None:
         _fail(one_line(error) + _written_down(error))
 
 
-def _fail(text: str) -> None:
-    line = "".join(character if character.isprintable() else " " for character in text)
-    sys.exit(f"error: {' '.join(line.split())[:MOST_TEXT]}")
+def _fail(*texts: str) -> None:
+    printable = ("".join(character if character.isprintable() else " " for character in text) for text in texts)
+    sys.exit("\n".join(f"error: {' '.join(line.split())[:MOST_TEXT]}" for line in printable))
 
 
 def _disk_is_full(error: OSError) -> bool:

@@ -80,8 +80,11 @@ class Run:
             return [outer, *outer.children(recursive=True)]
         return []
 
-    def kill(self) -> None:
+    def kill(self, first: psutil.Process | None = None) -> None:
         """Kill all of it at once."""
+        if first:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                first.kill()
         found = self.processes()
         for process in found:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -190,9 +193,7 @@ class Harness:
             seen += size == 0 and before != 0
             dvc = dvc or next((process for process in run.processes() if _is_dvc(process)), None)
             time.sleep(0.0005)
-        if dvc:
-            dvc.kill()
-        run.kill()
+        run.kill(first=dvc)
         self.counts["kills"] += 1
         self.counts["kills that cut the lock file"] += not lock.read_bytes().endswith(b"\n")
         self.judge(run.root, "")
