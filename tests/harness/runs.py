@@ -2,7 +2,7 @@
 
 Each trial is a fresh project with the code, a short DAG and a tiny study, run as `make repro` runs it. A sixth of the
 kills aim at DVC while it writes its lock file; the counts say how many cut it. Of the others every second is SIGTERM to
-the outer process, which has to end all others, and the rest SIGKILL to all at once. A disk is a tmpfs (so it takes root)
+the outer process, which has to end all others, and the rest SIGKILL to all at once. A disk is a tmpfs (it takes root)
 that fills up at another write each time. The run after that must end well, without a hand, a traceback or a file that
 an undisturbed run has not, and with the same outputs but for what is a time. The counts are printed as JSON.
 """
