@@ -80,9 +80,10 @@ def main(command: Sequence[str]) -> int:
     os.kill(server, signal.SIGTERM)
     os.waitpid(server, 0)
     shutil.rmtree(SCRATCH, ignore_errors=True)
-    with os.fdopen(report) as lines:
-        if seconds := [(name, float(taken)) for name, taken in map(str.split, lines)]:
-            print(_summary(seconds, time.perf_counter() - started), file=sys.stderr)
+    os.set_blocking(report, False)  # something that a stage has left running may hold the other end
+    with contextlib.suppress(BlockingIOError):
+        if lines := os.read(report, 2**20).decode().splitlines():
+            print(_summary([line.split() for line in lines], time.perf_counter() - started), file=sys.stderr)
     return status
 
 
@@ -196,11 +197,11 @@ def _run(request: dict[str, Any], files: Sequence[int], parent: int) -> NoReturn
             os._exit(status)
 
 
-def _summary(seconds: Sequence[tuple[str, float]], total: float) -> str:
+def _summary(served: Sequence[Sequence[str]], total: float) -> str:
     kinds: dict[str, list[float]] = {}
-    for name, taken in seconds:
-        kinds.setdefault(name, []).append(taken)
-    inside = sum(taken for _, taken in seconds)
+    for name, taken in served:
+        kinds.setdefault(name, []).append(float(taken))
+    inside = sum(map(sum, kinds.values()))
     lines = [f"{name:12}{len(taken):4} x {sum(taken) / len(taken):6.1f} s" for name, taken in kinds.items()]
     outside = f"{total:.0f} s in all, of them {total - inside:.0f} s ({1 - inside / total:.0%}) outside the stages"
     return "\n".join(["", *lines, outside])

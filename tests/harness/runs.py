@@ -1,10 +1,10 @@
 """Kill runs and fill their disks, then run again: `python -m tests.harness.runs --kills 60 --disks 10`.
 
 Each trial is a fresh project with the code, a short DAG and a tiny study, run as `make repro` runs it. A sixth of the
-kills hit DVC while it writes its lock file; of the others every second is SIGTERM to the outer process, which has to
-end all others, and the rest SIGKILL to all at once. A disk is a tmpfs (so it takes root) that fills up at another write
-each time. The run after that must end well, without a hand, a traceback or a file that an undisturbed run has not, and
-with the same outputs but for what is a time. The counts are printed as JSON.
+kills aim at DVC while it writes its lock file; the counts say how many cut it. Of the others every second is SIGTERM to
+the outer process, which has to end all others, and the rest SIGKILL to all at once. A disk is a tmpfs (it takes root)
+that fills up at another write each time. The run after that must end well, without a hand, a traceback or a file that
+an undisturbed run has not, and with the same outputs but for what is a time. The counts are printed as JSON.
 """
 
 import argparse
@@ -80,8 +80,11 @@ class Run:
             return [outer, *outer.children(recursive=True)]
         return []
 
-    def kill(self) -> None:
+    def kill(self, first: psutil.Process | None = None) -> None:
         """Kill all of it at once."""
+        if first:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                first.kill()
         found = self.processes()
         for process in found:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -190,9 +193,7 @@ class Harness:
             seen += size == 0 and before != 0
             dvc = dvc or next((process for process in run.processes() if _is_dvc(process)), None)
             time.sleep(0.0005)
-        if dvc:
-            dvc.kill()
-        run.kill()
+        run.kill(first=dvc)
         self.counts["kills"] += 1
         self.counts["kills that cut the lock file"] += not lock.read_bytes().endswith(b"\n")
         self.judge(run.root, "")
@@ -243,9 +244,14 @@ def harness(kills: int, disks: int, stages: Sequence[str] = STAGES) -> dict[str,
         return dict(trials.counts)
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the counts as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--disks", type=int, default=10)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     print(json.dumps(harness(arguments.kills, arguments.disks), indent=2))
+
+
+if __name__ == "__main__":
+    main()
