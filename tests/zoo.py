@@ -356,7 +356,7 @@ with_auxiliary(
 )
 
 
-@entry("", refused="no (layer|conv)|no Conv|nothing")
+@entry("", refused="no (layer|conv)|no Conv|nothing|not a state_dict")
 def no_layers(num_classes: int = 10) -> nn.Module:
     scale = nn.Parameter(torch.randn(num_classes))
     return Net(lambda m, x: F.adaptive_avg_pool2d(x, (1, len(m.scale))).mean((1, 2)) * m.scale, scale=scale)

@@ -45,7 +45,7 @@ def run() -> None:
     root = project()
     if root:
         _prepare(root)
-        if sys.argv[1:2] == ["repro"]:
+        if sys.argv[1:2] == ["repro"] and (root / PARAMS_FILE).is_file():
             load_params(root / PARAMS_FILE)
     status = main(sys.argv[1:])
     if root and (root / ".dvc").is_dir():
