@@ -101,7 +101,12 @@ def test_mixed_layers_and_two_codes_to_a_byte(network: nn.Module, calibration: C
         pytest.param(Static(kind="static", weight_bits=4, rounding="brecq", seconds=20.0), marks=pytest.mark.slow),
         Static(kind="static", weight_bits=4, equalize=True, bias_correction=True),
         WeightOnly(kind="weight_only", weight_bits=3, group_size=32, finetune=True, seconds=10.0),
-        Static(kind="static", weight_bits=4, activation_bits=4, activation_range="mse", finetune=True, seconds=10.0),
+        pytest.param(
+            Static(
+                kind="static", weight_bits=4, activation_bits=4, activation_range="mse", finetune=True, seconds=10.0
+            ),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["mse-bias", "gptq-bias", "static-gptq", "brecq", "equalized", "finetuned", "finetuned-a4"],
 )

@@ -69,7 +69,7 @@ def snr_db(wanted: Tensor, found: Tensor) -> float:
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("method", [*METHODS, "transposed"])
+@pytest.mark.parametrize("method", [*METHODS, pytest.param("transposed", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_a_runtime_computes_what_the_variant_does(method: str, runtime: str) -> None:
     stored = ("convnext_tiny", "int4-weight-only") if method == "transposed" else ("mobilenet_v2", method)
