@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -84,12 +85,17 @@ class Model:
                 raise UserError(f"{runtime} cannot run the model: {one_line(error, -1)}") from None
         return self._executables.setdefault((runtime, device), made)
 
-    def _judge(self, made: Executable, runtime: str) -> None:
-        """Compare the logits of random images with PyTorch's; raise `UserError` where they are others."""
+    @functools.cached_property
+    def _wanted(self) -> tuple[Tensor, np.ndarray, float]:
+        """Random images, PyTorch's logits of them, and the SQNR that other logits need to have."""
         images = torch.randn(4, *self.preprocessing.shape, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             exact, wanted = (model(images.clone()).numpy() for model in (unrounded(self.network), self.network))
-        least = least_sqnr_db(sqnr_db(exact, wanted))
+        return images, wanted, least_sqnr_db(sqnr_db(exact, wanted))
+
+    def _judge(self, made: Executable, runtime: str) -> None:
+        """Compare the logits of random images with PyTorch's; raise `UserError` where they are others."""
+        images, wanted, least = self._wanted
         if (sqnr := sqnr_db(wanted, made.run(images).numpy())) < least:
             raise UserError(f"{runtime}: the exported model is at {sqnr:.1f} dB of PyTorch, less than {least:.1f}")
 
