@@ -93,7 +93,7 @@ def run_stage(main: Callable[[], None]) -> None:
 
 def _fail(*mistakes: str) -> NoReturn:
     lines = ("".join(character if character.isprintable() else " " for character in text) for text in mistakes)
-    sys.exit("\n".join(f"error: {' '.join(line.split())[:MOST_TEXT]}" for line in lines))
+    sys.exit("\n".join(f"error: {cut(line, MOST_TEXT)}" for line in lines))
 
 
 def _disk_is_full(error: OSError) -> bool:

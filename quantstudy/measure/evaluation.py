@@ -5,6 +5,7 @@ sum of its medians, is the one that is reported, and accuracy is measured on tha
 at least the larger timed size.
 """
 
+import copy
 import functools
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,9 +58,14 @@ class Task:
         """The variant's model file."""
         return layout.model(self.name, self.variant)
 
-    def load(self, variant: str | None = None) -> nn.Module:
-        """Load the variant, or another one of the study, on the CPU."""
-        return load_any(layout.model(self.name, variant or self.variant))
+    def load(self, variant: str) -> nn.Module:
+        """Return a copy of a variant of the study, on the CPU, that the caller may change."""
+        return copy.deepcopy(self.fp32) if variant == "fp32" else load_any(layout.model(self.name, variant))
+
+    @functools.cached_property
+    def fp32(self) -> nn.Module:
+        """The study's fp32 model, on the CPU: read and folded once."""
+        return load_any(layout.model(self.name, "fp32"))
 
     @functools.cached_property
     def preprocessing(self) -> P.Preprocessing:
@@ -99,7 +105,7 @@ def evaluate(task: Task, test: Split, reference: np.ndarray | None) -> tuple[Rec
     has computed anything, so that the memory it measures is the variant's alone.
     """
     (eager, model), memory = with_peak_memory_mb(lambda: _eager_after_a_batch(task), task.device)
-    total_macs, macs = count_macs(task.load("fp32"), task.preprocessing.shape)
+    total_macs, macs = count_macs(task.fp32, task.preprocessing.shape)
     executables, baselines, failed = _executables(task, eager)
     timed = {size: _time(task, executables, baselines, size) for size in BATCH_SIZES}
     timings = {size: timing for size, (timing, _) in timed.items()}
@@ -138,7 +144,7 @@ def _logits(executable: Executable, task: Task, test: Split) -> np.ndarray:
 
 
 def _eager_after_a_batch(task: Task) -> tuple[Executable, _Model]:
-    model = task.load()
+    model = load_any(task.path)
     skipped = getattr(model, "skipped", {})
     facts = _Model(stored(model), layer_bits(model), weight_storage(model), not_quantized(model), skipped)
     executable = build_executable(model, "eager", task.device)
@@ -196,7 +202,7 @@ def _time(
 def _layer_sqnr(task: Task, test: Split) -> dict[str, float]:
     few = test.subset(range(min(LAYER_IMAGES, len(test))))
     images, _ = next(iter(Batches(few, task.preprocessing, len(few), task.device)))
-    fp32, variant = (task.load(name).to(task.device) for name in ("fp32", task.variant))
+    fp32, variant = task.fp32.to(task.device), task.load(task.variant).to(task.device)
     return layer_sqnr_db(fp32, variant, images.contiguous(memory_format=torch.channels_last))
 
 

@@ -54,7 +54,7 @@ def network_facts(checkpoint: dict[str, Any]) -> dict[str, Any]:
 @reads_model
 def load_preprocessing(path: Path) -> P.Preprocessing:
     """Return what the model of a file, fp32 or a variant, wants its input to be."""
-    return P.Preprocessing.model_validate(load_checkpoint(path)["preprocessing"])
+    return _preprocessing_of(load_checkpoint(path))
 
 
 @reads_model
@@ -73,9 +73,8 @@ def load_fp32(path: Path, *, fold: bool = True) -> nn.Module:
     return channels_last(model)
 
 
-def skeleton_of(path: Path) -> nn.Module:
-    """Return the network of a variant's file: what was folded is, and its tensors have no values yet."""
-    checkpoint = load_checkpoint(path)
+def skeleton_of(checkpoint: dict[str, Any], path: Path) -> nn.Module:
+    """Return the network of a variant, read from `path`: what was folded is, and its tensors have no values yet."""
     return fold_like(_network_of(checkpoint, path).eval(), checkpoint["state_dict"].keys())
 
 
@@ -93,10 +92,14 @@ def skeleton(
     return fold_in_place(model)  # type: ignore[no-any-return]
 
 
+def _preprocessing_of(checkpoint: dict[str, Any]) -> P.Preprocessing:
+    return P.Preprocessing.model_validate(checkpoint["preprocessing"])
+
+
 def _network_of(checkpoint: dict[str, Any], path: Path) -> nn.Module:
     architecture = checkpoint["architecture"]
     check_code(architecture, checkpoint.get("code_sha256"), f"{path}: code_sha256")
-    return _without_weights(architecture, checkpoint["classes"], load_preprocessing(path).shape)
+    return _without_weights(architecture, checkpoint["classes"], _preprocessing_of(checkpoint).shape)
 
 
 def _without_weights(architecture: str, classes: int, image_size: int | Shape) -> nn.Module:

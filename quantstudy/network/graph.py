@@ -158,12 +158,13 @@ class _Recorder(TorchFunctionMode):
         self.problem: str | None = None
 
     def enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.versions.append(_versions((args, kwargs)))
+        self.versions.append([])  # first, so that what is asked of a tensor here is not taken for a call of the network
+        self.versions[-1] = _versions((args, kwargs))
 
     def leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        given = self.versions.pop()
-        if not self.versions:
-            self._add(name, module, args, kwargs, result, given)
+        if len(self.versions) == 1:
+            self._add(name, module, args, kwargs, result, self.versions[0])
+        self.versions.pop()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -86,7 +86,7 @@ def load_variant(path: Path) -> Variant:
     """Read a file that `save_variant` wrote: same layers, same codes, so bit-identical logits."""
     checkpoint = load_checkpoint(path)
     dtype: torch.dtype = getattr(torch, checkpoint["dtype"])
-    network = skeleton_of(path)
+    network = skeleton_of(checkpoint, path)
     schemes = {
         name: LayerScheme(WeightScheme(**row["weight"]), ActivationScheme(**row["activation"]))
         for name, row in checkpoint["layers"].items()

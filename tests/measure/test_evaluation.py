@@ -217,7 +217,7 @@ def evaluated(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             layout.model("study", name).write_bytes(bytes(size))
         monkeypatch.setattr(evaluation, "_layer_sqnr", lambda task, test: {})
         monkeypatch.setattr(evaluation, "count_macs", lambda model, size: MACS)
-        monkeypatch.setattr(Task, "load", lambda task, variant: None)
+        monkeypatch.setattr(Task, "fp32", None)
         measure: Any = SimpleNamespace(seconds=0.01, runtimes=[])
         task = Task("study", SimpleNamespace(seed=0), "v", measure, CPU)  # type: ignore[arg-type]
         seen = vars(task)["preprocessing"] = Preprocessing(image_size=8, mean=(0, 0, 0), std=(1, 1, 1))
