@@ -78,6 +78,11 @@ def peers(study: str, suffix: str) -> Path:
     return Path("reports") / "peers" / f"{study}.{suffix}"
 
 
+def reliability(name: str) -> Path:
+    """What `tests.harness` counted: of runs, params or files."""
+    return Path("reports") / "reliability" / f"{name}.json"
+
+
 def curve(study: str, name: str) -> Path:
     """A training curve, one row an epoch; `name` is finetune or a QAT method."""
     return report(study) / "curves" / f"{name}.csv"

@@ -6,7 +6,8 @@ number there is typed by hand. The kinds are
 - `results`: the study's result table;
 - `peers`: the comparison with other tools (`benchmarks/peers.py`);
 - `ablation`: what each technique adds (`benchmarks/ablation.py`);
-- `front`: accuracy against size for budgets of bits (`benchmarks/budget_front.py`).
+- `front`: accuracy against size for budgets of bits (`benchmarks/budget_front.py`);
+- `reliability`: what was tried to break it, and what came of that (`tests/harness`): of runs, params or files.
 
 Names behind the study of a table, of variants, tools or schemes, leave only the rows that begin with one of them.
 """
@@ -16,18 +17,21 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from quantstudy import layout
 from quantstudy.errors import UserError, unknown
 from quantstudy.report.tables import markdown_table, p_value, signed
 
 README, DOCS = Path("README.md"), Path("docs")
-PLACE = re.compile(r"(<!-- (results|peers|ablation|front): (\w+)((?: \w+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
+KINDS = "results|peers|ablation|front|reliability"
+PLACE = re.compile(rf"(<!-- ({KINDS}): (\w+)((?: \w+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
     "results": "dvc repro",
     "peers": "make peers",
     "ablation": "python -m benchmarks.ablation",
     "front": "make front",
+    "reliability": "python -m tests.harness.runs, .params and .files",
 }
 """What writes the files of each kind."""
 
@@ -65,6 +69,8 @@ def content(kind: str, study: str, names: Sequence[str], page: Path, read: Read)
     """Return what stands in a marked place, Markdown."""
     if kind == "front":
         return front(study, page, read)
+    if kind == "reliability":
+        return reliability(json.loads(read(layout.reliability(study))))
     table = read(layout.peers(study, "md") if kind == "peers" else layout.report(study) / f"{kind}.md")
     return with_rows(table, names, f"{page}, {kind} of {study}") if names else table
 
@@ -93,6 +99,12 @@ def front(study: str, page: Path, read: Read) -> str:
     image = f"![{study}: accuracy against size for budgets of bits]({os.path.relpath(picture, page.parent)})"
     header = ("bits chosen by", "MB", "bits a weight", "top-1 %", "mixed_budget has more", "p")
     return f"{image}\n\n{markdown_table([header, *rows], words=1)}"
+
+
+def reliability(found: dict[str, Any]) -> str:
+    """Return the counts of a harness as a table, and under it what they were taken on."""
+    rows = [[what, str(count)] for what, count in found["counts"].items()]
+    return f"{markdown_table([('what', 'how often'), *rows], words=1)}\n{found['machine']}.\n"
 
 
 def _numbers(row: dict[str, float]) -> list[str]:

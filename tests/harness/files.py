@@ -9,7 +9,6 @@ user's are.
 import contextlib
 import io
 import itertools
-import json
 import os
 import random
 import signal
@@ -32,6 +31,7 @@ from quantstudy.runtimes.library import load_model
 from stages import calibrate, download, evaluate, export, finetune, outliers, page, plots, ptq, qat, report, trace
 from tests.data.conftest import folder_data
 from tests.harness.checkpoints import checkpoints
+from tests.harness.record import record
 from tests.harness.sets import EITHER, Make, archives, folders, images
 from tests.params import FEW, TINY, TINY_PARAMS
 
@@ -176,7 +176,7 @@ def try_hostile(share: int = 1) -> tuple[Counter[str], list[str]]:
 
 
 def main() -> None:
-    """Try everything; print the counts, and exit with 1 where something went wrong."""
+    """Try everything; write the counts to reports/reliability/files.json, exit with what went wrong."""
     torch.set_num_threads(1)
     sys.path.insert(0, str(Path.cwd()))
     with tempfile.TemporaryDirectory() as temporary, contextlib.chdir(temporary):
@@ -192,8 +192,10 @@ def main() -> None:
         attempts, second = try_hostile()
         left = [path.name for path in scratch.iterdir() if not path.name.startswith("torchinductor")]
         tempfile.tempdir = None
-    print(json.dumps({"damaged": damaged, "hostile": attempts, "wrong": [*first, *second], "left": left}, indent=2))
-    sys.exit(bool(first or second or left))
+    counts = {f"damaged files: {what}": count for what, count in damaged.items()}
+    counts |= {f"hostile files: {what}": count for what, count in attempts.items()}
+    record("files", counts | {"wrong": len(first) + len(second), "left behind": len(left)})
+    sys.exit("\n".join([*first, *second, *left]))
 
 
 if __name__ == "__main__":

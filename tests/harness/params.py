@@ -2,15 +2,14 @@
 
     python -m tests.harness.params --count 1000 --seed 0
 
-prints its counts as JSON, and ends with status 1 where a file led to anything else. A file that failed is made again by
-its number: `--first 417 --count 1`.
+writes its counts to reports/reliability/params.json, and ends with status 1 where a file led to anything else. A file
+that failed is made again by its number: `--first 417 --count 1`.
 """
 
 import argparse
 import collections
 import copy
 import io
-import json
 import pickle
 import signal
 import sys
@@ -29,6 +28,7 @@ from quantstudy.errors import UserError
 from quantstudy.params import METHOD_ROWS, load_methods, load_params
 from quantstudy.params.reading import read_params
 from quantstudy.params.studies import Calibration, Data, Model, Qat, Study, Training
+from tests.harness.record import record
 from tests.params import FEW, TINY_PARAMS
 
 LONGEST, SECONDS = 200, 60
@@ -165,5 +165,6 @@ if __name__ == "__main__":
     for name, default in (("count", 1000), ("seed", 0), ("first", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     counts = run(**vars(parser.parse_args()))
-    print(json.dumps(counts, indent=2))
-    sys.exit(bool(counts["failures"]))
+    failures = counts.pop("failures")
+    record("params", counts | {"wrong": len(failures)})
+    sys.exit("\n".join(f"file {number}: {outcome}" for number, outcome in failures.items()))

@@ -4,7 +4,8 @@ Each trial is a fresh project with the code, a short DAG and a tiny study, run a
 kills aim at DVC while it writes its lock file; the counts say how many cut it. Of the others every second is SIGTERM to
 the outer process, which has to end all others, and the rest SIGKILL to all at once. A disk is a tmpfs (it takes root)
 that fills up at another write each time. The run after that must end well, without a hand, a traceback or a file that
-an undisturbed run has not, and with the same outputs but for what is a time. The counts are printed as JSON.
+an undisturbed run has not, and with the same outputs but for what is a time. The counts go to
+reports/reliability/runs.json.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import psutil
 import yaml
 
 from tests.conftest import ROOT
+from tests.harness.record import record
 from tests.params import FEW, TINY, TINY_PARAMS
 
 STAGES = ("download", "finetune", "calibrate", "ptq", "outliers")
@@ -245,12 +247,14 @@ def harness(kills: int, disks: int, stages: Sequence[str] = STAGES) -> dict[str,
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the counts as JSON."""
+    """Try it and write the counts down; exit with 1 where a trial did not end as the undisturbed run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--disks", type=int, default=10)
     arguments = parser.parse_args(argv)
-    print(json.dumps(harness(arguments.kills, arguments.disks), indent=2))
+    counts = harness(arguments.kills, arguments.disks)
+    record("runs", counts)
+    sys.exit(counts["as undisturbed"] != counts["kills"] + counts.get("disks", 0))
 
 
 if __name__ == "__main__":
