@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     path, skipped = layout.model(name, method), variant.skipped
     stored = recipe.finish(variant.cpu(), model, row)
-    stored.skipped = skipped
+    stored.skipped, stored.method = skipped, row.said()
     save_variant(path, stored, load_checkpoint(fp32), method)
     facts = training.summary(state, batches, validation) | {"arithmetic": describe(device, run.dtype)}
     write_json(layout.training_summary(name, method), facts)

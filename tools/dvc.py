@@ -7,6 +7,7 @@ this. `python -m dvc` is DVC itself.
 
 import contextlib
 import fcntl
+import gc
 import os
 import signal
 import sys
@@ -47,6 +48,8 @@ def run() -> None:
         _prepare(root)
         if sys.argv[1:2] == ["repro"] and (root / PARAMS_FILE).is_file():
             load_params(root / PARAMS_FILE)
+    gc.freeze()
+    gc.set_threshold(100_000)  # DVC reads its lock file anew after each stage: a million objects, no cycles among them
     status = main(sys.argv[1:])
     if root and (root / ".dvc").is_dir():
         with contextlib.suppress(OSError):  # a full disk: the next run keeps it

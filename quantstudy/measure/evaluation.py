@@ -93,6 +93,8 @@ class _Model(NamedTuple):
     bits: dict[str, tuple[int, int]]
     storage: dict[str, tuple[int, int]]
     left: Record
+    method: Record
+    """What the params said of its method."""
     skipped: Record
     """What its method could not do: technique -> layer -> reason."""
 
@@ -124,6 +126,7 @@ def evaluate(task: Task, test: Split, reference: np.ndarray | None) -> tuple[Rec
     eager_logits = logits_of["eager"]
     agreement = {runtime: percent_equal(found, eager_logits) for runtime, found in logits_of.items()}
     details = _details(task, chosen, timings) | {
+        "method": model.method,
         "busy": busy_sizes(task.variant, chosen, timings),
         "load": [{"batch_size": size, **asdict(load)} for size, (_, load) in timed.items()],
         "layers": _layer_rows(chosen, model, macs, sqnr),
@@ -145,8 +148,8 @@ def _logits(executable: Executable, task: Task, test: Split) -> np.ndarray:
 
 def _eager_after_a_batch(task: Task) -> tuple[Executable, _Model]:
     model = load_any(task.path)
-    skipped = getattr(model, "skipped", {})
-    facts = _Model(stored(model), layer_bits(model), weight_storage(model), not_quantized(model), skipped)
+    said = (getattr(model, key, {}) for key in ("method", "skipped"))  # an fp32 model has neither
+    facts = _Model(stored(model), layer_bits(model), weight_storage(model), not_quantized(model), *said)
     executable = build_executable(model, "eager", task.device)
     executable.run(task.noise(max(BATCH_SIZES)))
     return executable, facts

@@ -121,7 +121,7 @@ class LsqRecipe(TrainedRecipe[P.QatLsq]):
     def prepare(self, model: nn.Module, calibration: Calibration, row: P.QatLsq) -> Variant:
         """Return a copy with learned scales."""
         graph = calibration.graph
-        schemes = layer_schemes(graph, row, calibration.replaceable, "static")
+        schemes = layer_schemes(model, calibration, row, calibration.replaceable, "static")
         pairs, unfolded = fold_pairs(graph, [name for name, m in model.named_modules() if isinstance(m, NORMS)])
         network = learnable(model, calibration.statistics, schemes, row.activation_range, pairs)
         variant = Variant(network.requires_grad_(True))

@@ -42,7 +42,9 @@ def quantize(model: nn.Module, calibration: Calibration, row: P.MethodRow, key: 
         UserError: the method cannot be applied to this network.
     """
     with naming(row, key):
-        return RECIPES[type(row)].quantize(model, calibration, row)
+        variant = RECIPES[type(row)].quantize(model, calibration, row)
+    variant.method = row.said()
+    return variant
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ def quantized_table(model: nn.Module, calibration: Calibration, settings: P.Roun
     the layer's own mean error.
     """
     rounding = {key: getattr(settings, key) for key in P.Rounding.model_fields}
-    rounding |= {"bias_correction": False, "finetune": False}
+    rounding |= {"bias_correction": False, "finetune": False, "fragile_bits": None}
     table: Table = {}
     for bits in widths:
         row = P.WeightOnly(kind="weight_only", weight_bits=bits, **rounding)

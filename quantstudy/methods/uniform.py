@@ -15,6 +15,7 @@ from torch import nn
 from quantstudy import params as P
 from quantstudy.errors import UserError, one_line
 from quantstudy.methods.calibration import Calibration
+from quantstudy.methods.fragile import with_fragile_layers
 from quantstudy.methods.joint import freeze_trained, make_trainable, parameter_groups
 from quantstudy.methods.post_training import equalized, freeze
 from quantstudy.methods.recipe import Recipe, Row, TrainedRecipe, register
@@ -41,7 +42,7 @@ class UniformRecipe(Recipe[Row]):
         """Return a copy of `model` with quantized layers whose weights are still float."""
         network = copy.deepcopy(model)
         names = self.chosen(calibration.replaceable, row)
-        schemes = layer_schemes(calibration.graph, row, names, self.mode)
+        schemes = layer_schemes(model, calibration, row, names, self.mode)
         skipped = left_as_they_are(model, calibration.graph)
         if stray := put_quantized(network, schemes, calibration):
             skipped["quantization"] = skipped.get("quantization", {}) | stray
@@ -163,8 +164,11 @@ def left_as_they_are(model: nn.Module, graph: Graph) -> Skipped:
     return {technique: dict(left) for technique, left in found.items() if left}
 
 
-def layer_schemes(graph: Graph, row: P.Scheme, names: Collection[str], mode: Mode) -> dict[str, LayerScheme]:
-    """Return the scheme of each named layer; `edge_bits` are for the first to run and the head."""
+def layer_schemes(
+    model: nn.Module, calibration: Calibration, row: P.Scheme, names: Collection[str], mode: Mode
+) -> dict[str, LayerScheme]:
+    """Return the scheme of each named layer, with `fragile_bits`, and `edge_bits` at the first to run and the head."""
+    graph = calibration.graph
     edges = (graph.order[0], graph.head() or graph.order[-1]) if graph.order else ()
     activation_bits = int(getattr(row, "activation_bits", 32))
 
@@ -176,4 +180,5 @@ def layer_schemes(graph: Graph, row: P.Scheme, names: Collection[str], mode: Mod
         weight = WeightScheme(bits, row.group_size, row.weight_range, limit)
         return LayerScheme(weight, ActivationScheme(mode, max(activation_bits, least)))
 
-    return {name: scheme(name) for name in names}
+    schemes = {name: scheme(name) for name in names}
+    return with_fragile_layers(model, calibration, schemes, row.fragile_bits, row.fragile_share)

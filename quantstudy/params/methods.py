@@ -32,6 +32,10 @@ class MethodRow(Section):
         """Bits of weights and activations: `4/8`, or `8/-` where activations stay in float32."""
         raise NotImplementedError
 
+    def said(self) -> dict[str, Any]:
+        """Return what params.yaml says of it, without what it leaves to defaults."""
+        return self.model_dump(exclude_unset=True)
+
     def training(self, row: Qat, name: str) -> Qat:
         """Return how a method that trains, called `name`, does so in a study whose `qat` is `row`."""
         return row
@@ -77,6 +81,10 @@ class Scheme(Rounding, MethodRow):
     weight_bits: Bits
     edge_bits: Bits | None = None
     """The least bits of the first and the last layer, weights and activations; None: like every layer's."""
+    fragile_bits: Bits | None = 8
+    """The bits of the weights that four bits and fewer hurt most; None: like every layer's (`methods.fragile`)."""
+    fragile_share: Annotated[float, Field(ge=0, le=1)] = 0.02
+    """How much larger the weights may become by that."""
     equalize: bool = False
     """Whether weight ranges of neighbouring layers are made equal before all else, and high biases absorbed."""
 

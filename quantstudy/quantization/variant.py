@@ -49,6 +49,8 @@ class Variant(nn.Module):
     def __init__(self, network: nn.Module, dtype: torch.dtype = torch.float32, skipped: Skipped | None = None) -> None:
         super().__init__()
         self.network, self.dtype, self.skipped = network, dtype, skipped or {}
+        self.method: dict[str, Any] = {}
+        """What the params say of the method that made it."""
         self.pairs: list[tuple[str, str]] = []
         """Each layer and the BatchNorm that is to be folded into it, while it trains with its BatchNorm."""
 
@@ -72,6 +74,7 @@ def save_variant(path: Path, variant: Variant, fp32: dict[str, Any], name: str) 
     facts = {
         **network_facts(fp32),
         "variant": name,
+        "method": variant.method,
         "dtype": str(variant.dtype).removeprefix("torch."),
         "layers": layers,
         "operands": rounded,
@@ -106,7 +109,9 @@ def load_variant(path: Path) -> Variant:
     _check_grids(path, replaced)
     check_finite(network.state_dict(), path)
     network = channels_last(network.requires_grad_(False).eval())
-    return Variant(network, dtype, checkpoint["skipped"]).eval()
+    variant = Variant(network, dtype, checkpoint["skipped"]).eval()
+    variant.method = checkpoint.get("method", {})
+    return variant
 
 
 def _check_grids(path: Path, layers: dict[str, Any]) -> None:

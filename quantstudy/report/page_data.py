@@ -19,7 +19,7 @@ from quantstudy.files import read_json
 from quantstudy.measure.predictions import load_predictions
 from quantstudy.measure.statistics import paired_drop_half_width
 from quantstudy.methods.calibration import read_sensitivity
-from quantstudy.params import Params
+from quantstudy.params import Params, Static
 from quantstudy.quantization.ranges import activation_range
 from quantstudy.quantization.schemes import ActivationScheme
 from quantstudy.report.histograms import as_array, load_histograms, rebin
@@ -57,10 +57,10 @@ def page_data(params: Params, study: str, results: Sequence[Result], test: Split
         "remarks": remarks(results),
         "timing_spread": timing_spread(results),
         "axis_floor": split_level([result.value("top1") for result in results]),
-        "variants": variant_rows(params, results, predictions, labels),
+        "variants": variant_rows(results, predictions, labels),
         "scaling_law": scaling_law(params, results),
-        "layers": {result.variant: layer_columns(params, result) for result in results},
-        "inputs": layer_inputs(params, study),
+        "layers": {result.variant: layer_columns(result) for result in results},
+        "inputs": layer_inputs(params, study, results),
         "sensitivity": [
             {key: row[key] for key in ("layer", "bits", "sqnr_db", "top1_drop")}
             for row in (read_sensitivity(study) if has_sensitivity else [])
@@ -74,7 +74,6 @@ def page_data(params: Params, study: str, results: Sequence[Result], test: Split
 
 
 def variant_rows(
-    params: Params,
     results: Sequence[Result],
     predictions: Mapping[str, NDArray[np.int16]],
     labels: NDArray[np.int64],
@@ -82,7 +81,6 @@ def variant_rows(
     """Return a row a variant: its metrics, intervals, sentences, settings, and the Pareto fronts that it is on."""
     right = {variant: found == labels for variant, found in predictions.items()}
     fronts = {f"front_{cost}": on_front(results, cost) for cost in COSTS}
-    settings = {name: row.model_dump(exclude_none=True) for name, row in params.methods.items()}
     rows = []
     for result in results:
         drop_ci95 = 0.0 if result.variant == "fp32" else paired_drop_half_width(right["fp32"], right[result.variant])
@@ -93,7 +91,7 @@ def variant_rows(
             "busy": result.busy,
             "drop_ci95": drop_ci95,
             "sentences": {size: sentence(result, drop_ci95, size) for size in (1, 16)},
-            "settings": settings.get(result.variant, {}),
+            "settings": result.row.model_dump(exclude_none=True) if result.row else {},
             "runtime": result.details.get("runtime"),
             "kernel": result.details.get("kernel", {}),
         }
@@ -130,19 +128,19 @@ def timing_spread(results: Sequence[Result]) -> dict[str, float]:
     return spread
 
 
-def layer_columns(params: Params, result: Result) -> dict[str, list[Any]]:
+def layer_columns(result: Result) -> dict[str, list[Any]]:
     """Return the rows of a variant's layers column by column; what was not taken is null.
 
     Equalization scales the channels between layers, which says nothing of their noise, so the SQNR is left out.
     """
     rows = result.details.get("layers", [])
     columns = {column: [row.get(column) for row in rows] for column in LAYER_COLUMNS}
-    if result.variant != "fp32" and getattr(params.method(result.variant), "equalize", False):
+    if getattr(result.row, "equalize", False):
         columns["sqnr_db"] = [None] * len(rows)
     return columns
 
 
-def layer_inputs(params: Params, study: str) -> list[Row]:
+def layer_inputs(params: Params, study: str, results: Sequence[Result]) -> list[Row]:
     """Return the histogram of every layer's input, the percentiles of the outlier study, and where variants clip.
 
     `clips` has the range of every static post-training variant on these histograms: training, run time and
@@ -154,8 +152,8 @@ def layer_inputs(params: Params, study: str) -> list[Row]:
     outliers = found.get("layers") if isinstance(found, dict) else None
     if not isinstance(outliers, dict) or outliers.keys() != layers.keys():
         raise UserError(f"{path}: not of the layers of {layout.calibration(study)}; run outliers again")
-    methods = {name: params.method(name) for name in params.ptq}
-    static = {name: row for name, row in methods.items() if hasattr(row, "activation_range") and not row.equalize}
+    made = {result.variant: result.row for result in results if result.variant in params.ptq}
+    static: dict[str, Any] = {name: row for name, row in made.items() if isinstance(row, Static) and not row.equalize}
     rows = []
     for name, layer in layers.items():
         edges, counts = rebin(as_array(layer["edges"]), as_array(layer["counts"]), BINS)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from quantstudy import layout
 from quantstudy.errors import UserError
 from quantstudy.files import read_json
-from quantstudy.params import MethodRow, Params
+from quantstudy.params import METHOD_ROWS, MethodRow, Params
 
 METRIC_KEYS = (
     *("top1", "top5", "top1_ci95", "top1_drop", "top1_drop_p", "images", "agreement", "sqnr_db"),
@@ -51,6 +51,8 @@ class Result:
     """Bits of the weights, the stored mean where each layer has its own: its place on the scaling law."""
     metrics: dict[str, float | None]
     details: dict[str, Any]
+    row: MethodRow | None = None
+    """Of the method that made it; None for fp32."""
 
     def __getitem__(self, key: str) -> float | None:
         """Return a metric; None when it does not exist on this machine."""
@@ -109,10 +111,20 @@ def _load(params: Params, study: str, variant: str) -> Result:
         raise UserError(f"{details}: not the details of {variant}; run evaluate for it again")
     if variant == "fp32":
         return Result(variant, "baseline", "fp32", "fp32", "32/32", 32, *measured)
-    row = params.method(variant)
+    row = _row(params, variant, measured[1].get("method"))
     bits = round(metrics["weight_bits"] or 0) if row.bits is None else row.bits
     group: Group = "qat" if row.trains else "outlier" if row.clips else "ptq"
-    return Result(variant, group, _family(row, group), row.kind, row.widths, bits, *measured)
+    return Result(variant, group, _family(row, group), row.kind, row.widths, bits, *measured, row)
+
+
+def _row(params: Params, variant: str, said: Any) -> MethodRow:
+    """Return the row that a variant was made by, as its details have it; without them, that of the params."""
+    if said is None:
+        return params.method(variant)  # type: ignore[no-any-return]
+    try:
+        return METHOD_ROWS[said["kind"]].model_validate(said)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{variant}: its details name no method that there is; run evaluate for it again") from None
 
 
 def _family(row: MethodRow, group: Group) -> Family:

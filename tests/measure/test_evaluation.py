@@ -191,7 +191,9 @@ def test_a_busy_timing_of_either_side_gives_no_speed_up() -> None:
     assert latencies("fp32", executable("eager"), times)["speedup_b16"] is None
 
 
-MODEL = evaluation._Model({"layers_quantizable": 2.0}, {"0": (8, 8), "1": (4, 32)}, {"0": (9, 9), "1": (9, 18)}, {}, {})
+MODEL = evaluation._Model(
+    {"layers_quantizable": 2.0}, {"0": (8, 8), "1": (4, 32)}, {"0": (9, 9), "1": (9, 18)}, {}, {}, {}
+)
 MACS = 30, {"0": 10**12, "1": 2 * 10**12}
 
 

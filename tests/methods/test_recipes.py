@@ -56,7 +56,7 @@ def test_a_saved_variant_loads_to_bit_identical_logits(
 
 
 def test_edge_bits_are_of_the_first_and_last_layer(network: nn.Module, calibration: Calibration) -> None:
-    settings = Static(kind="static", weight_bits=2, activation_bits=4, edge_bits=8)
+    settings = Static(kind="static", weight_bits=2, activation_bits=4, edge_bits=8, fragile_bits=None)
     layers = list(quantized_layers(quantize(network, calibration, settings).network).values())
     bits = [(layer.scheme.weight.bits, layer.scheme.activation.bits) for layer in layers]
     assert bits == [(8, 8), *[(2, 4)] * 51, (8, 8)]
