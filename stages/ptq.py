@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = flags(argv, __doc__, method="a row of methods in params.yaml that needs no training")
     name, method = arguments.study, arguments.method
     params = load_params()
-    study, row = params.study(name), method_row(params, method, trains=False)
+    study, row = params.study(name), method_row(params, method, trains=False).made_for(params.target)
     set_up(study.seed)
 
     fp32 = model_file(name, "fp32", study.model.architecture)

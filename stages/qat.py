@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = flags(argv, __doc__, method="a row of methods in params.yaml that trains")
     name, method = arguments.study, arguments.method
     params = load_params()
-    study, row = params.study(name), method_row(params, method, trains=True)
+    study, row = params.study(name), method_row(params, method, trains=True).made_for(params.target)
     if parallel.launched("qat", ["--study", name, "--method", method], params.runtime.processes):
         return
     device = parallel.join(set_up(study.seed, tf32=True))

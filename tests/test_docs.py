@@ -153,19 +153,18 @@ def test_a_figure_is_drawn(name: str, quick: None, tmp_path: Path, monkeypatch: 
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train little: that the code runs is tested, not what it draws."""
     from docs.drawing import mixed, tiny, training
-    from quantstudy.methods import joint, reconstruction
+    from quantstudy.methods import reconstruction
 
     monkeypatch.setattr(tiny, "EPOCHS", 1)
     monkeypatch.setattr(training, "EPOCHS", 1)
     monkeypatch.setattr(mixed, "WIDTHS", [4, 16])
     monkeypatch.setattr(mixed, "BUDGETS", (mixed.SHOWN + 2, mixed.SHOWN + 4))
     monkeypatch.setattr(mixed, "SHOWN", mixed.SHOWN + 2)
-    monkeypatch.setattr(joint, "STEPS", 2)
     monkeypatch.setattr(reconstruction.Limits, "__init__", functools.partialmethod(_little_effort))
 
 
 def _little_effort(self: Any, **limits: Any) -> None:
-    for key, value in ({"steps": 2, "batch_size": 8, "seconds": 5.0, "memory_mb": 100.0} | limits).items():
+    for key, value in ({"steps": 2, "batch_size": 8, "memory_mb": 100.0} | limits).items():
         object.__setattr__(self, key, value)
 
 

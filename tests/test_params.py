@@ -86,7 +86,7 @@ BEYOND: dict[str, tuple[Any, ...]] = {
     "studies.tiny.data.mean": ([0.5, 0.5, float("inf")], [0.5, 0.5, 1e30], [0.5]),
     "studies.tiny.data.image_size": (10**12, [32, 0]),
     "studies.tiny.data.max_train": (0, 10**12),
-    "methods.int8_static.seconds": (0, float("inf"), 1e30),
+    "methods.int8_static.steps": (0, float("inf"), 10**9),
     "methods.qat_w4a8.epochs": (0, 10**12),
     "methods.qat_w4a8.learning_rate": (0, float("inf")),
     "measure.seconds": (0, float("inf"), 1e30),

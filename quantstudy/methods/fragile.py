@@ -1,80 +1,95 @@
-"""Which layers of a network few bits hurt most for what they save, and keep more.
+"""Which layers of a network few bits hurt most for what they save, and how many more they get.
 
 A handful of small layers makes most of the loss at four bits: depthwise convolutions, whose channels have few weights
 and no other channel to make up for an error, and the first layer (Nagel, Fournarakis, Amjad, Bondarenko, van Baalen and
-Blankevoort, *A White Paper on Neural Network Quantization*, 2021, sections 3.1 and 4.2). They come first; then whatever
-layer, rounded alone, moves the logits most for each byte that more bits take. All together a file grows by a share.
+Blankevoort, *A White Paper on Neural Network Quantization*, 2021, sections 3.1 and 4.2); others, often the head, could
+do with less. Each layer is rounded alone, as the method rounds, and the squared error of the logits is its loss. One
+bit more leaves a quarter of that error, as of any uniform quantizer's, so one width is measured and the others follow
+from it. The integer program of `methods.allocation` then spends what the file may grow by.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantstudy.methods.calibration import Calibration
+from quantstudy.methods.allocation import Budget, allocate
 from quantstudy.network.graph import as_stored, out_channels_first
 from quantstudy.quantization.layers import LayerScheme
-from quantstudy.quantization.schemes import WeightScheme
 
 LOW_BITS = 4
-"""Weights of more bits than these are not looked at."""
+"""Weights of more bits than these all have the same."""
 IMAGES = 32
 """So many calibration images are run for each layer."""
 
 
 def with_fragile_layers(
-    model: nn.Module, calibration: Calibration, schemes: Mapping[str, LayerScheme], bits: int | None, share: float
+    layers: Mapping[str, nn.Module],
+    schemes: Mapping[str, LayerScheme],
+    losses: Mapping[str, float],
+    highest: int,
+    share: float,
 ) -> dict[str, LayerScheme]:
-    """Return `schemes` with the weights of fragile layers at `bits`.
+    """Return `schemes` with the weights of each layer in `losses` at the bits that lose least in all.
 
     Args:
-        model: fp32, BatchNorm folded, eval mode; it stays untouched.
-        calibration: of `model`.
-        schemes: of the layers that are quantized; those of up to `LOW_BITS` may be fragile.
-        bits: of the fragile layers; None leaves all as they are.
+        layers: of the fp32 network, by name.
+        schemes: of the layers that are quantized.
+        losses: of those whose bits may change, at the bits of their scheme (`losses_alone`).
+        highest: the most bits of a layer; the least are one below those of its scheme.
         share: how much the codes and scales of all layers together may grow.
     """
-    low = {name: scheme.weight for name, scheme in schemes.items() if scheme.weight.bits <= LOW_BITS}
-    if bits is None or not low:
+    costs: dict[str, dict[int, int]] = {}
+    by_bits: dict[str, dict[int, float]] = {}
+    for name, loss in losses.items():
+        scheme, layer = schemes[name].weight, layers[name]
+        shape = out_channels_first(layer, layer.weight).shape  # type: ignore[arg-type]
+        widths = range(max(scheme.bits - 1, 2), max(highest, scheme.bits) + 1)
+        costs[name] = {bits: replace(scheme, bits=bits).layout(shape).nbytes for bits in widths}
+        by_bits[name] = {bits: loss * 4.0 ** (scheme.bits - bits) for bits in widths}
+    if not costs:
         return dict(schemes)
-    higher = {name: replace(scheme, bits=max(bits, scheme.bits)) for name, scheme in low.items()}
-    shapes = {name: out_channels_first(layer, layer.weight).shape for name, layer in calibration.replaceable.items()}
-    costs = {name: higher[name].layout(shapes[name]).nbytes - low[name].layout(shapes[name]).nbytes for name in low}
-    room = share * sum(scheme.weight.layout(shapes[name]).nbytes for name, scheme in schemes.items())
-    losses = losses_alone(model, calibration, {name: low[name] for name in low if costs[name] <= room})
-    known = {name for name in losses if name == calibration.graph.order[0] or _is_depthwise(calibration, name)}
-    found = dict(schemes)
-    for name in sorted(losses, key=lambda name: (name not in known, -losses[name] / max(costs[name], 1))):
-        if costs[name] <= room:
-            room -= costs[name]
-            found[name] = replace(schemes[name], weight=higher[name])
-    return found
+    before = sum(costs[name][schemes[name].weight.bits] for name in costs)
+    bits = allocate(by_bits, [Budget("fragile_share", 1 + share, before, costs)])
+    changed = {name: replace(schemes[name].weight, bits=width) for name, width in bits.items()}
+    return {name: replace(scheme, weight=changed.get(name, scheme.weight)) for name, scheme in schemes.items()}
 
 
 @torch.no_grad()
-def losses_alone(model: nn.Module, calibration: Calibration, schemes: Mapping[str, WeightScheme]) -> dict[str, float]:
-    """Return the squared error of the logits, as a share of their square, with each layer's weight rounded alone."""
-    images = torch.cat(calibration.images)[:IMAGES]
-    wanted = model(images)
-    found = {}
-    for name, scheme in schemes.items():
-        layer = calibration.replaceable[name]
-        weight = layer.weight
-        rounded = scheme.fake_quantize(out_channels_first(layer, weight.detach()))
-        layer.weight = nn.Parameter(_like(weight, as_stored(layer, rounded)), requires_grad=False)
-        try:
-            error = (model(images) - wanted).square().sum() / wanted.square().sum()
-        finally:
-            layer.weight = weight
-        found[name] = float(error)
+def losses_alone(
+    model: nn.Module, layers: Mapping[str, nn.Module], rounded: Mapping[str, Any], images: Tensor
+) -> dict[str, float]:
+    """Return the squared error of the logits, as a share of their square, with one layer of `rounded` after another.
+
+    Args:
+        model: fp32, eval mode; it stays untouched.
+        layers: of the model, by name.
+        rounded: their frozen quantized selves.
+        images: float32 [N, C, H, W]; the first `IMAGES` are run.
+    """
+    few = images[:IMAGES]
+    wanted, found = model(few), {}
+    for name, quantized in rounded.items():
+        with exchanged(layers[name], quantized):
+            found[name] = float((model(few) - wanted).square().sum() / wanted.square().sum())
     return found
 
 
-def _like(weight: Tensor, values: Tensor) -> Tensor:
-    return torch.empty_like(weight).copy_(values)
-
-
-def _is_depthwise(calibration: Calibration, name: str) -> bool:
-    layer = calibration.replaceable[name]
-    return getattr(layer, "groups", 1) > 1 and layer.weight.shape[1] == 1
+@contextlib.contextmanager
+def exchanged(layer: Any, quantized: Any) -> Iterator[None]:
+    """Give `layer` the weight and bias of its quantized self, or its own in float16 where that is None."""
+    weight, bias = layer.weight, layer.bias
+    if quantized is None:
+        dense = weight.half().float()
+    else:
+        dense = as_stored(layer, quantized.dequantized())
+        layer.bias = quantized.bias
+    laid_out_alike = torch.empty_like(weight).copy_(dense)  # so that the same numbers give the same logits
+    layer.weight = nn.Parameter(laid_out_alike, requires_grad=False)
+    try:
+        yield
+    finally:
+        layer.weight, layer.bias = weight, bias

@@ -2,10 +2,11 @@
 
 1. `equalize`: cross-layer equalization, then absorption of high biases (`methods.equalization`);
 2. the ranges: `weight_range`, and for static activations `activation_range` on histograms of the equalized network;
-3. `rounding`: nearest, `gptq`, or learned: `adaround` by the layer, `brecq` by the block (`methods.reconstruction`);
+3. `rounding`: nearest, `gptq`, or learned, `adaround` (`methods.reconstruction`); `brecq` begins with `gptq`;
 4. `gain_correction` (`methods.gain_correction`);
 5. `bias_correction` (`methods.bias_correction`);
-6. `finetune`: all of it at once on the calibration images, without labels (`methods.joint`).
+6. rounding `brecq`: weights, scales and biases of one block after another (`methods.blocks`);
+7. `finetune`: all of them at once (`methods.joint`). Neither needs labels.
 """
 
 import copy
@@ -15,12 +16,14 @@ from torch import nn
 
 from quantstudy import params as P
 from quantstudy.methods.bias_correction import correct_biases
+from quantstudy.methods.blocks import reconstruct_blocks
 from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.equalization import TOLERANCE, absorb_high_biases, equalize, find_pairs
 from quantstudy.methods.gain_correction import correct_gains
 from quantstudy.methods.gptq import gptq_codes
 from quantstudy.methods.joint import finetune_jointly
-from quantstudy.methods.reconstruction import LARGE, Limits, reconstruct
+from quantstudy.methods.reconstruction import Limits, reconstruct
+from quantstudy.methods.trainable import LARGE
 from quantstudy.network.graph import relative_error, run_in_eval
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.variant import Skipped
@@ -57,11 +60,9 @@ def freeze(model: nn.Module, network: nn.Module, calibration: Calibration, row: 
         What could not be done: technique -> layer -> reason.
     """
     skipped: Skipped = {}
-    if row.rounding in ("adaround", "brecq"):
-        images, limits = torch.cat(calibration.images), Limits(seconds=row.seconds)
-        left = reconstruct(model, network, images, limits, block=row.rounding == "brecq")
-        reason = f"more than {LARGE:,} weights are learned together; rounded by GPTQ"
-        skipped[row.rounding] = dict.fromkeys(left, reason)
+    if row.rounding == "adaround":
+        left = reconstruct(model, network, torch.cat(calibration.images), Limits(steps=row.steps))
+        skipped["adaround"] = dict.fromkeys(left, f"more than {LARGE:,} weights are learned; rounded by GPTQ")
     layers = quantized_layers(network)
     waiting = {name: layer for name, layer in layers.items() if not layer.frozen}
     if row.rounding == "nearest":
@@ -85,6 +86,10 @@ def freeze(model: nn.Module, network: nn.Module, calibration: Calibration, row: 
         correct_gains(model, network, moments)
     if row.bias_correction:
         skipped["bias_correction"] = correct_biases(model, network, torch.cat(calibration.images))
+    if row.rounding == "brecq":
+        skipped["brecq"] = reconstruct_blocks(model, network, torch.cat(calibration.images), row.steps)
     if row.finetune:
-        skipped["finetune"] = finetune_jointly(model, network, calibration.images, row.seconds)
+        head = calibration.graph.head()
+        given = (calibration.images, row.steps, row.finetune_augmentation, head)
+        skipped["finetune"] = finetune_jointly(model, network, *given)
     return {technique: layers for technique, layers in skipped.items() if layers}

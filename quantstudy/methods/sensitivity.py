@@ -4,9 +4,8 @@ For each layer and width only that layer's weights are quantized, and the networ
 fp32 on calibration images.
 """
 
-import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,8 @@ from quantstudy.errors import UserError
 from quantstudy.methods.allocation import HALF, stored_bits
 from quantstudy.methods.bias_correction import correct_own_biases
 from quantstudy.methods.calibration import Calibration
+from quantstudy.methods.fragile import exchanged
 from quantstudy.methods.uniform import WeightOnlyRecipe
-from quantstudy.network.graph import as_stored
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.sqnr import sqnr_db
 
@@ -82,7 +81,7 @@ def measure_layers(
     rows = []
     for name, bits in itertools.product(layers, settings.bits):
         weight = layers[name].weight
-        with _changed(layers[name], table[bits][name] if bits < HALF else None):
+        with exchanged(layers[name], table[bits][name] if bits < HALF else None):
             logits = torch.cat([model(batch) for batch in images])
         if not logits.isfinite().all():
             raise UserError(
@@ -110,20 +109,3 @@ def _compare(reference: Tensor, logits: Tensor, labels: Tensor) -> Row:
         "top1_drop": 100 * (right - right_now),
         "images": len(labels),
     }
-
-
-@contextlib.contextmanager
-def _changed(layer: Any, quantized: Any) -> Iterator[None]:
-    """Give `layer` the weight and bias of its quantized self, or its own in float16 where that is None."""
-    weight, bias = layer.weight, layer.bias
-    if quantized is None:
-        dense = weight.half().float()
-    else:
-        dense = as_stored(layer, quantized.dequantized())
-        layer.bias = quantized.bias
-    laid_out_alike = torch.empty_like(weight).copy_(dense)  # so that the same numbers give the same logits
-    layer.weight = nn.Parameter(laid_out_alike, requires_grad=False)
-    try:
-        yield
-    finally:
-        layer.weight, layer.bias = weight, bias

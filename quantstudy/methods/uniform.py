@@ -6,7 +6,7 @@ Integer-Arithmetic-Only Inference*, CVPR 2018); joint fine-tuning is `methods.jo
 """
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from torch import nn
 
 from quantstudy import params as P
 from quantstudy.errors import UserError, one_line
+from quantstudy.methods.bias_correction import correct_own_biases
 from quantstudy.methods.calibration import Calibration
-from quantstudy.methods.fragile import with_fragile_layers
-from quantstudy.methods.joint import freeze_trained, make_trainable, parameter_groups
+from quantstudy.methods.fragile import LOW_BITS, losses_alone, with_fragile_layers
 from quantstudy.methods.post_training import equalized, freeze
 from quantstudy.methods.recipe import Recipe, Row, TrainedRecipe, register
+from quantstudy.methods.trainable import freeze_trained, make_trainable, parameter_groups
 from quantstudy.network.attention import operands
 from quantstudy.network.graph import Graph, capture, put
 from quantstudy.quantization.layers import ActivationQuantizer, LayerScheme, quantize_layers, quantized_layers
@@ -63,10 +64,33 @@ class UniformRecipe(Recipe[Row]):
         return ActivationQuantizer(scheme)
 
     def quantize(self, model: nn.Module, calibration: Calibration, row: Any) -> Variant:
-        model, calibration, skipped = equalized(model, calibration, row)
+        plain = self.rounded(model, calibration, row)
+        if not row.equalize:
+            return plain
+        other, own, skipped = equalized(model, calibration, row)
+        if other is not model:
+            variant = self.rounded(other, own, row)
+            errors = [output_error(model, network, calibration.images) for network in (plain, variant)]
+            if errors[1] < errors[0]:
+                variant.skipped |= skipped
+                return variant
+            reason = "undone: on calibration images the logits are off by {1:.3g} of their norm, without it by {0:.3g}"
+            skipped = {"equalize": {"": reason.format(*errors)}}
+        plain.skipped |= skipped
+        return plain
+
+    def rounded(self, model: nn.Module, calibration: Calibration, row: Any) -> Variant:
+        """Return a quantized copy of `model` as it is."""
         variant = self.simulated(model, calibration, row)
-        variant.skipped |= skipped | freeze(model, variant.network, calibration, row)
+        variant.skipped |= freeze(model, variant.network, calibration, row)
         return variant
+
+
+@torch.no_grad()
+def output_error(model: nn.Module, variant: nn.Module, batches: Sequence[torch.Tensor]) -> float:
+    """Return how far the logits of a variant lie from those of `model`, relative to their norm."""
+    wanted, found = (torch.cat([network(batch) for batch in batches]) for network in (model, variant))
+    return float((wanted - found).norm() / wanted.norm())
 
 
 @register(P.WeightOnly)
@@ -181,4 +205,28 @@ def layer_schemes(
         return LayerScheme(weight, ActivationScheme(mode, max(activation_bits, least)))
 
     schemes = {name: scheme(name) for name in names}
-    return with_fragile_layers(model, calibration, schemes, row.fragile_bits, row.fragile_share)
+    low = {name: found for name, found in schemes.items() if found.weight.bits <= LOW_BITS}
+    if row.fragile_bits is None or not low:
+        return schemes
+    layers, images = calibration.replaceable, torch.cat(calibration.images)
+    losses = losses_alone(model, layers, rounded_alone(model, calibration, row, low), images)
+    highest = row.fragile_bits if mode == "none" else min(row.fragile_bits, 7)  # int8 sums saturate with eight
+    return with_fragile_layers(layers, schemes, losses, highest, row.fragile_share)
+
+
+def rounded_alone(
+    model: nn.Module, calibration: Calibration, row: P.Rounding, schemes: dict[str, LayerScheme]
+) -> dict[str, Any]:
+    """Return frozen layers by name, each rounded as if it were the only one, weights alone.
+
+    What looks at other layers' errors is left out, and of bias correction all but the layer's own mean error.
+    """
+    network = copy.deepcopy(model)
+    quantize_layers(network, {name: LayerScheme(scheme.weight) for name, scheme in schemes.items()})
+    learned = row.rounding in ("adaround", "brecq")
+    alone = {"rounding": "gptq" if learned else row.rounding, "bias_correction": False, "finetune": False}
+    freeze(model, network, calibration, row.model_copy(update=alone))
+    layers = quantized_layers(network)
+    if row.bias_correction:
+        correct_own_biases(model, network, calibration.moments(layers))
+    return layers

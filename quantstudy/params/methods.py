@@ -3,11 +3,21 @@
 `quantstudy.methods` registers a recipe for each of these classes. What others ask of a row, `MethodRow` says.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from quantstudy.params.section import GROUP_SIZES, Bits, Epochs, Float16, Rate, Schedule, Seconds, Section
+from quantstudy.params.section import (
+    GROUP_SIZES,
+    Bits,
+    CalibrationAugmentation,
+    Epochs,
+    Float16,
+    Rate,
+    Schedule,
+    Section,
+    Target,
+)
 from quantstudy.params.studies import Qat, QatOverrides
 
 
@@ -31,6 +41,10 @@ class MethodRow(Section):
     def widths(self) -> str:
         """Bits of weights and activations: `4/8`, or `8/-` where activations stay in float32."""
         raise NotImplementedError
+
+    def made_for(self, target: Target) -> Self:
+        """Return the row as it is for these CPUs."""
+        return self
 
     def said(self) -> dict[str, Any]:
         """Return what params.yaml says of it, without what it leaves to defaults."""
@@ -57,14 +71,16 @@ class Rounding(Section):
     weight_range: Literal["minmax", "mse"] = "minmax"
     """Scales that clip nothing, or those of the least squared error of the weights."""
     rounding: Literal["nearest", "gptq", "adaround", "brecq"] = "nearest"
-    seconds: Seconds = 480.0
-    """The time that adaround, brecq and finetune may take each."""
+    steps: Annotated[int, Field(ge=1, le=100_000)] = 300
+    """Of training: a layer with adaround, a block with brecq, in all with finetune."""
     gain_correction: bool = False
     """Whether scales give back what rounding takes from the size of each output channel."""
     bias_correction: bool = False
     """Whether the mean error of each output channel on the calibration images goes into the bias."""
     finetune: bool = False
     """Whether weights, scales and biases then learn together to predict what fp32 does on the calibration images."""
+    finetune_augmentation: CalibrationAugmentation = "crop_flip"
+    """What finetune does to the images: flip them at random, or cut out half of their area or more too."""
 
     @field_validator("group_size")
     @classmethod
@@ -126,6 +142,9 @@ class IntegerProducts(Scheme):
     """Whether 8-bit weights are held to what int8 sums of x86 CPUs without VNNI can take, once they are frozen."""
     attention_products: bool = False
     """Whether the operands of attention's two matrix products are rounded as inputs of layers are."""
+
+    def made_for(self, target: Target) -> Self:
+        return self if target == "any_x86" else self.model_copy(update={"saturation_free": False})
 
     @field_validator("saturation_free")
     @classmethod

@@ -11,7 +11,7 @@ from quantstudy.params.methods import Method, Rounding
 from quantstudy.params.mistakes import mistakes, refusal
 from quantstudy.params.presets import with_presets
 from quantstudy.params.reading import read_params
-from quantstudy.params.section import Images, Name, Seconds, Section
+from quantstudy.params.section import Images, Name, Seconds, Section, Target
 from quantstudy.params.studies import Study
 
 PARAMS_FILE = Path("params.yaml")
@@ -112,6 +112,8 @@ class Params(Section):
     measure: Measure
     runtime: Runtime
     scaling_law: ScalingLaw
+    target: Target = "any_x86"
+    """The CPUs that int8 variants are made for: `vnni` has no need of `saturation_free`."""
 
     @property
     def variants(self) -> list[str]:

@@ -32,6 +32,8 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Float16 = Literal["float16", "bfloat16"]
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["cosine", "constant", "one_cycle"]
+CalibrationAugmentation = Literal["none", "flip", "crop_flip"]
+Target = Literal["any_x86", "vnni"]
 Augmentation = Literal["none", "shift", "flip", "crop_flip"]
 
 

@@ -72,11 +72,15 @@ def _steps(rows: Tensor, scale: Tensor) -> Tensor:
 
 
 class LearnedActivation(nn.Module):
-    """The scale of an activation quantizer, learned; its zero point is a fixed code."""
+    """The scale of an activation quantizer, learned; its zero point is a fixed code.
 
-    def __init__(self, scale: float, zero_point: int, highest: int) -> None:
+    With `drop` above 0 each value stays as it is with that probability (Wei, Gong, Li, Liu and Yu, *QDrop: Randomly
+    Dropping Quantization for Extremely Low-bit Post-Training Quantization*, ICLR 2022, section 4.3).
+    """
+
+    def __init__(self, scale: float, zero_point: int, highest: int, drop: float = 0.0) -> None:
         super().__init__()
-        self.highest = highest
+        self.highest, self.drop = highest, drop
         self.scale = nn.Parameter(torch.tensor([scale]))
         self.register_buffer("zero_point", torch.tensor([float(zero_point)]))
         self.zero_point: Tensor
@@ -88,4 +92,4 @@ class LearnedActivation(nn.Module):
         rounded: Tensor = torch._fake_quantize_learnable_per_tensor_affine(
             x, scale, self.zero_point, 0, self.highest, factor
         )
-        return rounded
+        return torch.where(torch.rand_like(x) < self.drop, x, rounded) if self.drop else rounded

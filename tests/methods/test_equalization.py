@@ -4,10 +4,14 @@ import torch
 from torch import Tensor, nn
 
 from quantstudy.errors import UserError
+from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.equalization import Pair, absorb_high_biases, equalize, find_pairs
+from quantstudy.methods.recipes import quantize
+from quantstudy.methods.uniform import output_error
 from quantstudy.network.architectures import build
 from quantstudy.network.folding import fold_batchnorm
 from quantstudy.network.graph import capture
+from quantstudy.params import Static
 from quantstudy.quantization.layers import ChannelReLU
 from quantstudy.runtimes.onnx_model import to_onnx
 
@@ -103,3 +107,28 @@ def test_absorbing_biases_that_the_activation_stays_above_keeps_the_function(
     assert (network[0].bias[:3] < before[:3] - 10).all()
     torch.testing.assert_close(network[0].bias[3:], before[3:])
     assert float((network(images) - wanted).norm() / wanted.norm()) < 1e-3
+
+
+def test_equalization_that_would_hurt_is_undone(network: nn.Module, images: Tensor) -> None:
+    calibration = Calibration(network, [images], bins=512)
+    rows = [Static(kind="static", weight_bits=8, bias_correction=True, equalize=way) for way in (False, True)]
+    plain, variant = (quantize(network, calibration, row) for row in rows)
+    errors = [output_error(network, model, [images]) for model in (plain, variant)]
+    assert errors[1] <= errors[0]
+    undone = "undone: on calibration images" in variant.skipped.get("equalize", {}).get("", "")
+    assert undone == torch.equal(plain(images), variant(images))
+
+
+def test_equalization_that_helps_is_kept() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
+    with torch.no_grad():
+        factors = torch.logspace(-2, 2, 32)
+        model[1].weight.mul_(factors[:, None])
+        model[1].bias.mul_(factors)
+        model[3].weight.div_(factors)
+    images = torch.randn(64, 1, 4, 8)
+    calibration = Calibration(model, [images], bins=512)
+    rows = [Static(kind="static", weight_bits=8, equalize=way) for way in (False, True)]
+    plain, variant = (output_error(model, quantize(model, calibration, row), [images]) for row in rows)
+    assert variant < 0.1 * plain

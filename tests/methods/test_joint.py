@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantstudy.methods import joint
-from quantstudy.methods.joint import MovingCodes, finetune_jointly, freeze_trained, make_trainable, parameter_groups
+from quantstudy.methods import joint, trainable
+from quantstudy.methods.joint import augmented, finetune_jointly
+from quantstudy.methods.trainable import Best, MovingCodes, freeze_trained, make_trainable, parameter_groups, split
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
 
@@ -19,7 +20,7 @@ def network() -> nn.Module:
 
 @pytest.fixture
 def images() -> list[Tensor]:
-    return list(torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1)).split(16))
+    return list(torch.randn(256, 3, 8, 8, generator=torch.Generator().manual_seed(1)).split(16))
 
 
 def quantized(network: nn.Module, activation: ActivationScheme) -> nn.Module:
@@ -43,12 +44,12 @@ def divergence(network: nn.Module, reference: nn.Module, images: list[Tensor]) -
 def test_predictions_come_closer_to_the_teacher(
     activation: ActivationScheme, network: nn.Module, images: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(joint, "STEPS", 200)
+    monkeypatch.setattr(joint, "CODE_RATE", 0.03)
     found = quantized(network, activation)
     before = divergence(found, network, images)
     teacher = copy.deepcopy(network.state_dict())
-    finetune_jointly(network, found, images, 60)
-    assert divergence(found, network, images) < 0.5 * before
+    finetune_jointly(network, found, images, 300, "flip")
+    assert divergence(found, network, images) < 0.95 * before
     assert all(layer.frozen and layer.activation.learned is None for layer in quantized_layers(found).values())
     assert all(torch.equal(teacher[name], value) for name, value in network.state_dict().items())
 
@@ -76,12 +77,51 @@ def test_codes_start_where_they_were(network: nn.Module, images: list[Tensor]) -
 
 
 def test_large_layers_keep_codes(network: nn.Module, images: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joint, "CODE_RATE", 0.5)
-    monkeypatch.setattr(joint, "LARGE", 300)
-    monkeypatch.setattr(joint, "STEPS", 20)
+    monkeypatch.setattr(joint, "CODE_RATE", 0.03)
+    monkeypatch.setattr(trainable, "LARGE", 300)
     found = quantized(network, ActivationScheme())
     before = {name: layer.weight_codes().clone() for name, layer in quantized_layers(found).items()}
-    named = finetune_jointly(network, found, images, 60)
+    named = finetune_jointly(network, found, images, 100, "none")
     kept = {name: torch.equal(layer.weight_codes(), before[name]) for name, layer in quantized_layers(found).items()}
     assert kept == {"0": False, "2": False, "5": True}
     assert list(named) == ["5"]
+
+
+def test_what_training_makes_worse_is_undone(
+    network: nn.Module, images: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joint, "CODE_RATE", 100.0)
+    found = quantized(network, ActivationScheme("static", 8))
+    before = {name: value.clone() for name, value in found.state_dict().items() if "dense" not in name}
+    finetune_jointly(network, found, images, 20, "none")
+    after = found.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_the_best_state_is_kept_until_patience_ends() -> None:
+    layer = nn.Linear(1, 1, bias=False)
+    best, hope = Best(layer, 1.0), []
+    for error in (0.5, 0.7, 0.9, 0.8, 0.6):
+        with torch.no_grad():
+            layer.weight.fill_(error)
+        hope.append(best.add(error))
+    assert hope == [True] * 4 + [False]
+    best.restore()
+    assert float(layer.weight.detach()) == 0.5 and (best.first, best.error) == (1.0, 0.5)
+
+
+@pytest.mark.parametrize(("count", "parts"), [(256, (224, 32)), (64, (56, 8)), (16, (8, 8)), (15, (15, 15))])
+def test_a_part_of_the_images_judges(count: int, parts: tuple[int, int]) -> None:
+    assert split(count) == parts
+
+
+def test_crops_and_flips_are_of_the_image() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.arange(8.0).expand(64, 3, 8, 8)  # brighter to the right
+    flips = augmented(x, "flip", generator)
+    torch.testing.assert_close(flips.flip(3)[flips[:, 0, 0, 0] > 3], x[flips[:, 0, 0, 0] > 3])
+    assert {bool(image[0, 0, 0] > image[0, 0, 7]) for image in flips} == {True, False}
+    crops = augmented(x, "crop_flip", generator)
+    extents = (crops.amax((1, 2, 3)) - crops.amin((1, 2, 3))).abs()
+    assert crops.shape == x.shape and float(extents.min()) > 7 * joint.SMALLEST_CROP and float(extents.max()) <= 7
+    assert augmented(x, "none", generator) is x

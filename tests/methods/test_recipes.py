@@ -34,7 +34,7 @@ def make(method: str, network: nn.Module, calibration: Calibration) -> Variant:
 
 COMPOSITIONS = [
     Static(kind="static", weight_bits=4, equalize=True, rounding="gptq", bias_correction=True),
-    Static(kind="static", weight_bits=4, edge_bits=8, activation_bits=4, finetune=True, seconds=1.0),
+    Static(kind="static", weight_bits=4, edge_bits=8, activation_bits=4, finetune=True, steps=5),
 ]
 
 
@@ -98,13 +98,11 @@ def test_mixed_layers_and_two_codes_to_a_byte(network: nn.Module, calibration: C
         WeightOnly(kind="weight_only", weight_bits=4, weight_range="mse", bias_correction=True),
         WeightOnly(kind="weight_only", weight_bits=4, group_size=32, rounding="gptq", bias_correction=True),
         Static(kind="static", weight_bits=4, rounding="gptq"),
-        pytest.param(Static(kind="static", weight_bits=4, rounding="brecq", seconds=20.0), marks=pytest.mark.slow),
+        pytest.param(Static(kind="static", weight_bits=4, rounding="brecq", steps=20), marks=pytest.mark.slow),
         Static(kind="static", weight_bits=4, equalize=True, bias_correction=True),
-        WeightOnly(kind="weight_only", weight_bits=3, group_size=32, finetune=True, seconds=10.0),
+        WeightOnly(kind="weight_only", weight_bits=3, group_size=32, finetune=True, steps=60),
         pytest.param(
-            Static(
-                kind="static", weight_bits=4, activation_bits=4, activation_range="mse", finetune=True, seconds=10.0
-            ),
+            Static(kind="static", weight_bits=4, activation_bits=4, activation_range="mse", finetune=True, steps=60),
             marks=pytest.mark.slow,
         ),
     ],

@@ -1,0 +1,173 @@
+"""BRECQ: what a residual block gives is brought back to what it gave before, one block after another.
+
+Li, Gong, Tan, Yang, Hu, Zhang, Yu, Wang and Gu, *BRECQ: Pushing the Limit of Post-Training Quantization by Block
+Reconstruction*, ICLR 2021. For each unit of a network, in the order in which they run, Adam makes
+
+    mean over batch and places of Σ_c w_c (unit_q(x_mixed) - unit(x))_c²
+
+small. x is the unit's input in the fp32 network, x_q in the network that is quantized up to there, and x_mixed has each
+value from one or the other at even odds; activations are rounded at even odds too (QDrop, Wei et al., ICLR 2022). w is
+the Fisher information of the unit's output, here one number a channel: the mean square of the gradient of -log p(y), y
+drawn from what fp32 predicts. Without it the largest channels are all that counts.
+
+Unlike the paper there is no soft rounding: codes start at those of GPTQ and move by straight-through gradients, with
+scales and biases, as in the block-wise training of Chen et al., *EfficientQAT*, ACL 2025. An eighth of the images takes
+no part and says which state of a unit is best; the one it started with is a candidate.
+"""
+
+import contextlib
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from quantstudy.methods.reconstruction import find_units
+from quantstudy.methods.trainable import (
+    CHECKS,
+    Best,
+    cosine,
+    everything_rounded,
+    freeze_trained,
+    make_trainable,
+    parameter_groups,
+    split,
+)
+
+RATE = 0.005
+BATCH_SIZE = 32
+PLACES = 2**16
+"""Of a unit's input, that a batch has at most; it has 8 images at least."""
+DROP = 0.5
+MEMORY = 1.5e9
+"""Bytes of activations that are kept for a unit."""
+_FISHER_IMAGES = 64
+
+
+def reconstruct_blocks(reference: nn.Module, network: nn.Module, images: Tensor, steps: int) -> dict[str, str]:
+    """Train the units of `network`, whose layers are frozen, one after another; they are frozen again afterwards.
+
+    Args:
+        reference: the fp32 network.
+        network: the quantized one, in place.
+        images: float32 [N, C, H, W].
+        steps: of each unit.
+
+    Returns:
+        The layers whose codes and scales did not learn, with why.
+    """
+    units, left = find_units(network), dict[str, str]()
+    weights = fisher_information(reference, images[:_FISHER_IMAGES], list(units))
+    with tqdm(units.items(), desc="reconstruction", unit="unit", leave=False, mininterval=1.0) as bar:
+        for name, unit in bar:
+            kept = make_trainable(unit, DROP)
+            left |= {f"{name}.{layer}" if layer else name: why for layer, why in kept.items()}
+            if any(parameter.requires_grad for parameter in unit.parameters()):
+                data = _cached(reference, network, name, images)
+                before, after = _learn(unit, *data, weights[name], steps)
+                bar.set_postfix_str(f"{name}: error {before:.3g} -> {after:.3g}")
+            freeze_trained(unit)
+    return left
+
+
+def _learn(
+    unit: nn.Module, plain: Tensor, rounded: Tensor, targets: Tensor, weight: Tensor, steps: int
+) -> tuple[float, float]:
+    """Train one unit; return its error on the images that are kept back, before and now."""
+    train, judge = split(len(targets))
+    weight = weight.view(-1, *[1] * (targets.ndim - 2)) / _spread(targets, weight)
+    best = Best(unit, _error(unit, rounded[-judge:], targets[-judge:], weight))
+    optimizer = torch.optim.Adam(parameter_groups(unit, RATE))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    generator = torch.Generator().manual_seed(0)
+    size = min(max(PLACES // max(plain[0, 0].numel(), 1), 8), BATCH_SIZE) if plain.ndim > 2 else BATCH_SIZE
+    every = max(steps // CHECKS, 1)
+    for step in range(steps):
+        cosine(optimizer, rates, step / steps)
+        chosen = torch.randint(train, (size,), generator=generator)
+        keep = torch.rand(plain[chosen].shape, generator=generator) < DROP
+        with torch.enable_grad():
+            found = unit(torch.where(keep, plain[chosen], rounded[chosen]))
+            loss = ((found - targets[chosen]).square() * weight).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        is_check = (step + 1) % every == 0
+        if is_check and not best.add(_error(unit, rounded[-judge:], targets[-judge:], weight)):
+            break
+    best.restore()
+    return best.first, best.error
+
+
+def _spread(targets: Tensor, weight: Tensor) -> Tensor:
+    """Return the weighted variance of the outputs, which errors are a share of."""
+    axes = [axis for axis in range(targets.ndim) if axis != 1]
+    return (targets.var(axes, correction=0) * weight).mean().clamp_min(1e-12)
+
+
+@torch.no_grad()
+def _error(unit: nn.Module, inputs: Tensor, targets: Tensor, weight: Tensor) -> float:
+    with everything_rounded(unit):
+        pairs = zip(inputs.split(16), targets.split(16), strict=True)
+        return sum(float(((unit(x) - y).square() * weight).sum()) for x, y in pairs) / targets.numel()
+
+
+def fisher_information(model: nn.Module, images: Tensor, names: Collection[str]) -> dict[str, Tensor]:
+    """Return the mean squared gradient of each channel of the named modules' outputs, [C] with the mean 1."""
+    found: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    for batch in images.split(16):
+        outputs: dict[str, Tensor] = {}
+
+        def keep(name: str, result: Tensor, outputs: dict[str, Tensor] = outputs) -> None:
+            outputs.setdefault(name, result)
+
+        with contextlib.ExitStack() as hooks, torch.enable_grad():
+            for name in names:
+                hook = lambda _, __, result, name=name, keep=keep: keep(name, result)  # noqa: E731
+                hooks.enter_context(model.get_submodule(name).register_forward_hook(hook))
+            log_p = model(batch.clone().requires_grad_(True)).log_softmax(1)
+            drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+            gradients = torch.autograd.grad(-log_p.gather(1, drawn).sum(), list(outputs.values()), allow_unused=True)
+        for (name, output), gradient in zip(outputs.items(), gradients, strict=True):
+            gradient = torch.zeros_like(output) if gradient is None else gradient
+            axes = [axis for axis in range(gradient.ndim) if axis != 1]
+            found[name] = found.get(name, torch.zeros(())) + gradient.square().sum(axes)
+    return {name: total / total.mean().clamp_min(1e-30) for name, total in found.items()}
+
+
+class _Reached(Exception):
+    """What is kept is there; the rest of the network need not run."""
+
+
+@torch.no_grad()
+def _cached(reference: nn.Module, network: nn.Module, name: str, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a unit's input in the fp32 and in the quantized network, and its fp32 output, of the images that fit."""
+    plain: list[Tensor] = []
+    rounded: list[Tensor] = []
+    targets: list[Tensor] = []
+    room = MEMORY
+
+    def stop_before(_: nn.Module, values: tuple[Tensor, ...]) -> None:
+        rounded.append(values[0])
+        raise _Reached
+
+    def stop_behind(_: nn.Module, values: Any, result: Tensor) -> None:
+        targets.append(result)
+        raise _Reached
+
+    part = reference.get_submodule(name)
+    with (
+        part.register_forward_pre_hook(lambda _, values: plain.append(values[0].clone())),
+        part.register_forward_hook(stop_behind),
+        network.get_submodule(name).register_forward_pre_hook(stop_before),
+    ):
+        for batch in images.split(16):
+            for model in (network, reference):
+                with contextlib.suppress(_Reached), everything_rounded(network):
+                    model(batch)
+            room -= rounded[-1].nbytes + plain[-1].nbytes + targets[-1].nbytes
+            if room < 0:
+                break
+    return torch.cat(plain), torch.cat(rounded), torch.cat(targets)

@@ -1,0 +1,161 @@
+"""A frozen quantized network whose codes, scales and biases learn: what block-wise and joint fine-tuning share.
+
+A weight is s exp(t) clip(round(v)): v starts at its code and learns in units of the step, so that one learning rate
+suits layers of any size; t and the activation scales learn relative to their start. Gradients pass the rounding
+straight through. Layers of more than `LARGE` weights keep their codes: Adam on a hundred million takes seconds a step.
+
+What is learned on a few hundred images is judged on others: `split` keeps a part of the images for that, and
+`Best` goes back to the state that was best on them.
+"""
+
+import contextlib
+import math
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantstudy.quantization.layers import quantized_layers
+from quantstudy.quantization.learned import LearnedActivation
+from quantstudy.quantization.schemes import WeightScheme
+
+LARGE = 4_000_000
+SCALE_SHARE, BIAS_SHARE = 1 / 15, 1 / 30
+"""The rates of scales, relative to their start, and of biases, as shares of that of codes."""
+CHECKS = 10
+"""How often the error on the images that are kept back is taken."""
+PATIENCE = 4
+"""Checks in a row without a better error that end the training."""
+_KEPT_SHARE, _LEAST_KEPT = 8, 8
+
+
+class MovingCodes(nn.Module):
+    """A weight quantizer whose codes and scales learn; it starts at those of a frozen layer."""
+
+    def __init__(self, codes: Tensor, scale: Tensor, scheme: WeightScheme) -> None:
+        super().__init__()
+        self.scheme, self.shape = scheme, codes.shape
+        self.register_buffer("start", scale.clone())
+        self.start: Tensor
+        self.codes = nn.Parameter(scheme.grouped(codes.float()))
+        self.log_scale = nn.Parameter(torch.zeros_like(scale))
+
+    def scale(self) -> Tensor:
+        """Return the scales, float32 [O, groups]."""
+        return self.start * self.log_scale.exp()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the rounded weight; the argument, a layer's own, is not used."""
+        rounded = torch.fake_quantize_per_tensor_affine(self.codes, 1.0, 0, self.scheme.lowest, self.scheme.highest)
+        return self.scheme.ungrouped(rounded * self.scale().unsqueeze(2), self.shape)
+
+    @torch.no_grad()
+    def freeze(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the int8 codes and the scales."""
+        codes = self.codes.round().clamp(self.scheme.lowest, self.scheme.highest).to(torch.int8)
+        return self.scheme.ungrouped(codes, self.shape), self.scale()
+
+
+def make_trainable(network: nn.Module, drop: float = 0.0) -> dict[str, str]:
+    """Let what frozen layers have learn, and nothing else, in place: biases, activation scales, codes if not LARGE.
+
+    Args:
+        network: quantized, its layers frozen.
+        drop: how likely a value of an activation is not rounded while it trains.
+
+    Returns:
+        The layers whose codes and weight scales do not learn, with why.
+    """
+    network.requires_grad_(False)
+    layers = quantized_layers(network)
+    for layer in layers.values():
+        layer.forget_dense()
+        if layer.bias is not None:
+            layer.bias.requires_grad_(True)
+        activation = layer.activation
+        if activation.scheme.mode == "static":
+            grid = (activation.scale, activation.zero_point, activation.scheme.highest)
+            activation.learned = LearnedActivation(*grid, drop=drop)
+        if layer.shape.numel() <= LARGE:
+            layer.weight_quantizer = MovingCodes(layer.weight_codes(), layer.weight_scale.float(), layer.scheme.weight)
+    reason = f"more than {LARGE:,} weights: codes and scales stay"
+    return {name: reason for name, layer in layers.items() if layer.weight_quantizer is None}
+
+
+def parameter_groups(network: nn.Module, rate: float) -> list[dict[str, Any]]:
+    """Return what `make_trainable` lets learn, for Adam: codes at `rate`, all else in proportion to it."""
+    layers = list(quantized_layers(network).values())
+    quantizers = [layer.weight_quantizer for layer in layers if layer.weight_quantizer is not None]
+    found = [
+        {"params": [quantizer.codes for quantizer in quantizers], "lr": rate},
+        {"params": [quantizer.log_scale for quantizer in quantizers], "lr": rate * SCALE_SHARE},
+        {"params": [layer.bias for layer in layers if layer.bias is not None], "lr": rate * BIAS_SHARE},
+    ]
+    for layer in layers:
+        if (learned := layer.activation.learned) is not None:
+            found.append({"params": [learned.scale], "lr": rate * SCALE_SHARE * layer.activation.scale})
+    return [group for group in found if group["params"]]
+
+
+@torch.no_grad()
+def freeze_trained(network: nn.Module) -> None:
+    """Freeze what `make_trainable` made trainable, in place."""
+    for layer in quantized_layers(network).values():
+        layer.activation.adopt_learned()
+        if layer.weight_quantizer is not None:
+            layer.freeze()
+        layer.requires_grad_(False)
+
+
+def split(count: int) -> tuple[int, int]:
+    """Return how many of `count` images train, and how many after them judge; all do both where they are too few."""
+    kept = max(count // _KEPT_SHARE, _LEAST_KEPT)
+    return (count - kept, kept) if count >= 2 * kept else (count, count)
+
+
+class Best:
+    """The state of what learns that had the least error so far; the first one is that before training."""
+
+    def __init__(self, network: nn.Module, error: float) -> None:
+        self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.first = self.error = error
+        self.in_vain = 0
+        self._keep()
+
+    def _keep(self) -> None:
+        self._values = [parameter.detach().clone() for parameter in self.parameters]
+
+    def add(self, error: float) -> bool:
+        """Take note of the error now; return whether there is hope that going on helps."""
+        self.in_vain = 0 if error < self.error else self.in_vain + 1
+        if error < self.error:
+            self.error = error
+            self._keep()
+        return self.in_vain < PATIENCE
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Go back to the best state."""
+        for parameter, value in zip(self.parameters, self._values, strict=True):
+            parameter.copy_(value)
+
+
+@contextlib.contextmanager
+def everything_rounded(network: nn.Module) -> Iterator[None]:
+    """Have the activations of a network that trains dropped nowhere, as they are in the end."""
+    learned = [module for module in network.modules() if isinstance(module, LearnedActivation)]
+    before = [module.drop for module in learned]
+    for module in learned:
+        module.drop = 0.0
+    try:
+        yield
+    finally:
+        for module, drop in zip(learned, before, strict=True):
+            module.drop = drop
+
+
+def cosine(optimizer: torch.optim.Optimizer, rates: Collection[float], progress: float) -> None:
+    """Set the learning rates to what a cosine from `rates` down to 0 has at this share of the steps."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * (1 + math.cos(math.pi * progress)) / 2
