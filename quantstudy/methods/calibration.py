@@ -88,6 +88,11 @@ class Calibration:
         """The layers that a quantized one can take the place of, by name, in the order in which they run."""
         return self.graph.plain
 
+    def first(self, count: int) -> "Calibration":
+        """Return a calibration on the first `count` images alone."""
+        pixels = torch.cat(self.images)[:count]
+        return Calibration(self.model, list(pixels.split(len(self.images[0]))), bins=self.bins)
+
     def of(self, model: nn.Module) -> "Calibration":
         """Return the same images for another network of the same layers; its statistics are taken anew."""
         return Calibration(model, lambda: self.images, bins=self.bins, sensitivity=self._sensitivity)

@@ -23,7 +23,7 @@ from quantstudy.methods.gain_correction import correct_gains
 from quantstudy.methods.gptq import gptq_codes
 from quantstudy.methods.joint import finetune_jointly
 from quantstudy.methods.reconstruction import Limits, reconstruct
-from quantstudy.methods.trainable import LARGE
+from quantstudy.methods.trainable import LARGE, split
 from quantstudy.network.graph import relative_error, run_in_eval
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.variant import Skipped
@@ -60,6 +60,9 @@ def freeze(model: nn.Module, network: nn.Module, calibration: Calibration, row: 
         What could not be done: technique -> layer -> reason.
     """
     skipped: Skipped = {}
+    every = calibration
+    if row.finetune or row.rounding == "brecq":  # what these are judged on is kept from all steps before
+        calibration = every.first(split(sum(map(len, every.images)))[0])
     if row.rounding == "adaround":
         left = reconstruct(model, network, torch.cat(calibration.images), Limits(steps=row.steps))
         skipped["adaround"] = dict.fromkeys(left, f"more than {LARGE:,} weights are learned; rounded by GPTQ")
@@ -87,9 +90,9 @@ def freeze(model: nn.Module, network: nn.Module, calibration: Calibration, row: 
     if row.bias_correction:
         skipped["bias_correction"] = correct_biases(model, network, torch.cat(calibration.images))
     if row.rounding == "brecq":
-        skipped["brecq"] = reconstruct_blocks(model, network, torch.cat(calibration.images), row.steps)
+        skipped["brecq"] = reconstruct_blocks(model, network, torch.cat(every.images), row.steps)
     if row.finetune:
         head = calibration.graph.head()
-        given = (calibration.images, row.steps, row.finetune_augmentation, head)
+        given = (every.images, row.steps, row.finetune_augmentation, head)
         skipped["finetune"] = finetune_jointly(model, network, *given)
     return {technique: layers for technique, layers in skipped.items() if layers}
