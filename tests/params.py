@@ -61,6 +61,7 @@ TINY_PARAMS: dict[str, Any] = {
     "sensitivity": {"bits": [2, 4, 16], "images": None, **_ROUNDING, "bias_correction": True},
     "measure": {"runtimes": [], "seconds": 0.05, "threads": None},
     "runtime": {"processes": 1},
+    "target": "any_x86",
     "scaling_law": {
         "ptq": ["fp32", "fp16", "int8_static", "int4_static"],
         "qat": ["fp32", "qat_fp16", "qat_int8", "qat_int4"],

@@ -112,7 +112,7 @@ class Params(Section):
     measure: Measure
     runtime: Runtime
     scaling_law: ScalingLaw
-    target: Target = "any_x86"
+    target: Target
     """The CPUs that int8 variants are made for: `vnni` has no need of `saturation_free`."""
 
     @property
