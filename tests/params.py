@@ -16,8 +16,9 @@ TINY: dict[str, Any] = {
 }
 
 _INT8 = {"weight_bits": 8, "activation_bits": 8}
-_W4A4 = {"kind": "static", "weight_bits": 4, "activation_bits": 4}
-_GROUPS = {"weight_bits": 4, "group_size": 32}
+_W4 = {"weight_bits": 4, "fragile_bits": None}
+_W4A4 = {"kind": "static", **_W4, "activation_bits": 4}
+_GROUPS = {**_W4, "group_size": 32}
 _ROUNDING = {"group_size": 32, "weight_range": "mse", "rounding": "gptq", "gain_correction": True}
 METHODS: dict[str, dict[str, Any]] = {
     "fp16": {"kind": "cast", "dtype": "float16"},
@@ -29,13 +30,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "mixed_simple": {"kind": "mixed_linear", **_GROUPS, "dtype": "float16"},
     "mixed_variance": {"kind": "mixed_variance", **_GROUPS, "dtype": "float16", "fraction": 0.5},
     "mixed_budget": {"kind": "mixed_budget", "mean_bits": 4.0, **_ROUNDING, "bias_correction": True},
-    "int4_static": {"kind": "static", "weight_bits": 4, "activation_bits": 8},
+    "int4_static": {"kind": "static", **_W4, "activation_bits": 8},
     "clip_int8": {"kind": "static", **_INT8, "clip_percentile": None},
     "clip_int8_p99": {"kind": "static", **_INT8, "clip_percentile": 99.0},
     "clip_int4": _W4A4 | {"clip_percentile": None},
     "clip_int4_p99": _W4A4 | {"clip_percentile": 99.0},
     "qat_int8": {"kind": "qat_static", **_INT8, "saturation_free": True},
-    "qat_int4": {"kind": "qat_static", "weight_bits": 4, "activation_bits": 8},
+    "qat_int4": {"kind": "qat_static", **_W4, "activation_bits": 8},
     "qat_w4a8": {
         "kind": "qat_joint",
         "weight_bits": 4,

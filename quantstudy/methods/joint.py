@@ -35,7 +35,7 @@ from quantstudy.methods.trainable import (
 )
 
 BATCH_SIZE = 32
-CODE_RATE = 0.01
+CODE_RATE = 0.03
 SMALLEST_CROP = 0.5
 """The least share of an image's area that a crop shows."""
 

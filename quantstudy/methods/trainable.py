@@ -25,7 +25,7 @@ SCALE_SHARE, BIAS_SHARE = 1 / 15, 1 / 30
 """The rates of scales, relative to their start, and of biases, as shares of that of codes."""
 CHECKS = 10
 """How often the error on the images that are kept back is taken."""
-PATIENCE = 4
+PATIENCE = 6
 """Checks in a row without a better error that end the training."""
 _KEPT_SHARE, _LEAST_KEPT = 8, 8
 

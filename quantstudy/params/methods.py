@@ -71,7 +71,7 @@ class Rounding(Section):
     weight_range: Literal["minmax", "mse"] = "minmax"
     """Scales that clip nothing, or those of the least squared error of the weights."""
     rounding: Literal["nearest", "gptq", "adaround", "brecq"] = "nearest"
-    steps: Annotated[int, Field(ge=1, le=100_000)] = 300
+    steps: Annotated[int, Field(ge=1, le=100_000)] = 500
     """Of training: a layer with adaround, a block with brecq, in all with finetune."""
     gain_correction: bool = False
     """Whether scales give back what rounding takes from the size of each output channel."""

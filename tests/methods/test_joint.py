@@ -101,11 +101,11 @@ def test_what_training_makes_worse_is_undone(
 def test_the_best_state_is_kept_until_patience_ends() -> None:
     layer = nn.Linear(1, 1, bias=False)
     best, hope = Best(layer, 1.0), []
-    for error in (0.5, 0.7, 0.9, 0.8, 0.6):
+    for error in (0.5, *[0.7] * trainable.PATIENCE):
         with torch.no_grad():
             layer.weight.fill_(error)
         hope.append(best.add(error))
-    assert hope == [True] * 4 + [False]
+    assert hope == [True] * trainable.PATIENCE + [False]
     best.restore()
     assert float(layer.weight.detach()) == 0.5 and (best.first, best.error) == (1.0, 0.5)
 
