@@ -192,8 +192,9 @@ def main() -> None:
         attempts, second = try_hostile()
         left = [path.name for path in scratch.iterdir() if not path.name.startswith("torchinductor")]
         tempfile.tempdir = None
-    counts = {f"damaged files: {what}": count for what, count in damaged.items()}
-    counts |= {f"hostile files: {what}": count for what, count in attempts.items()}
+    said = {"accepted": "accepted, nothing else came of it", "longest_seconds": "seconds that the longest took"}
+    counts = {f"damaged files: {said.get(what, what)}": count for what, count in damaged.items()}
+    counts |= {f"hostile files: {said.get(what, what)}": count for what, count in attempts.items()}
     record("files", counts | {"wrong": len(first) + len(second), "left behind": len(left)})
     sys.exit("\n".join([*first, *second, *left]))
 
