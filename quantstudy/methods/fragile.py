@@ -74,7 +74,7 @@ def losses_alone(
     wanted, found = model(few), {}
     for name, quantized in rounded.items():
         with exchanged(layers[name], quantized):
-            found[name] = float((model(few) - wanted).square().sum() / wanted.square().sum())
+            found[name] = float((model(few) - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30))
     return found
 
 

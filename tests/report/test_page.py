@@ -229,7 +229,7 @@ def test_layers_have_shares_sqnr_histogram_and_sensitivity(open_page: Any) -> No
     expect_marks(page, "histogram", 2 * 4, "rule line")
     assert page.locator("#chart-histogram svg .mark-rect.role-mark path").count() > 30
     page.select_option("#layer", "features.3")
-    assert "int8_static keeps -6 to 6" in page.inner_text("#chart-histogram-figure figcaption")
+    assert "int8_static keeps -6 to 5.94" in page.inner_text("#chart-histogram-figure figcaption")
     page.click("summary")
     assert "32.0" in page.inner_text("#layer-table") and "4 bits" in page.inner_text("#layer-table")
     page.click("text=other")
