@@ -16,6 +16,7 @@ no part and says which state of a unit is best; the one it started with is a can
 """
 
 import contextlib
+import functools
 from collections.abc import Collection
 from typing import Any
 
@@ -23,17 +24,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quantstudy.methods.reconstruction import find_units
-from quantstudy.methods.trainable import (
-    CHECKS,
-    Best,
-    cosine,
-    everything_rounded,
-    freeze_trained,
-    make_trainable,
-    parameter_groups,
-    split,
-)
+from quantstudy.methods.reconstruction import cached, find_units
+from quantstudy.methods.trainable import everything_rounded, freeze_trained, make_trainable, split, train_to_best
 
 RATE = 0.005
 BATCH_SIZE = 32
@@ -64,39 +56,30 @@ def reconstruct_blocks(reference: nn.Module, network: nn.Module, images: Tensor,
             kept = make_trainable(unit, DROP)
             left |= {f"{name}.{layer}" if layer else name: why for layer, why in kept.items()}
             if any(parameter.requires_grad for parameter in unit.parameters()):
-                data = _cached(reference, network, name, images)
-                before, after = _learn(unit, *data, weights[name], steps)
+                with everything_rounded(unit):
+                    rounded, targets, plain = cached(reference, network, name, images.split(16), MEMORY, plain=True)
+                before, after = _learn(unit, rounded, targets, plain, weights[name], steps)
                 bar.set_postfix_str(f"{name}: error {before:.3g} -> {after:.3g}")
             freeze_trained(unit)
     return left
 
 
 def _learn(
-    unit: nn.Module, plain: Tensor, rounded: Tensor, targets: Tensor, weight: Tensor, steps: int
+    unit: nn.Module, rounded: Tensor, targets: Tensor, plain: Tensor, weight: Tensor, steps: int
 ) -> tuple[float, float]:
     """Train one unit; return its error on the images that are kept back, before and now."""
     train, judge = split(len(targets))
     weight = weight.view(-1, *[1] * (targets.ndim - 2)) / _spread(targets, weight)
-    best = Best(unit, _error(unit, rounded[-judge:], targets[-judge:], weight))
-    optimizer = torch.optim.Adam(parameter_groups(unit, RATE))
-    rates = [group["lr"] for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(0)
     size = min(max(PLACES // max(plain[0, 0].numel(), 1), 8), BATCH_SIZE) if plain.ndim > 2 else BATCH_SIZE
-    every = max(steps // CHECKS, 1)
-    for step in range(steps):
-        cosine(optimizer, rates, step / steps)
+
+    def loss() -> Tensor:
         chosen = torch.randint(train, (size,), generator=generator)
         keep = torch.rand(plain[chosen].shape, generator=generator) < DROP
-        with torch.enable_grad():
-            found = unit(torch.where(keep, plain[chosen], rounded[chosen]))
-            loss = ((found - targets[chosen]).square() * weight).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        is_check = (step + 1) % every == 0
-        if is_check and not best.add(_error(unit, rounded[-judge:], targets[-judge:], weight)):
-            break
-    best.restore()
+        found = unit(torch.where(keep, plain[chosen], rounded[chosen]))
+        return ((found - targets[chosen]).square() * weight).mean()
+
+    best = train_to_best(unit, RATE, steps, loss, lambda: _error(unit, rounded[-judge:], targets[-judge:], weight))
     return best.first, best.error
 
 
@@ -120,12 +103,12 @@ def fisher_information(model: nn.Module, images: Tensor, names: Collection[str])
     for batch in images.split(16):
         outputs: dict[str, Tensor] = {}
 
-        def keep(name: str, result: Tensor, outputs: dict[str, Tensor] = outputs) -> None:
+        def keep(outputs: dict[str, Tensor], name: str, module: nn.Module, values: Any, result: Tensor) -> None:
             outputs.setdefault(name, result)
 
         with contextlib.ExitStack() as hooks, torch.enable_grad():
             for name in names:
-                hook = lambda _, __, result, name=name, keep=keep: keep(name, result)  # noqa: E731
+                hook = functools.partial(keep, outputs, name)
                 hooks.enter_context(model.get_submodule(name).register_forward_hook(hook))
             log_p = model(batch.clone().requires_grad_(True)).log_softmax(1)
             drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
@@ -135,39 +118,3 @@ def fisher_information(model: nn.Module, images: Tensor, names: Collection[str])
             axes = [axis for axis in range(gradient.ndim) if axis != 1]
             found[name] = found.get(name, torch.zeros(())) + gradient.square().sum(axes)
     return {name: total / total.mean().clamp_min(1e-30) for name, total in found.items()}
-
-
-class _Reached(Exception):
-    """What is kept is there; the rest of the network need not run."""
-
-
-@torch.no_grad()
-def _cached(reference: nn.Module, network: nn.Module, name: str, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a unit's input in the fp32 and in the quantized network, and its fp32 output, of the images that fit."""
-    plain: list[Tensor] = []
-    rounded: list[Tensor] = []
-    targets: list[Tensor] = []
-    room = MEMORY
-
-    def stop_before(_: nn.Module, values: tuple[Tensor, ...]) -> None:
-        rounded.append(values[0])
-        raise _Reached
-
-    def stop_behind(_: nn.Module, values: Any, result: Tensor) -> None:
-        targets.append(result)
-        raise _Reached
-
-    part = reference.get_submodule(name)
-    with (
-        part.register_forward_pre_hook(lambda _, values: plain.append(values[0].clone())),
-        part.register_forward_hook(stop_behind),
-        network.get_submodule(name).register_forward_pre_hook(stop_before),
-    ):
-        for batch in images.split(16):
-            for model in (network, reference):
-                with contextlib.suppress(_Reached), everything_rounded(network):
-                    model(batch)
-            room -= rounded[-1].nbytes + plain[-1].nbytes + targets[-1].nbytes
-            if room < 0:
-                break
-    return torch.cat(plain), torch.cat(rounded), torch.cat(targets)

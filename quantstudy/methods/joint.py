@@ -23,16 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantstudy import params as P
-from quantstudy.methods.trainable import (
-    CHECKS,
-    Best,
-    cosine,
-    everything_rounded,
-    freeze_trained,
-    make_trainable,
-    parameter_groups,
-    split,
-)
+from quantstudy.methods.trainable import everything_rounded, freeze_trained, make_trainable, split, train_to_best
 
 BATCH_SIZE = 32
 CODE_RATE = 0.03
@@ -67,29 +58,21 @@ def finetune_jointly(
     kept = pixels[-judge:]
     with torch.no_grad():
         wanted = torch.cat([reference(x) for x in kept.split(BATCH_SIZE)]).log_softmax(1)
-    best = Best(network, _divergence(network, kept, wanted))
-    optimizer = torch.optim.Adam(parameter_groups(network, CODE_RATE), fused=True)
-    rates = [group["lr"] for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(0)
-    every = max(steps // CHECKS, 1)
     with _inputs_of(reference, head) as plain, _inputs_of(network, head) as rounded:
-        for step in range(steps):
-            cosine(optimizer, rates, step / steps)
+
+        def loss() -> Tensor:
             chosen = torch.randint(train, (min(BATCH_SIZE, train),), generator=generator)
             x = augmented(pixels[chosen], augmentation, generator)
             with torch.no_grad():
                 taught = reference(x).log_softmax(1)
-            with torch.enable_grad():
-                loss = F.kl_div(network(x).log_softmax(1), taught, log_target=True, reduction="batchmean")
-                if plain:
-                    spread = (plain[0] - plain[0].mean(0)).square().mean().clamp_min(1e-12)
-                    loss = loss + (rounded[0] - plain[0]).square().mean() / spread
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if (step + 1) % every == 0 and not best.add(_divergence(network, kept, wanted)):
-                break
-    best.restore()
+            divergence = F.kl_div(network(x).log_softmax(1), taught, log_target=True, reduction="batchmean")
+            if not plain:
+                return divergence
+            spread = (plain[0] - plain[0].mean(0)).square().mean().clamp_min(1e-12)
+            return divergence + (rounded[0] - plain[0]).square().mean() / spread
+
+        train_to_best(network, CODE_RATE, steps, loss, lambda: _divergence(network, kept, wanted))
     freeze_trained(network)
     return left
 

@@ -15,6 +15,7 @@ hundred million, one step takes a second. `methods.blocks` reconstructs whole bl
 """
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +110,7 @@ def reconstruct(reference: nn.Module, network: nn.Module, images: Tensor, limits
             if layer.shape.numel() > LARGE:
                 skipped.append(name)
                 continue
-            inputs, targets = _cached(reference, network, name, images, limits)
+            inputs, targets = cached(reference, network, name, images.split(64), limits.memory_mb * 1e6)
             before, after = _learn(layer, inputs, targets, limits)
             bar.set_postfix_str(f"{name}: error {before:.3g} -> {after:.3g}")
     return skipped
@@ -151,31 +152,44 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def _cached(
-    reference: nn.Module, network: nn.Module, name: str, images: Tensor, limits: Limits
-) -> tuple[Tensor, Tensor]:
-    """Return the layer's input in the quantized network and its output in the fp32 one, of as many images as fit."""
-    inputs: list[Tensor] = []
-    targets: list[Tensor] = []
-    room = limits.memory_mb * 1e6
+def cached(
+    reference: nn.Module, network: nn.Module, name: str, batches: Iterable[Tensor], most: float, *, plain: bool = False
+) -> tuple[Tensor, ...]:
+    """Return a module's input in `network`, its output in `reference` and, if `plain`, its input there too.
+
+    Args:
+        reference: the fp32 network.
+        network: the quantized one.
+        name: of the module, in both.
+        batches: of images.
+        most: bytes of what is returned; the batch that goes beyond them is the last.
+        plain: whether the third is wanted.
+    """
+    found: list[list[Tensor]] = [[], [], []] if plain else [[], []]
 
     def keep_input(_: nn.Module, values: tuple[Tensor, ...]) -> None:
-        inputs.append(values[0])
+        found[0].append(values[0])
         raise _Reached
 
-    def keep_output(_: nn.Module, values: Any, result: Tensor) -> None:
-        targets.append(result)
+    def keep_plain(_: nn.Module, values: tuple[Tensor, ...]) -> None:
+        if plain:
+            found[2].append(values[0].clone())  # the module may write to it
+
+    def keep_output(_: nn.Module, values: tuple[Tensor, ...], result: Tensor) -> None:
+        found[1].append(result)
         raise _Reached
 
+    part = reference.get_submodule(name)
     with (
         network.get_submodule(name).register_forward_pre_hook(keep_input),
-        reference.get_submodule(name).register_forward_hook(keep_output),
+        part.register_forward_pre_hook(keep_plain),
+        part.register_forward_hook(keep_output),
     ):
-        for batch in images.split(64):
+        for batch in batches:
             for model in (network, reference):
                 with contextlib.suppress(_Reached):
                     model(batch)
-            room -= inputs[-1].nbytes + targets[-1].nbytes
-            if room < 0:
+            most -= sum(part[-1].nbytes for part in found)
+            if most < 0:
                 break
-    return torch.cat(inputs), torch.cat(targets)
+    return tuple(torch.cat(part) for part in found)

@@ -10,7 +10,7 @@ What is learned on a few hundred images is judged on others: `split` keeps a par
 
 import contextlib
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ SCALE_SHARE, BIAS_SHARE = 1 / 15, 1 / 30
 """The rates of scales, relative to their start, and of biases, as shares of that of codes."""
 CHECKS = 10
 """How often the error on the images that are kept back is taken."""
-PATIENCE = 6
-"""Checks in a row without a better error that end the training."""
+PATIENCE = 4
+"""Checks in a row, each of a larger error than the one before, that end the training."""
 _KEPT_SHARE, _LEAST_KEPT = 8, 8
 
 
@@ -119,20 +119,25 @@ class Best:
 
     def __init__(self, network: nn.Module, error: float) -> None:
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self.first = self.error = error
-        self.in_vain = 0
+        self.first = self.last = self.error = error
+        self.rises = 0
         self._keep()
 
     def _keep(self) -> None:
         self._values = [parameter.detach().clone() for parameter in self.parameters]
 
     def add(self, error: float) -> bool:
-        """Take note of the error now; return whether there is hope that going on helps."""
-        self.in_vain = 0 if error < self.error else self.in_vain + 1
+        """Take note of the error now; return whether there is hope that going on helps.
+
+        At high learning rates the error may lie above the first one for long and fall below it only as they decay, so
+        it is not the lack of a better one that ends a training but `PATIENCE` rises in a row.
+        """
+        self.rises = self.rises + 1 if error > self.last else 0
+        self.last = error
         if error < self.error:
             self.error = error
             self._keep()
-        return self.in_vain < PATIENCE
+        return self.rises < PATIENCE
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -155,7 +160,30 @@ def everything_rounded(network: nn.Module) -> Iterator[None]:
             module.drop = drop
 
 
-def cosine(optimizer: torch.optim.Optimizer, rates: Collection[float], progress: float) -> None:
-    """Set the learning rates to what a cosine from `rates` down to 0 has at this share of the steps."""
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate * (1 + math.cos(math.pi * progress)) / 2
+def train_to_best(
+    network: nn.Module, rate: float, steps: int, loss: Callable[[], Tensor], error: Callable[[], float]
+) -> Best:
+    """Train what `make_trainable` lets learn, in place, by Adam with a rate that falls to 0 by a cosine.
+
+    Args:
+        network: it ends in the state of the least error.
+        rate: of the codes.
+        steps: at most; an error that keeps rising ends them before.
+        loss: of the next batch; it is called with gradients.
+        error: on images that `loss` does not see.
+    """
+    best = Best(network, error())
+    optimizer = torch.optim.Adam(parameter_groups(network, rate), fused=True)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    every = max(steps // CHECKS, 1)
+    for step in range(steps):
+        for group, highest in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = highest * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            loss().backward()
+        optimizer.step()
+        if (step + 1) % every == 0 and not best.add(error()):
+            break
+    best.restore()
+    return best
