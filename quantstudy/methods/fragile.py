@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quantstudy.methods.allocation import Budget, allocate
-from quantstudy.network.graph import as_stored, out_channels_first
+from quantstudy.network.graph import as_stored, out_channels_first, relative_error
 from quantstudy.quantization.layers import LayerScheme
 
 LOW_BITS = 4
@@ -74,7 +74,7 @@ def losses_alone(
     wanted, found = model(few), {}
     for name, quantized in rounded.items():
         with exchanged(layers[name], quantized):
-            found[name] = float((model(few) - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30))
+            found[name] = relative_error(wanted, model(few)) ** 2
     return found
 
 

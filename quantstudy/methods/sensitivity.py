@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from quantstudy import params as P
 from quantstudy.errors import UserError
 from quantstudy.methods.allocation import HALF, stored_bits
-from quantstudy.methods.bias_correction import correct_own_biases
 from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.fragile import exchanged
-from quantstudy.methods.uniform import WeightOnlyRecipe
-from quantstudy.quantization.layers import quantized_layers
+from quantstudy.methods.uniform import rounded_alone
+from quantstudy.quantization.layers import LayerScheme
+from quantstudy.quantization.schemes import WeightScheme
 from quantstudy.quantization.sqnr import sqnr_db
 
 Row = dict[str, Any]
@@ -34,21 +34,12 @@ Layers = Mapping[str, Any]
 
 
 def quantized_table(model: nn.Module, calibration: Calibration, settings: P.Rounding, widths: Sequence[int]) -> Table:
-    """Return each layer of `model` quantized on its own (weights alone, frozen) at each of `widths`, all below 16.
-
-    What looks at other layers' errors is left out: joint fine-tuning, and of bias correction all but what makes up for
-    the layer's own mean error.
-    """
-    rounding = {key: getattr(settings, key) for key in P.Rounding.model_fields}
-    rounding |= {"bias_correction": False, "finetune": False, "fragile_bits": None}
-    table: Table = {}
-    for bits in widths:
-        row = P.WeightOnly(kind="weight_only", weight_bits=bits, **rounding)
-        network = WeightOnlyRecipe().quantize(model, calibration, row).network
-        if settings.bias_correction:
-            correct_own_biases(model, network, calibration.moments(quantized_layers(network)))
-        table[bits] = dict(quantized_layers(network))
-    return table
+    """Return each layer of `model` rounded alone (`uniform.rounded_alone`) at each of `widths`, all below 16."""
+    schemes = {bits: LayerScheme(WeightScheme(bits, settings.group_size, settings.weight_range)) for bits in widths}
+    return {
+        bits: rounded_alone(model, calibration, settings, dict.fromkeys(calibration.replaceable, scheme))
+        for bits, scheme in schemes.items()
+    }
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from quantstudy.methods.post_training import equalized, freeze
 from quantstudy.methods.recipe import Recipe, Row, TrainedRecipe, register
 from quantstudy.methods.trainable import freeze_trained, make_trainable, parameter_groups
 from quantstudy.network.attention import operands
-from quantstudy.network.graph import Graph, capture, put
+from quantstudy.network.graph import Graph, capture, put, relative_error
 from quantstudy.quantization.layers import ActivationQuantizer, LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.observers import collect
 from quantstudy.quantization.ranges import activation_range
@@ -90,7 +90,7 @@ class UniformRecipe(Recipe[Row]):
 def output_error(model: nn.Module, variant: nn.Module, batches: Sequence[torch.Tensor]) -> float:
     """Return how far the logits of a variant lie from those of `model`, relative to their norm."""
     wanted, found = (torch.cat([network(batch) for batch in batches]) for network in (model, variant))
-    return float((wanted - found).norm() / wanted.norm())
+    return relative_error(wanted, found)
 
 
 @register(P.WeightOnly)
@@ -209,7 +209,9 @@ def layer_schemes(
     if row.fragile_bits is None or not low:
         return schemes
     layers, images = calibration.replaceable, torch.cat(calibration.images)
-    losses = losses_alone(model, layers, rounded_alone(model, calibration, row, low), images)
+    learned = row.rounding in ("adaround", "brecq")
+    rounding = row.model_copy(update={"rounding": "gptq"}) if learned else row  # learned, it would take minutes
+    losses = losses_alone(model, layers, rounded_alone(model, calibration, rounding, low), images)
     highest = row.fragile_bits if mode == "none" else min(row.fragile_bits, 7)  # int8 sums saturate with eight
     return with_fragile_layers(layers, schemes, losses, highest, row.fragile_share)
 
@@ -223,9 +225,7 @@ def rounded_alone(
     """
     network = copy.deepcopy(model)
     quantize_layers(network, {name: LayerScheme(scheme.weight) for name, scheme in schemes.items()})
-    learned = row.rounding in ("adaround", "brecq")
-    alone = {"rounding": "gptq" if learned else row.rounding, "bias_correction": False, "finetune": False}
-    freeze(model, network, calibration, row.model_copy(update=alone))
+    freeze(model, network, calibration, row.model_copy(update={"bias_correction": False, "finetune": False}))
     layers = quantized_layers(network)
     if row.bias_correction:
         correct_own_biases(model, network, calibration.moments(layers))

@@ -98,7 +98,7 @@ class Scheme(Rounding, MethodRow):
     edge_bits: Bits | None = None
     """The least bits of the first and the last layer, weights and activations; None: like every layer's."""
     fragile_bits: Bits | None = 8
-    """The bits of the weights that four bits and fewer hurt most; None: like every layer's (`methods.fragile`)."""
+    """The most bits of a layer where `weight_bits` are four or fewer (`methods.fragile`); None: all have the same."""
     fragile_share: Annotated[float, Field(ge=0, le=1)] = 0.02
     """How much larger the weights may become by that."""
     equalize: bool = False
