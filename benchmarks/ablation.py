@@ -46,13 +46,15 @@ from quantstudy.report.ablation import markdown
 Row = dict[str, Any]
 CPU = torch.device("cpu")
 BATCH = 64
+_ALIKE = {"fragile_bits": None}
+"""Every layer in the same bits, so that a table says what each technique adds to them."""
 SCHEMES: dict[str, dict[str, Any]] = {
     "W8A8": {"kind": "static", "weight_bits": 8, "activation_bits": 8},
-    "W4A8": {"kind": "static", "weight_bits": 4, "activation_bits": 8},
-    "W4A4": {"kind": "static", "weight_bits": 4, "activation_bits": 4, "edge_bits": 8},
-    "W4": {"kind": "weight_only", "weight_bits": 4, "group_size": 32},
-    "W3": {"kind": "weight_only", "weight_bits": 3, "group_size": 32},
-    "W2": {"kind": "weight_only", "weight_bits": 2, "group_size": 32, "edge_bits": 8},
+    "W4A8": {"kind": "static", **_ALIKE, "weight_bits": 4, "activation_bits": 8},
+    "W4A4": {"kind": "static", **_ALIKE, "weight_bits": 4, "activation_bits": 4, "edge_bits": 8},
+    "W4": {"kind": "weight_only", **_ALIKE, "weight_bits": 4, "group_size": 32},
+    "W3": {"kind": "weight_only", **_ALIKE, "weight_bits": 3, "group_size": 32},
+    "W2": {"kind": "weight_only", **_ALIKE, "weight_bits": 2, "group_size": 32, "edge_bits": 8},
 }
 STEPS: dict[str, dict[str, Any]] = {
     "nearest": {},

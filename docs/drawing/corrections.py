@@ -29,7 +29,7 @@ MEANS_OF = "4"
 
 def weights_of(bits: int, **keys: Any) -> P.WeightOnly:
     """Return the row of a weight-only method with scales by channel."""
-    return P.WeightOnly(kind="weight_only", weight_bits=bits, **keys)
+    return P.WeightOnly(kind="weight_only", weight_bits=bits, fragile_bits=None, **keys)
 
 
 def gptq(example: Example) -> Figure:
@@ -135,7 +135,8 @@ def joint(example: Example) -> Figure:
     images = {"calibration images": torch.cat(example.calibration.images), "test images": example.test[0]}
     widths = (2, 3, 4)
     for finetune, colour, shift in ((False, style.SKY, -0.2), (True, style.VERMILLION, 0.2)):
-        rows = [P.Static(kind="static", weight_bits=bits, rounding="gptq", finetune=finetune) for bits in widths]
+        alike = {"kind": "static", "rounding": "gptq", "fragile_bits": None, "finetune": finetune}
+        rows = [P.Static.model_validate(alike | {"weight_bits": bits}) for bits in widths]
         variants = [quantize(example.model, example.calibration, row) for row in rows]
         for (name, shown), marker in zip(images.items(), ("o", "^"), strict=True):
             found = [_divergence(example.model, variant, shown) for variant in variants]

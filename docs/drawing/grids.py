@@ -86,10 +86,12 @@ def schemes(example: Example) -> Figure:
     drawn, axes = figure(1, 1)
     widths = range(2, 9)
     rows: dict[str, Any] = {
-        "weights alone, by channel": lambda b: P.WeightOnly(kind="weight_only", weight_bits=b),
-        "weights alone, groups of 16": lambda b: P.WeightOnly(kind="weight_only", weight_bits=b, group_size=16),
-        "static": lambda b: P.Static(kind="static", weight_bits=b, activation_bits=b),
-        "dynamic": lambda b: P.Dynamic(kind="dynamic", weight_bits=b, activation_bits=b),
+        "weights alone, by channel": lambda b: P.WeightOnly(kind="weight_only", weight_bits=b, fragile_bits=None),
+        "weights alone, groups of 16": lambda b: P.WeightOnly(
+            kind="weight_only", weight_bits=b, group_size=16, fragile_bits=None
+        ),
+        "static": lambda b: P.Static(kind="static", weight_bits=b, activation_bits=b, fragile_bits=None),
+        "dynamic": lambda b: P.Dynamic(kind="dynamic", weight_bits=b, activation_bits=b, fragile_bits=None),
     }
     looks = ((style.BLUE, "o"), (style.GREEN, "^"), (style.VERMILLION, "s"), (style.PURPLE, "D"))
     for (name, row), (colour, marker) in zip(rows.items(), looks, strict=True):

@@ -73,18 +73,22 @@ def accuracy(example: Example) -> Figure:
 
 
 def _rounded(example: Example, bits: int) -> nn.Module:
-    return quantize(example.model, example.calibration, P.Static(kind="static", weight_bits=bits, activation_bits=bits))
+    return quantize(
+        example.model,
+        example.calibration,
+        P.Static(kind="static", weight_bits=bits, activation_bits=bits, fragile_bits=None),
+    )
 
 
 def _trained_static(example: Example, bits: int) -> nn.Module:
-    settings = P.QatStatic(kind="qat_static", weight_bits=bits, activation_bits=bits)
+    settings = P.QatStatic(kind="qat_static", weight_bits=bits, activation_bits=bits, fragile_bits=None)
     variant = trained_recipe_of(settings).prepare(example.model, example.calibration, settings)
     train(variant, example.train, EPOCHS, LEARNING_RATE)
     return trained_recipe_of(settings).finish(variant, example.model, settings)
 
 
 def _trained_steps(example: Example, bits: int) -> nn.Module:
-    settings = P.QatLsq(kind="qat_lsq", weight_bits=bits, activation_bits=bits)
+    settings = P.QatLsq(kind="qat_lsq", weight_bits=bits, activation_bits=bits, fragile_bits=None)
     variant = trained_recipe_of(settings).prepare(example.unfolded, example.calibration, settings)
     train(variant, example.train, EPOCHS, LEARNING_RATE)
     estimate_batchnorm(variant, [(images, torch.empty(0)) for images in example.train[0].split(64)])
