@@ -200,11 +200,12 @@ def test_operands_of_attention_are_rounded(case: Case, method: str) -> None:
     assert len(sides) == 4 * not_quantized(plain)["attention"] and not not_quantized(variant)["attention"]
     logits = run(variant, case.images)
     assert decibels(case.logits, logits) > 20
-    stored, codes = case.stored(variant), []
+    stored, codes, changes = case.stored(variant), [], []
     for side in quantized_operands(stored.network).values():
         side.register_forward_hook(lambda module, inputs, output: codes.append(output.unique().numel()))
+        side.register_forward_hook(lambda module, inputs, output: changes.append(not torch.equal(inputs[0], output)))
     assert torch.equal(run(stored, case.images), logits), "another after saving and loading"
-    assert len(codes) == len(sides) and max(codes) <= 256
+    assert len(codes) == len(sides) and max(codes) <= 256 and all(changes)
     model = Model(variant, case.loaded.facts, method)
     for runtime in ("onnxruntime", "openvino"):
         if why_missing(runtime) is None:
