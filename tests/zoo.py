@@ -243,6 +243,18 @@ class SamePadConv2d(nn.Conv2d):
         return super().forward(F.pad(x, (0, 1, 0, 1)))
 
 
+class SameConv2d(nn.Conv2d):
+    """Pads as TensorFlow does, by the size of the image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        totals = [
+            max((-(-size // step) - 1) * step + kernel - size, 0)
+            for size, kernel, step in zip(x.shape[2:], self.kernel_size, self.stride, strict=True)
+        ]
+        sides = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+        return F.conv2d(F.pad(x, sides), self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
 class NamedConv2d(nn.Conv2d):
     """A Conv2d with one more attribute."""
 
@@ -261,8 +273,10 @@ between(
     "same_pad",
     lambda m, x: m.inner(F.max_pool2d(F.relu(x), 4)),
     inner=lambda: SamePadConv2d(8, 8, 3, stride=2),
-    either={"inner": OWN},
+    layers="inner.conv",
 )
+between("same", lambda m, x: m.inner(F.relu(x)), inner=lambda: SameConv2d(8, 8, 3, stride=2), layers="inner.conv")
+inner("pads_itself", lambda: SameConv2d(8, 8, 5))
 inner("subclass", lambda: NamedConv2d(8, 8, 3, padding=1), either={"inner": OWN})
 inner("reflect", lambda: conv(8, 8, padding_mode="reflect"), either={"inner": "padding|reflect"})
 inner("circular", lambda: conv(8, 8, padding_mode="circular"), either={"inner": "padding|circular"})

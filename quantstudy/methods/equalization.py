@@ -46,6 +46,7 @@ _RELU = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
 _MAX = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
 _ADAPTIVE = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 _AVERAGE = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+_ZERO_PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
 _CLAMPED = (nn.ReLU6, ChannelReLU)
 _SAME_CALLS = ("contiguous", "clone", "detach", "dropout", "float")
 _RELU_CALLS = ("relu", "relu_", "leaky_relu")
@@ -99,12 +100,22 @@ def _follow(graph: Graph, start: Call) -> Pair | None:
             continue
         relu = relu or isinstance(module, nn.ReLU) or (module is None and call.name in ("relu", "relu_"))
         shifts = shifts and not (isinstance(module, _AVERAGE) and _mixes_in_zeros(module))
+        shifts = shifts and not _is_zero_padding(call)
         shifts = shifts and not isinstance(module, nn.LeakyReLU | nn.PReLU) and call.name != "leaky_relu"
         found = _behind(call, channels)
         if found is None:
             return None
         channels = found
     return None
+
+
+def _is_zero_padding(call: Call) -> bool:
+    """Whether a call pads an image, not its channels, with zeros."""
+    if call.module is not None:
+        return isinstance(call.module, _ZERO_PADS)
+    given = dict(zip(("input", "pad", "mode", "value"), call.arguments, strict=False)) | call.keywords
+    is_zero = given.get("mode", "constant") == "constant" and given.get("value") in (None, 0)
+    return call.name == "pad" and is_zero and len(given.get("pad", ())) <= 2 * (len(call.source) - 2)
 
 
 def _mixes_in_zeros(pool: Any) -> bool:
@@ -119,6 +130,8 @@ def _behind(call: Call, channels: _Channels) -> _Channels | None:
     if isinstance(module, (*_SAME, *_RELU)) or (is_function and name in (*_SAME_CALLS, *_RELU_CALLS)):
         return channels if call.shape == call.source else None
     if isinstance(module, (*_MAX, *_ADAPTIVE, *_AVERAGE)) or (is_function and name == "adaptive_avg_pool2d"):
+        return channels if channels.axis == 1 and len(call.source) > 2 else None
+    if _is_zero_padding(call):
         return channels if channels.axis == 1 and len(call.source) > 2 else None
     if isinstance(module, nn.Flatten) or (is_function and name in _RESHAPES):
         return _reshaped(call.source, call.shape, channels)

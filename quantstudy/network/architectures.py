@@ -24,6 +24,7 @@ from quantstudy.files import sha256
 from quantstudy.network.attention import open_attention
 from quantstudy.network.folding import channels_last, copy_of
 from quantstudy.network.graph import LAYERS
+from quantstudy.network.padding import open_padding
 from quantstudy.network.source_code import transitive_imports
 
 Shape = tuple[int, int, int]
@@ -47,10 +48,11 @@ def is_own(architecture: str) -> bool:
 def build(
     architecture: str, classes: int, image_size: int | Shape = IMAGE_SIZE, key: str = "model.architecture"
 ) -> nn.Module:
-    """Return a classifier with a head of `classes` outputs and random weights, its attention opened.
+    """Return a classifier with a head of `classes` outputs and random weights.
 
-    `image_size`, pixels a side or a shape, only matters to networks whose parameters depend on it, which take it as
-    pixels a side, or as (height, width) where they differ. `key` is the param that an error names.
+    Its attention and its convolutions that pad their input themselves are opened. `image_size`, pixels a side or a
+    shape, only matters to networks whose parameters depend on it, which take it as pixels a side, or as (height, width)
+    where they differ. `key` is the param that an error names.
 
     Raises:
         UserError: there is no classifier of that name, or it cannot be built.
@@ -73,6 +75,7 @@ def build(
     if not isinstance(model, nn.Module):
         raise UserError(f"{key}: {architecture!r} returned {type(model).__name__}, not a torch.nn.Module")
     open_attention(model)
+    open_padding(model)
     model.example_shape = image_shape(image_size)  # type: ignore[assignment]
     return model
 

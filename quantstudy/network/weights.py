@@ -19,6 +19,7 @@ from quantstudy.network.architectures import Shape, build, check_layers, check_l
 from quantstudy.network.attention import opened_names
 from quantstudy.network.checkpoint import check_dense, check_finite, load_into, load_tensors
 from quantstudy.network.graph import head_name
+from quantstudy.network.padding import padded_names
 
 AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 """Tensors of GoogLeNet and Inception that only their own training needs."""
@@ -74,7 +75,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str, key: str
     and errors call the state, `key` the param or file that an error names.
     """
     own = model.state_dict()
-    state = opened_names(fitted(state, own, source), own.keys())
+    state = padded_names(opened_names(fitted(state, own, source), own.keys()), own)
     check_dense(state, source)
     state = {k: v for k, v in state.items() if not k.startswith(AUXILIARY_HEADS) or k in own}
     _fit_positions(model, state, own)
@@ -199,7 +200,8 @@ def network_of_state(
     network = build(architecture, 1, image_size, "architecture")
     check_layers(network, "architecture")
     head = f"{head_name(network)}.weight"
-    state = opened_names(fitted(state, network.state_dict(), source))
+    own = network.state_dict()
+    state = padded_names(opened_names(fitted(state, own, source)), own)
     check_dense(state, source)
     weight = state.get(head)
     if weight is None or not weight.ndim:

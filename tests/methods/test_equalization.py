@@ -11,6 +11,7 @@ from quantstudy.methods.uniform import output_error
 from quantstudy.network.architectures import build
 from quantstudy.network.folding import fold_batchnorm
 from quantstudy.network.graph import capture
+from quantstudy.network.padding import SamePadding
 from quantstudy.params import Static
 from quantstudy.quantization.layers import ChannelReLU
 from quantstudy.runtimes.onnx_model import to_onnx
@@ -132,3 +133,11 @@ def test_equalization_that_helps_is_kept() -> None:
     rows = [Static(kind="static", weight_bits=8, equalize=way) for way in (False, True)]
     plain, variant = (output_error(model, quantize(model, calibration, row), [images]) for row in rows)
     assert variant < 0.1 * plain
+
+
+def test_pairs_reach_over_padding_by_which_nothing_is_absorbed() -> None:
+    pads = (nn.ZeroPad2d((0, 1, 0, 1)), SamePadding([3, 3], [2, 2], [1, 1]), nn.ConstantPad2d(1, 1.0))
+    for pad, expected in zip(pads, (True, True, False), strict=True):
+        network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), pad, nn.Conv2d(8, 8, 3, stride=2))
+        found = find_pairs(capture(network, torch.randn(2, 3, 8, 8)))
+        assert found == [Pair("0", "3", None, 0, True, False)] * expected
