@@ -5,15 +5,10 @@ Transformers*, ICLR 2023, algorithm 1. A layer's output error on calibration inp
 after column i is rounded, the others move by -(error / U[i, i]) U[i, i:], U the upper Cholesky factor of the inverse of
 H, damped by 1 % of its mean diagonal. The order of the columns is the weight's own.
 
-What is rounded first is rounded without regard to what follows. So afterwards each code in turn takes the best value
-beside all others, a few times: the coordinate descent of Behdin, Acharya, Gupta, Song, Zhu, Keerthi and Mazumder,
-*QuantEase: Optimization-based Quantization for Language Models*, 2023, algorithm 1.
-
 Here a convolution is a linear layer over patches, each group of it with its own H, all groups at once; the scales are
 chosen before, from the weight alone, so that the codes are stored like any other method's; a row longer than
 `moments.BLOCK` is a sequence of blocks without correlation between them. Where codes must not saturate in pairs, the
-first of a pair leaves room for what the second has become so far, and the second takes what room is left; the descent
-keeps each within what the other leaves.
+first of a pair leaves room for what the second has become so far, and the second takes what room is left.
 """
 
 import torch
@@ -24,8 +19,6 @@ from quantstudy.quantization.saturation import bounds_beside, round_pairs
 from quantstudy.quantization.schemes import WeightScheme
 
 DAMPING = 0.01
-SWEEPS = 3
-"""How often the descent goes over the columns, at most."""
 _LAZY = 128
 """Columns after which the rest of the row is updated at once (section 3.3, step 2 of the paper)."""
 
@@ -42,23 +35,14 @@ def gptq_codes(weight: Tensor, scale: Tensor, scheme: WeightScheme, moments: Mom
     """
     groups = moments.mean.shape[0]
     rows, step = weight.float().flatten(1), scheme.spread(scale, weight.shape)
-    rows, step = (value.unflatten(0, (groups, -1)) for value in (rows, step))  # [groups, O / groups, K]
+    rows, step = (value.unflatten(0, (groups, -1)).clone() for value in (rows, step))  # [groups, O / groups, K]
     codes = torch.empty_like(rows)
     area = weight.shape[2:].numel() if scheme.limit == "pairs" else None
     start = 0
     for second in moments.second:
-        columns = slice(start, start + second.shape[1])
-        _round_block(rows.clone(), step, codes, scheme, second, columns, area)
-        _descend(rows, step, codes, scheme, second, columns, area)
-        start = columns.stop
+        _round_block(rows, step, codes, scheme, second, slice(start, start + second.shape[1]), area)
+        start += second.shape[1]
     return codes.flatten(0, 1).to(torch.int8).view(weight.shape)
-
-
-def importance(weight: Tensor, moments: Moments) -> Tensor:
-    """Return what an error of each weight alone costs, the mean square of its input, damped; of `weight`'s shape."""
-    power = torch.cat([second.diagonal(dim1=1, dim2=2) for second in moments.second], dim=1)  # [groups, K]
-    power = power + DAMPING * power.mean(1, keepdim=True)
-    return power.repeat_interleave(len(weight) // len(power), 0).view(weight.shape)
 
 
 def _round_block(
@@ -87,43 +71,11 @@ def _round_column(
     if area is not None and not column // area % 2:
         pair = torch.stack([rows[:, :, column].flatten(), rows[:, :, column + area].flatten()], dim=1)
         return round_pairs(pair, step[:, :, column].flatten(), torch.Size([1, 2]))[:, 0].view(rows.shape[:2])
-    return _nearest(rows[:, :, column] / step[:, :, column], codes, scheme, column, area)
-
-
-def _nearest(target: Tensor, codes: Tensor, scheme: WeightScheme, column: int, area: int | None) -> Tensor:
-    """Return the codes of a column that are nearest to `target`, [groups, O / groups], and allowed."""
-    code = target.round().clamp_(scheme.lowest, scheme.highest)
+    code = (rows[:, :, column] / step[:, :, column]).round_().clamp_(scheme.lowest, scheme.highest)
     if area is None:
         return code
-    low, high = bounds_beside(codes[:, :, column + (-area if column // area % 2 else area)])
+    low, high = bounds_beside(codes[:, :, column - area])
     return code.maximum(low).minimum(high)
-
-
-def _descend(
-    rows: Tensor, step: Tensor, codes: Tensor, scheme: WeightScheme, second: Tensor, columns: slice, area: int | None
-) -> None:
-    """Give each of `columns` of `codes` in turn the values of the least error beside the others; the others move on."""
-    found, size = codes[:, :, columns], step[:, :, columns]
-    diagonal = second.diagonal(dim1=1, dim2=2)
-    damping = (DAMPING * diagonal.mean(1, keepdim=True)).clamp_min(1e-8).expand_as(diagonal)
-    hessian = second + torch.diag_embed(damping)
-    response = (rows[:, :, columns] - found * size) @ hessian
-    for _ in range(SWEEPS):
-        before = found.clone()
-        for begin in range(0, found.shape[2], _LAZY):
-            part = slice(begin, min(begin + _LAZY, found.shape[2]))
-            moved = torch.empty_like(found[:, :, part])
-            near = response[:, :, part].clone()
-            for i in range(part.start, part.stop):
-                at = i - begin
-                target = found[:, :, i] + near[:, :, at] / (hessian[:, None, i, i] * size[:, :, i])
-                code = _nearest(target, codes, scheme, columns.start + i, area)
-                moved[:, :, at] = (found[:, :, i] - code) * size[:, :, i]
-                found[:, :, i] = code
-                near += moved[:, :, at, None] * hessian[:, None, i, part]
-            response += moved @ hessian[:, part]
-        if torch.equal(before, found):
-            break
 
 
 def _inverse_factor(second: Tensor) -> Tensor:

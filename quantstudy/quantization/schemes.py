@@ -118,32 +118,28 @@ class WeightScheme:
         rows = groups.flatten(1)
         return rows[:, : shape[1:].numel()].reshape(shape)
 
-    def choose_scale(self, weight: Tensor, importance: Tensor | None = None) -> Tensor:
-        """Return the scales: float32 [O, groups], already rounded to their dtype.
-
-        `importance`, of the shape of `weight`, is what the squared error of each counts, where pairs have no limit.
-        """
+    def choose_scale(self, weight: Tensor) -> Tensor:
+        """Return the scales: float32 [O, groups], already rounded to their dtype."""
         low, high = torch.aminmax(self.grouped(weight.detach()), dim=2)
         scale = torch.maximum(low / self.lowest, high / self.highest).float()
         if self.weight_range == "mse" or self.limit == "pairs":
             groups = self.grouped(weight.detach().float())
             rows = cached_rows(groups)
-            counts = [None] * len(groups) if importance is None else self.grouped(importance).split(rows)
-            parts = zip(groups.split(rows), scale.split(rows), counts, strict=False)
-            scale = torch.cat([self._search_scale(part, largest, weight.shape, each) for part, largest, each in parts])
+            parts = zip(groups.split(rows), scale.split(rows), strict=True)
+            scale = torch.cat([self._search_scale(part, largest, weight.shape) for part, largest in parts])
         return self.rounded(scale)
 
     def rounded(self, scale: Tensor) -> Tensor:
         """Round scales to the type that stores them; none is zero or negative."""
         return scale.clamp_min(SMALLEST_SCALE).to(self.scale_dtype).float()
 
-    def _search_scale(self, groups: Tensor, largest: Tensor, shape: torch.Size, importance: Tensor | None) -> Tensor:
+    def _search_scale(self, groups: Tensor, largest: Tensor, shape: torch.Size) -> Tensor:
         """Return, of some shares of the scale that clips nothing, each group's with the least error.
 
         They go from 1 up to 2, which 7 bits have, where pairs are limited, until three in a row are better for no
         group; and down to 0.4 where the range may clip.
         """
-        error = self._error_of(groups, shape, importance)
+        error = self._error_of(groups, shape)
         best, least, in_vain = largest, error(self.rounded(largest)), 0
         up = torch.linspace(1.0, 2.0, 21).tolist()[1:] if self.limit == "pairs" else []
         down = torch.linspace(1.0, 0.4, 40).tolist()[1:] if self.weight_range == "mse" else []
@@ -157,7 +153,7 @@ class WeightScheme:
             best, least = torch.where(better, scale, best), torch.minimum(found, least)
         return best
 
-    def _error_of(self, groups: Tensor, shape: torch.Size, importance: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def _error_of(self, groups: Tensor, shape: torch.Size) -> Callable[[Tensor], Tensor]:
         """Return the function of scales [rows, groups] that gives each group's squared error, of the same shape."""
         if self.limit == "pairs":
             pairs = Pairs.of(groups.flatten(1), shape)
@@ -166,8 +162,7 @@ class WeightScheme:
         def error(scale: Tensor) -> Tensor:
             step = scale.unsqueeze(2)
             codes = torch.div(groups, step).round_().clamp_(self.lowest, self.highest)
-            squares = (codes.mul_(step) - groups).square_()
-            return (squares if importance is None else squares.mul_(importance)).sum(2)
+            return (codes.mul_(step) - groups).square_().sum(2)
 
         return error
 

@@ -2,10 +2,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantstudy.methods import gptq
-from quantstudy.methods.gptq import gptq_codes, importance
+from quantstudy.methods.gptq import gptq_codes
 from quantstudy.methods.moments import Moments, input_moments, patches
-from quantstudy.quantization.saturation import Limit, may_saturate
 from quantstudy.quantization.schemes import WeightScheme
 
 Case = tuple[nn.Module, Tensor]
@@ -67,32 +65,6 @@ def test_the_output_error_is_below_that_of_rounding_to_nearest(case: Case, schem
         for codes in (gptq_codes(weight, scale, scheme, moments), scheme.quantize(weight, scale))
     ]
     assert errors[0] < 0.9 * errors[1]
-
-
-@pytest.mark.parametrize("limit", ["none", "pairs"])
-def test_the_descent_leaves_less_error_and_keeps_pairs_from_saturating(
-    limit: Limit, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(0)
-    layer, x = nn.Conv2d(8, 32, 3, groups=2), correlated((32, 8, 9, 9))
-    weight = layer.weight.detach() * torch.rand(32, 4, 3, 3).round().mul(8).add(1)
-    scheme = WeightScheme(8 if limit == "pairs" else 3, None, "mse", limit)
-    moments = input_moments(nn.Sequential(layer), [x])["0"]
-    scale, wanted, errors = scheme.choose_scale(weight), output(layer, weight, x), []
-    for sweeps in (0, 1, 5):
-        monkeypatch.setattr(gptq, "SWEEPS", sweeps)
-        codes = gptq_codes(weight, scale, scheme, moments)
-        assert limit == "none" or not may_saturate(codes, 2)
-        errors.append(float((output(layer, scheme.dequantize(codes, scale), x) - wanted).square().sum()))
-    assert errors[0] > 1.01 * errors[1] >= errors[2]
-
-
-def test_scales_are_of_the_inputs_that_are_large() -> None:
-    weight, x = torch.tensor([[1.0, 0.3, -0.3, 0.3]]), torch.tensor([[0.01, 1.0, 1.0, 1.0], [-0.01, 1.0, -1.0, 1.0]])
-    moments = input_moments(nn.Sequential(nn.Linear(4, 1)), [x])["0"]
-    scheme = WeightScheme(2, None, "mse")
-    plain, weighted = scheme.choose_scale(weight), scheme.choose_scale(weight, importance(weight, moments))
-    assert float(weighted) < float(plain)
 
 
 def test_without_correlation_it_is_rounding_to_nearest(case: Case) -> None:
