@@ -16,7 +16,13 @@ from quantstudy import params as P
 from quantstudy.errors import UserError, one_line
 from quantstudy.methods.bias_correction import correct_own_biases
 from quantstudy.methods.calibration import Calibration
-from quantstudy.methods.fragile import LOW_BITS, losses_alone, with_fragile_layers
+from quantstudy.methods.fragile import (
+    LOW_BITS,
+    input_losses_alone,
+    losses_alone,
+    with_fragile_inputs,
+    with_fragile_layers,
+)
 from quantstudy.methods.post_training import equalized, freeze
 from quantstudy.methods.recipe import Recipe, Row, TrainedRecipe, register
 from quantstudy.methods.trainable import freeze_trained, make_trainable, parameter_groups
@@ -43,13 +49,19 @@ class UniformRecipe(Recipe[Row]):
         """Return a copy of `model` with quantized layers whose weights are still float."""
         network = copy.deepcopy(model)
         names = self.chosen(calibration.replaceable, row)
-        schemes = layer_schemes(model, calibration, row, names, self.mode)
+        schemes = self.schemes(model, calibration, row, names)
         skipped = left_as_they_are(model, calibration.graph)
         if stray := put_quantized(network, schemes, calibration):
             skipped["quantization"] = skipped.get("quantization", {}) | stray
         if getattr(row, "attention_products", False) and not self.put_operands(network, calibration, row):
             skipped["attention_products"] = {"": "no nn.MultiheadAttention of the network's is opened"}
         return Variant(network, skipped=skipped)
+
+    def schemes(
+        self, model: nn.Module, calibration: Calibration, row: Any, names: Collection[str]
+    ) -> dict[str, LayerScheme]:
+        """Return the scheme of each named layer."""
+        return layer_schemes(model, calibration, row, names, self.mode)
 
     def put_operands(self, network: nn.Module, calibration: Calibration, row: Any) -> list[str]:
         """Let quantizers round the operands of attention's products, in place; return the operands' names."""
@@ -110,6 +122,18 @@ class StaticRecipe(UniformRecipe[P.Static]):
     """Integer weights and activations; the activation range comes from calibration."""
 
     mode = "static"
+
+    def schemes(
+        self, model: nn.Module, calibration: Calibration, row: Any, names: Collection[str]
+    ) -> dict[str, LayerScheme]:
+        schemes = super().schemes(model, calibration, row, names)
+        if row.fragile_bits is None or row.fragile_bits <= row.activation_bits:
+            return schemes
+        low = {name: scheme.activation for name, scheme in schemes.items() if scheme.activation.bits <= LOW_BITS}
+        statistics = calibration.statistics if low else {}
+        quantizers = {name: self.quantizer(scheme, statistics[name], row) for name, scheme in low.items()}
+        losses = input_losses_alone(model, quantizers, torch.cat(calibration.images)) if low else {}
+        return with_fragile_inputs(calibration.graph, schemes, losses, row.fragile_bits, row.fragile_operations)
 
     def simulated(self, model: nn.Module, calibration: Calibration, row: P.Static) -> Variant:
         variant = super().simulated(model, calibration, row)

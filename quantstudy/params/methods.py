@@ -168,6 +168,8 @@ class Static(IntegerProducts):
     """Integer weights; the activation range comes from calibration, clipped at a percentile if one is given."""
 
     kind: Literal["static"]
+    fragile_operations: Annotated[float, Field(ge=0, le=4)] = 0.25
+    """How many more bit-operations may be taken, by activations of more bits, where they have four or fewer."""
     activation_range: Literal["minmax", "moving_average", "mse", "entropy"] = "minmax"
     clip_percentile: Annotated[float, Field(gt=50, le=100)] | None = None
 
@@ -285,6 +287,7 @@ class QatLsq(QatWithScales):
         "finetune",
         "saturation_free",
         "attention_products",
+        "fragile_operations",
     )
     kind: Literal["qat_lsq"]  # type: ignore[assignment]
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.0

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from quantstudy.methods.calibration import Calibration
-from quantstudy.methods.fragile import losses_alone, with_fragile_layers
+from quantstudy.methods.fragile import input_losses_alone, losses_alone, macs_of, with_fragile_layers
 from quantstudy.methods.recipes import quantize
 from quantstudy.methods.uniform import output_error, rounded_alone
+from quantstudy.network.graph import capture
 from quantstudy.params import Static, WeightOnly
 from quantstudy.quantization.layers import LayerScheme, quantized_layers
 from quantstudy.quantization.schemes import WeightScheme
@@ -71,3 +72,54 @@ def test_more_than_four_bits_and_edges_stay(network: nn.Module, calibration: Cal
         layer.scheme.weight.bits for layer in quantized_layers(quantize(network, calibration, edges).network).values()
     ]
     assert (bits[0], bits[-1]) == (8, 8) and max(bits[1:-1]) <= 7
+
+
+def static_row(share: float, bits: int | None = 8) -> Static:
+    given = {"weight_bits": 4, "activation_bits": 4, "edge_bits": 8, "fragile_bits": bits, "fragile_operations": share}
+    return Static.model_validate({"kind": "static", "rounding": "gptq", "activation_range": "mse"} | given)
+
+
+def operations(calibration: Calibration, variant: nn.Module) -> int:
+    layers = quantized_layers(variant.network)  # type: ignore[arg-type]
+    return sum(
+        macs_of(calibration.graph, name) * layer.scheme.weight.bits * layer.activation.scheme.bits
+        for name, layer in layers.items()
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 4.0])
+def test_inputs_get_more_bits_within_the_share_of_operations(
+    share: float, network: nn.Module, calibration: Calibration
+) -> None:
+    plain, found = (quantize(network, calibration, static_row(own)) for own in (0.0, share))
+    assert operations(calibration, found) <= (1 + share) * operations(calibration, plain)
+    bits = [layer.activation.scheme.bits for layer in quantized_layers(found.network).values()]
+    assert min(bits) >= 4 and max(bits) <= 8 and (share > 0 or sorted(set(bits)) == [4, 8])
+    errors = [output_error(network, variant, calibration.images) for variant in (plain, found)]
+    assert errors[1] < errors[0] or share == 0
+    alike = quantize(network, calibration, static_row(share, None))
+    assert {layer.activation.scheme.bits for layer in quantized_layers(alike.network).values()} == {4, 8}
+
+
+def test_an_input_that_is_given_by_name_is_rounded_too() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            """Name the input."""
+            y: Tensor = self.layer(input=x)
+            return y
+
+    model, x = Named(), torch.randn(8, 4)
+    assert input_losses_alone(model, {"layer": torch.zeros_like}, x)["layer"] > 0.1
+
+
+@torch.no_grad()
+def test_multiply_accumulates_are_those_of_the_layers() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(4, 8, 3, groups=2), nn.ConvTranspose2d(8, 6, 2, stride=2), nn.Flatten(2), nn.Linear(64, 5)
+    )
+    graph = capture(network, torch.randn(2, 4, 6, 6))
+    assert [macs_of(graph, name) for name in graph.plain] == [2 * 9 * 8 * 16, 8 * 6 * 4 * 16, 64 * 5 * 6]
