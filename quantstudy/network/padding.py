@@ -116,6 +116,8 @@ def _amounts(layer: Any, kind: type[nn.Module], side: int) -> list[int] | None:
     is_pad = name == "pad" and pads["input"] is x and given["input"] is made and len(pads["pad"]) <= len(around)
     if not is_pad or pads["mode"] != "constant" or pads["value"] not in (None, 0):
         return None
+    if any(around) and min(pads["pad"]) < 0:  # what is cut off and padded again is zeros
+        return None
     amounts = [*pads["pad"], *[0] * (len(around) - len(pads["pad"]))]
     return [one + other for one, other in zip(amounts, around, strict=True)]
 

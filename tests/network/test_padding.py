@@ -110,6 +110,7 @@ NOT_PADDED: dict[str, Forward] = {
     "no bias": lambda layer, x: F.conv2d(x, layer.weight),
     "another stride": lambda layer, x: F.conv2d(x, layer.weight, layer.bias, stride=3),
     "padded twice": lambda layer, x: nn.Conv2d.forward(layer, F.pad(F.pad(x, (1, 1)), (1, 1))),
+    "cropped, then padded": lambda layer, x: F.conv2d(F.pad(x, (-1, -1)), layer.weight, layer.bias, padding=1),
     "by another rule": lambda layer, x: nn.Conv2d.forward(layer, F.pad(x, (0, x.shape[3] % 2))),
     "by values": lambda layer, x: nn.Conv2d.forward(layer, x if x.mean() > 0 else F.pad(x, (1, 1))),
 }
