@@ -1,7 +1,6 @@
-"""How much arithmetic a model does: multiply-accumulates per image, and those weighted by their bits.
+"""How much arithmetic a model does: multiply-accumulates per image, weighted by their bits.
 
-The counts come from PyTorch's FlopCounterMode, which sees each operator that multiplies, whoever calls it. A
-bit-operation is a multiply-accumulate times the bits of both its operands, the usual cost of low-bit
+A bit-operation is a multiply-accumulate times the bits of both its operands, the usual cost of low-bit
 arithmetic where no hardware runs it yet (e.g. Wang et al., *Differentiable Joint Pruning and Quantization for
 Hardware Efficiency*, ECCV 2020, section 3.3).
 """
@@ -9,33 +8,12 @@ Hardware Efficiency*, ECCV 2020, section 3.3).
 import math
 from collections.abc import Mapping
 
-import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from quantstudy.network.architectures import Shape, image_shape
 from quantstudy.network.graph import LAYERS
+from quantstudy.network.macs import count_macs as count_macs
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.runtimes.executables import network_of
-
-
-@torch.no_grad()
-def count_macs(model: nn.Module, image_size: int | Shape) -> tuple[int, dict[str, int]]:
-    """Return the multiply-accumulates per image of all matrix products, and of every Conv2d and Linear by its name.
-
-    The total holds those outside the layers too, such as attention's; sums, pooling and normalization count nothing.
-
-    Args:
-        model: an fp32 model in eval mode that takes float32 [N, channels, height, width].
-        image_size: channels, height and width of an image, or pixels a side of a square of RGB.
-    """
-    device = next(model.parameters()).device
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # a fused operator is not counted
-        model(torch.zeros(1, *image_shape(image_size), device=device))
-    found = {name.partition(".")[2]: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
-    layers = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
-    return counter.get_total_flops() // 2, {name: found.get(name, 0) for name in layers}
 
 
 def layer_bits(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -34,6 +34,7 @@ from quantstudy.network.graph import (
     out_channels_first,
     put,
 )
+from quantstudy.network.padding import zero_padding
 from quantstudy.quantization.layers import ChannelReLU
 from quantstudy.quantization.observers import run_watched
 
@@ -113,9 +114,8 @@ def _is_zero_padding(call: Call) -> bool:
     """Whether a call pads an image, not its channels, with zeros."""
     if call.module is not None:
         return isinstance(call.module, _ZERO_PADS)
-    given = dict(zip(("input", "pad", "mode", "value"), call.arguments, strict=False)) | call.keywords
-    is_zero = given.get("mode", "constant") == "constant" and given.get("value") in (None, 0)
-    return call.name == "pad" and is_zero and len(given.get("pad", ())) <= 2 * (len(call.source) - 2)
+    amounts = zero_padding(call.arguments, call.keywords) if call.name == "pad" else None
+    return amounts is not None and len(amounts) <= 2 * (len(call.source) - 2)
 
 
 def _mixes_in_zeros(pool: Any) -> bool:
@@ -129,9 +129,8 @@ def _behind(call: Call, channels: _Channels) -> _Channels | None:
     is_function = module is None
     if isinstance(module, (*_SAME, *_RELU)) or (is_function and name in (*_SAME_CALLS, *_RELU_CALLS)):
         return channels if call.shape == call.source else None
-    if isinstance(module, (*_MAX, *_ADAPTIVE, *_AVERAGE)) or (is_function and name == "adaptive_avg_pool2d"):
-        return channels if channels.axis == 1 and len(call.source) > 2 else None
-    if _is_zero_padding(call):
+    is_pool = isinstance(module, (*_MAX, *_ADAPTIVE, *_AVERAGE)) or (is_function and name == "adaptive_avg_pool2d")
+    if is_pool or _is_zero_padding(call):
         return channels if channels.axis == 1 and len(call.source) > 2 else None
     if isinstance(module, nn.Flatten) or (is_function and name in _RESHAPES):
         return _reshaped(call.source, call.shape, channels)

@@ -9,7 +9,6 @@ from it. The integer program of `methods.allocation` then spends what the file m
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quantstudy.methods.allocation import Budget, allocate
-from quantstudy.network.graph import Graph, as_stored, out_channels_first, relative_error
+from quantstudy.network.graph import as_stored, out_channels_first, relative_error
 from quantstudy.quantization.layers import LayerScheme
 
 LOW_BITS = 4
@@ -71,46 +70,34 @@ def losses_alone(
         rounded: their frozen quantized selves.
         images: float32 [N, C, H, W]; the first `IMAGES` are run.
     """
-    few = images[:IMAGES]
-    wanted, found = model(few), {}
-    for name, quantized in rounded.items():
-        with exchanged(layers[name], quantized):
-            found[name] = relative_error(wanted, model(few)) ** 2
-    return found
+    return _losses(model, images, {name: exchanged(layers[name], quantized) for name, quantized in rounded.items()})
 
 
 def with_fragile_inputs(
-    graph: Graph, schemes: Mapping[str, LayerScheme], losses: Mapping[str, float], highest: int, share: float
+    macs: Mapping[str, int],
+    schemes: Mapping[str, LayerScheme],
+    losses: Mapping[str, float],
+    highest: int,
+    share: float,
 ) -> dict[str, LayerScheme]:
     """Return `schemes` with the activations of each layer in `losses` at the bits that lose least in all.
 
     Args:
-        graph: of the fp32 network.
+        macs: multiply-accumulates per image, by layer.
         schemes: of the layers that are quantized.
-        losses: of the inputs whose bits may change, at the bits of their scheme (`input_losses_alone`).
+        losses: of the inputs whose bits may change, one at least, at the bits of their scheme (`input_losses_alone`).
         highest: the most bits; the least are those of the scheme.
         share: how much the bit-operations of all layers together may grow.
     """
-    if not losses:
-        return dict(schemes)
     widths = range(min(schemes[name].activation.bits for name in losses), highest + 1)
     by_bits = {name: {b: loss * 4.0 ** (widths.start - b) for b in widths} for name, loss in losses.items()}
-    per_bit = {name: macs_of(graph, name) * scheme.weight.bits for name, scheme in schemes.items()}
+    per_bit = {name: macs[name] * scheme.weight.bits for name, scheme in schemes.items()}
     spare = share * sum(count * schemes[name].activation.bits for name, count in per_bit.items())
     costs = {name: {b: per_bit[name] * b for b in widths} for name in losses}
     least = sum(costs[name][widths.start] for name in losses)
     bits = allocate(by_bits, [Budget("fragile_operations", 1.0, int(least + spare), costs)])
     changed = {name: replace(schemes[name].activation, bits=width) for name, width in bits.items()}
     return {name: replace(s, activation=changed.get(name, s.activation)) for name, s in schemes.items()}
-
-
-def macs_of(graph: Graph, name: str) -> int:
-    """Return the multiply-accumulates of a layer for one image, over all its calls; a transposed one's too."""
-    layer: Any = graph.plain[name]
-    weight = out_channels_first(layer, layer.weight)
-    sizes = (call.source if weight is not layer.weight else call.shape for call in graph.calls_of[name])
-    channels = layer.weight.shape[0]
-    return sum(layer.weight.numel() * size.numel() // (size[0] * channels) for size in sizes)
 
 
 @torch.no_grad()
@@ -124,19 +111,31 @@ def input_losses_alone(
         quantizers: what rounds the input of each layer, by name.
         images: float32 [N, C, H, W]; the first `IMAGES` are run.
     """
+    changes = {name: _input_rounded(model.get_submodule(name), quantizer) for name, quantizer in quantizers.items()}
+    return _losses(model, images, changes)
+
+
+def _losses(
+    model: nn.Module, images: Tensor, changes: Mapping[str, contextlib.AbstractContextManager[None]]
+) -> dict[str, float]:
+    """Return the squared error of the logits, as a share of their square, under one change after another."""
     few = images[:IMAGES]
     wanted, found = model(few), {}
-    for name, quantizer in quantizers.items():
-        hook = functools.partial(_rounded_input, quantizer)
-        with model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True):
+    for name, change in changes.items():
+        with change:
             found[name] = relative_error(wanted, model(few)) ** 2
     return found
 
 
-def _rounded_input(quantizer: Callable[[Tensor], Tensor], layer: nn.Module, values: Any, keywords: Any) -> Any:
-    if values:
-        return (quantizer(values[0]), *values[1:]), keywords
-    return values, keywords | {"input": quantizer(keywords["input"])}
+@contextlib.contextmanager
+def _input_rounded(layer: nn.Module, quantizer: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def rounded(_: nn.Module, values: Any, keywords: Any) -> Any:
+        if values:
+            return (quantizer(values[0]), *values[1:]), keywords
+        return values, keywords | {"input": quantizer(keywords["input"])}
+
+    with layer.register_forward_pre_hook(rounded, with_kwargs=True):
+        yield
 
 
 @contextlib.contextmanager

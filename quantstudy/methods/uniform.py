@@ -28,6 +28,7 @@ from quantstudy.methods.recipe import Recipe, Row, TrainedRecipe, register
 from quantstudy.methods.trainable import freeze_trained, make_trainable, parameter_groups
 from quantstudy.network.attention import operands
 from quantstudy.network.graph import Graph, capture, put, relative_error
+from quantstudy.network.macs import count_macs
 from quantstudy.quantization.layers import ActivationQuantizer, LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.observers import collect
 from quantstudy.quantization.ranges import activation_range
@@ -127,13 +128,14 @@ class StaticRecipe(UniformRecipe[P.Static]):
         self, model: nn.Module, calibration: Calibration, row: Any, names: Collection[str]
     ) -> dict[str, LayerScheme]:
         schemes = super().schemes(model, calibration, row, names)
-        if row.fragile_bits is None or row.fragile_bits <= row.activation_bits:
-            return schemes
         low = {name: scheme.activation for name, scheme in schemes.items() if scheme.activation.bits <= LOW_BITS}
-        statistics = calibration.statistics if low else {}
-        quantizers = {name: self.quantizer(scheme, statistics[name], row) for name, scheme in low.items()}
-        losses = input_losses_alone(model, quantizers, torch.cat(calibration.images)) if low else {}
-        return with_fragile_inputs(calibration.graph, schemes, losses, row.fragile_bits, row.fragile_operations)
+        if not low or row.fragile_bits is None or row.fragile_bits <= row.activation_bits:
+            return schemes
+        images = torch.cat(calibration.images)
+        quantizers = {name: self.quantizer(scheme, calibration.statistics[name], row) for name, scheme in low.items()}
+        losses = input_losses_alone(model, quantizers, images)
+        _, macs = count_macs(model, (images.shape[1], images.shape[2], images.shape[3]))
+        return with_fragile_inputs(macs, schemes, losses, row.fragile_bits, row.fragile_operations)
 
     def simulated(self, model: nn.Module, calibration: Calibration, row: P.Static) -> Variant:
         variant = super().simulated(model, calibration, row)

@@ -8,7 +8,7 @@ by a constant, and to convolve with its own weight.
 """
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,16 +110,20 @@ def _amounts(layer: Any, kind: type[nn.Module], side: int) -> list[int] | None:
     if not before:
         return around if given["input"] is x else None
     name, args, kwargs, made = before[0]
-    pads = (
-        {"mode": "constant", "value": None} | dict(zip(("input", "pad", "mode", "value"), args, strict=False)) | kwargs
-    )
-    is_pad = name == "pad" and pads["input"] is x and given["input"] is made and len(pads["pad"]) <= len(around)
-    if not is_pad or pads["mode"] != "constant" or pads["value"] not in (None, 0):
+    pads = zero_padding(args, kwargs) if name == "pad" and given["input"] is made else None
+    if pads is None or (args[0] if args else kwargs["input"]) is not x:
         return None
-    if any(around) and min(pads["pad"]) < 0:  # what is cut off and padded again is zeros
+    if len(pads) > len(around) or (any(around) and min(pads) < 0):  # what is cut off and padded again is zeros
         return None
-    amounts = [*pads["pad"], *[0] * (len(around) - len(pads["pad"]))]
+    amounts = [*pads, *[0] * (len(around) - len(pads))]
     return [one + other for one, other in zip(amounts, around, strict=True)]
+
+
+def zero_padding(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int] | None:
+    """Return what a call of `F.pad` with these arguments adds at each end; None if that is not zeros."""
+    given = {"mode": "constant", "value": None} | dict(zip(("input", "pad", "mode", "value"), args, strict=False))
+    given |= kwargs
+    return list(given["pad"]) if given["mode"] == "constant" and given["value"] in (None, 0) else None
 
 
 def _each(value: Any, layer: Any) -> list[int]:

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from quantstudy.methods.calibration import Calibration
-from quantstudy.methods.fragile import input_losses_alone, losses_alone, macs_of, with_fragile_layers
+from quantstudy.methods.fragile import input_losses_alone, losses_alone, with_fragile_layers
 from quantstudy.methods.recipes import quantize
 from quantstudy.methods.uniform import output_error, rounded_alone
-from quantstudy.network.graph import capture
+from quantstudy.network.macs import count_macs
 from quantstudy.params import Static, WeightOnly
 from quantstudy.quantization.layers import LayerScheme, quantized_layers
 from quantstudy.quantization.schemes import WeightScheme
@@ -81,10 +81,8 @@ def static_row(share: float, bits: int | None = 8) -> Static:
 
 def operations(calibration: Calibration, variant: nn.Module) -> int:
     layers = quantized_layers(variant.network)  # type: ignore[arg-type]
-    return sum(
-        macs_of(calibration.graph, name) * layer.scheme.weight.bits * layer.activation.scheme.bits
-        for name, layer in layers.items()
-    )
+    _, macs = count_macs(calibration.model, tuple(calibration.images[0].shape[1:]))  # type: ignore[arg-type]
+    return sum(macs[name] * layer.scheme.weight.bits * layer.activation.scheme.bits for name, layer in layers.items())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 4.0])
@@ -121,5 +119,4 @@ def test_multiply_accumulates_are_those_of_the_layers() -> None:
     network = nn.Sequential(
         nn.Conv2d(4, 8, 3, groups=2), nn.ConvTranspose2d(8, 6, 2, stride=2), nn.Flatten(2), nn.Linear(64, 5)
     )
-    graph = capture(network, torch.randn(2, 4, 6, 6))
-    assert [macs_of(graph, name) for name in graph.plain] == [2 * 9 * 8 * 16, 8 * 6 * 4 * 16, 64 * 5 * 6]
+    assert list(count_macs(network, (4, 6, 6))[1].values()) == [2 * 9 * 8 * 16, 8 * 6 * 4 * 16, 64 * 5 * 6]

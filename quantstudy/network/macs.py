@@ -1,0 +1,30 @@
+"""Multiply-accumulates per image, counted by PyTorch's FlopCounterMode.
+
+It sees each operator that multiplies, whoever calls it.
+"""
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from quantstudy.network.architectures import Shape, image_shape
+from quantstudy.network.graph import LAYERS
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, image_size: int | Shape) -> tuple[int, dict[str, int]]:
+    """Return the multiply-accumulates per image of all matrix products, and of every Conv2d and Linear by its name.
+
+    The total holds those outside the layers too, such as attention's; sums, pooling and normalization count nothing.
+
+    Args:
+        model: an fp32 model in eval mode that takes float32 [N, channels, height, width].
+        image_size: channels, height and width of an image, or pixels a side of a square of RGB.
+    """
+    device = next(model.parameters()).device
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # a fused operator is not counted
+        model(torch.zeros(1, *image_shape(image_size), device=device))
+    found = {name.partition(".")[2]: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
+    layers = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
+    return counter.get_total_flops() // 2, {name: found.get(name, 0) for name in layers}
