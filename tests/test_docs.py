@@ -105,7 +105,14 @@ KINDS: dict[str, Callable[[Block, Path], None]] = {
 }
 
 
-@pytest.mark.parametrize("block", blocks(), ids=str)
+def is_slow(block: Block) -> bool:
+    """Whether the block quantizes a ResNet-18 with GPTQ."""
+    return block.kind == "python" and "quantize(" in block.text
+
+
+@pytest.mark.parametrize(
+    "block", [pytest.param(one, id=str(one), marks=[pytest.mark.slow] if is_slow(one) else []) for one in blocks()]
+)
 def test_a_fenced_block_holds(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert block.kind in KINDS, f"{block}: no test for blocks of kind {block.kind!r}"
@@ -142,7 +149,13 @@ def test_every_kind_and_key_of_a_method_is_described() -> None:
             assert re.search(rf"`{name}[`:]|\b{name}:", texts), f"{kind}: {name} is in no page of docs/methods"
 
 
-@pytest.mark.parametrize("name", FIGURES)
+TRAINING = ("joint", "trained", "adaround")
+"""Figures for which something is trained."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in TRAINING else []) for name in FIGURES]
+)
 def test_a_figure_is_drawn(name: str, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     main([name])

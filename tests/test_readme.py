@@ -91,7 +91,13 @@ def test_a_python_block_runs(block: Block, tmp_path: Path, monkeypatch: pytest.M
     assert np.array_equal(found["pixels"].transpose(2, 0, 1) * 255, pixels(Path("photo.jpg").read_bytes(), seen))
 
 
-@pytest.mark.parametrize(("command", "output"), DIALOGUES, ids=[command[:48] for command, _ in DIALOGUES])
+@pytest.mark.parametrize(
+    ("command", "output"),
+    [
+        pytest.param(*dialogue, id=dialogue[0][:48], marks=[pytest.mark.slow] if " quantize " in dialogue[0] else [])
+        for dialogue in DIALOGUES
+    ],
+)
 def test_an_output_is_printed(command: str, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = [print_it for start, print_it in PRINTED.items() if command.startswith(start)]
     assert len(known) == 1, f"no test of what `{command}` prints"

@@ -1,5 +1,7 @@
 """Fragile layers get more bits and sturdy ones fewer, within what the file may grow by."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,10 @@ from quantstudy.quantization.layers import LayerScheme, quantized_layers
 from quantstudy.quantization.schemes import WeightScheme
 
 
+def slow(share: float) -> Any:
+    return pytest.param(share, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def calibration(network: nn.Module, images: Tensor) -> Calibration:
     return Calibration(network, [images], bins=512)
@@ -25,7 +31,7 @@ def row_of(share: float, bits: int | None = 8) -> WeightOnly:
     return WeightOnly.model_validate({"kind": "weight_only"} | how | given)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.005, 0.02, 0.1])
+@pytest.mark.parametrize("share", [0.0, slow(0.005), 0.02, slow(0.1)])
 def test_a_file_grows_by_no_more_than_the_share(share: float, network: nn.Module, calibration: Calibration) -> None:
     plain, found = (quantize(network, calibration, row_of(share, bits)) for bits in (None, 8))
     sizes = [sum(layer.scheme.weight.layout(layer.shape).nbytes for layer in quantized_layers(v.network).values())
@@ -85,7 +91,7 @@ def operations(calibration: Calibration, variant: nn.Module) -> int:
     return sum(macs[name] * layer.scheme.weight.bits * layer.activation.scheme.bits for name, layer in layers.items())
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 4.0])
+@pytest.mark.parametrize("share", [slow(0.0), 0.1, slow(0.5), slow(4.0)])
 def test_inputs_get_more_bits_within_the_share_of_operations(
     share: float, network: nn.Module, calibration: Calibration
 ) -> None:
