@@ -53,6 +53,26 @@ def resume(study: str, name: str) -> Path:
     return Path("models") / study / "resume" / f"{name}.pt"
 
 
+def ship(study: str) -> Path:
+    """The folder of what is deployed: the result of the stage `search`."""
+    return Path("models") / study / "ship"
+
+
+def searching(study: str) -> Path:
+    """Where a search keeps the variants it has made; deleted when it ends."""
+    return Path("models") / study / "resume" / "search"
+
+
+def ship_metrics(study: str) -> Path:
+    """The numbers of what is deployed, flat: DVC metrics."""
+    return report(study) / "ship.json"
+
+
+def search(study: str) -> Path:
+    """Every candidate of the search, and what became of it."""
+    return report(study) / "search.json"
+
+
 def report(study: str) -> Path:
     """The folder of a study's metrics, details, curves, tables and plots."""
     return Path("reports") / study

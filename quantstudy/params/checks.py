@@ -61,6 +61,7 @@ def _list_mistakes(raw: dict[str, Any], rows: dict[str, type[MethodRow] | None])
     variants = ("ptq, budget.methods or qat", ["fp32", *ptq, *budget, *qat])
     for key, (origin, choices) in {
         "run": ("", names_at(raw, "studies")),
+        "ship": ("run", run),
         "ptq": ("", plain),
         "budget.studies": ("run", run),
         "budget.methods": ("", measured),
@@ -80,6 +81,9 @@ def _list_mistakes(raw: dict[str, Any], rows: dict[str, type[MethodRow] | None])
             yield f"{key}: {shown(names)} lists a name twice"
     if raw.get("run") == []:
         yield f"run: [] is empty; list one or more of {', '.join(names_at(raw, 'studies'))}"
+    for study in names_at(raw, "ship"):
+        if study in run and not at(raw, dict, "studies", study, "goal"):
+            yield f"ship: {study} has no studies.{study}.goal; write one, goal: {{max_drop: 1.0}} for example"
     unmeasured = [study for study in run if study not in names_at(raw, "budget", "studies")]
     if budget and unmeasured:
         yield f"budget.studies: {', '.join(unmeasured)} is missing; budget.methods run in every study of run"

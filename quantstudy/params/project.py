@@ -101,6 +101,8 @@ class Params(Section):
     """The whole of `params.yaml`."""
 
     run: list[Name]
+    ship: list[Name] = Field(default_factory=list)
+    """Studies of `run` that have a goal, for which a variant to ship is searched."""
     ptq: list[Name]
     budget: Budget
     qat: list[Name]

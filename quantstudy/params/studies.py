@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from quantstudy.params.goal import Goal
 from quantstudy.params.section import (
     Augmentation,
     BatchSize,
@@ -206,3 +207,5 @@ class Study(Section):
     calibration: Calibration
     qat: Qat
     seed: Seed
+    goal: Goal | None = None
+    """What to look for where the study is in `ship`."""

@@ -1,0 +1,89 @@
+"""What a search tries, from cheap to dear.
+
+`quick` are the rows of `methods` that take seconds, and between them rows of the same techniques whose layers get other
+bits, by the integer program of `methods.allocation`: they are a uniform row with a larger `fragile_share`. `learned`
+are the rows that learn their rounding from calibration images, which takes minutes, `trained` those that train.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from quantstudy import params as P
+from quantstudy.methods.fragile import LOW_BITS
+from quantstudy.quantization.schemes import WeightScheme
+
+Group = Literal["quick", "learned", "trained"]
+SHARES = (0.15, 0.3, 0.6)
+"""By how much the weights of a row between two others may be larger than in uniform bits."""
+FLOAT_BITS = 32
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method that is tried; `row` is as params.yaml has it, or one between two that are there."""
+
+    name: str
+    row: Any
+    group: Group
+
+
+def candidates(params: P.Params, goal: P.Goal) -> tuple[list[Candidate], dict[str, str]]:
+    """Return what is tried, in the order of the params, and why any other method is not, by name."""
+    found, left = list[Candidate](), dict[str, str]()
+    for name, row in params.methods.items():
+        if row.needs_sensitivity:
+            left[name] = "its budget is given; a search finds bits by layer itself"
+        elif row.clips:
+            left[name] = "a row of the outlier study"
+        elif row.trains and not goal.may_train:
+            left[name] = "trains, and goal.may_train is false"
+        else:
+            found.append(Candidate(name, row, group_of(row)))
+    if goal.minimize != "latency":  # no runtime is quicker with other bits of the weights
+        found += [between for candidate in list(found) for between in _between(candidate)]
+    return found, left
+
+
+def group_of(row: Any) -> Group:
+    """Return how much work a method is."""
+    if row.trains:
+        return "trained"
+    return "learned" if _learns(row) else "quick"
+
+
+def _learns(row: Any) -> bool:
+    return getattr(row, "finetune", False) or getattr(row, "rounding", "") in ("adaround", "brecq")
+
+
+def _between(candidate: Candidate) -> Iterator[Candidate]:
+    """Yield the rows between a row of few bits, rounded by GPTQ, and the next width; below 3 bits those down to 2."""
+    row = candidate.row
+    if candidate.group != "quick" or not isinstance(row, P.Scheme) or row.rounding != "gptq":
+        return
+    if row.weight_bits > LOW_BITS or row.fragile_bits is None:
+        return
+    for bits in (row.weight_bits, *([2] if row.weight_bits == 3 else [])):
+        for share in SHARES:
+            if bits != row.weight_bits or share > row.fragile_share:
+                name = f"{candidate.name}_w{bits}_share_{round(100 * share)}"
+                yield Candidate(name, row.model_copy(update={"weight_bits": bits, "fragile_share": share}), "quick")
+
+
+def least_objective(row: Any, goal: P.Goal, layers: Mapping[str, Any], macs: Mapping[str, int]) -> float:
+    """Return what a variant of `row` has at least of what is minimized: MB, or 10^12 bit-operations; 0 if unknown."""
+    if not isinstance(row, P.Scheme) or goal.minimize == "latency":
+        return 0.0
+    bits = row.weight_bits if row.weight_bits > LOW_BITS else max(2, row.weight_bits - (row.fragile_bits is not None))
+    if goal.minimize == "size":
+        scheme = WeightScheme(bits, row.group_size)
+        return sum(scheme.layout(_weight(layer).shape).nbytes for layer in layers.values()) / 1e6
+    activation = getattr(row, "activation_bits", FLOAT_BITS)
+    return math.fsum(macs[name] * bits * activation for name in layers) / 1e12
+
+
+def _weight(layer: nn.Module) -> Any:
+    return layer.weight

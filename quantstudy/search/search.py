@@ -1,0 +1,253 @@
+"""Find the smallest or fastest variant that loses no more than a study's goal allows.
+
+The candidates of a group (`candidates`) are made, and of each is measured, on calibration images alone, how far its
+predictions diverge from fp32's and what the goal minimizes. One that diverges more than another and is no smaller is
+not tried further. The others are tested on validation images, beginning with the one that diverges least, until one is
+not accepted (`measure.sequential`); what was accepted last is the smallest so far. As the order is fixed before a
+validation image is seen and the first failure ends it, all tests of a group together may be wrong as often as one
+(fixed sequence testing; Angelopoulos, Bates, Candès, Jordan and Lei, *Learn then Test*, Annals of Applied Statistics 19
+(2025), section 4). The allowed error is shared out among the groups (`SPENT_ON`).
+
+What was made is kept in a folder until the search ends, so that one that was killed goes on where it was.
+"""
+
+import functools
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantstudy import params as P
+from quantstudy.data.container import Split
+from quantstudy.errors import UserError, one_line
+from quantstudy.files import read_json, write_json
+from quantstudy.measure.operations import count_macs, layer_bits, tera_bit_operations
+from quantstudy.methods.calibration import Calibration
+from quantstudy.methods.recipes import quantize
+from quantstudy.methods.sensitivity import divergence
+from quantstudy.quantization.variant import Variant, load_variant, save_variant
+from quantstudy.search.candidates import Candidate, Group, candidates, least_objective
+from quantstudy.search.judging import Judge
+
+SPENT_ON: dict[Group, float] = {"quick": 3.0, "learned": 1.0, "trained": 1.0}
+"""How the allowed error is shared out among the groups that are tried: the first decides most often."""
+ALIKE = {"size": 0.01, "bit_operations": 0.01, "latency": 0.05}
+"""By which share two candidates have to differ in what is minimized, not to count as equal."""
+TIMING_SECONDS = 1.0
+
+
+@dataclass
+class Trial:
+    """What is known of one candidate."""
+
+    name: str
+    group: str
+    size_mb: float | None = None
+    tbops: float | None = None
+    latency_ms: float | None = None
+    fp32_latency_ms: float | None = None
+    busy: bool = False
+    """Whether the timing cannot be trusted."""
+    divergence: float | None = None
+    """Of the predictions from fp32's on calibration images, nats."""
+    seconds: float = 0.0
+    verdict: str = ""
+    """Accepted, rejected or undecided; or why it was not tested."""
+    drop: float | None = None
+    """On the validation images that were looked at, percentage points."""
+    images: int = 0
+
+    def of(self, minimize: str) -> float:
+        """Return what is minimized."""
+        found = {"size": self.size_mb, "bit_operations": self.tbops, "latency": self.latency_ms}[minimize]
+        assert found is not None
+        return found
+
+
+@dataclass
+class Workshop:
+    """What a search works with: the study's network and images, and how it makes the variants of each kind."""
+
+    params: P.Params
+    study: str
+    goal: P.Goal
+    fp32: Path
+    facts: dict[str, Any]
+    """The checkpoint of the fp32 model."""
+    calibration: Calibration
+    calibration_images: Split
+    judge: Judge
+    folder: Path
+    """Where variants lie until the search ends."""
+    train: Callable[[Candidate], Variant]
+
+    def variant(self, trial: Trial) -> Path:
+        """Return the file of a candidate's variant."""
+        return self.folder / f"{trial.name}.pth"
+
+    def close(self) -> None:
+        """Delete what the search has made: it has ended."""
+        shutil.rmtree(self.folder.parent, ignore_errors=True)
+
+    @functools.cached_property
+    def macs(self) -> dict[str, int]:
+        """Multiply-accumulates of each layer."""
+        return count_macs(self.calibration.model, self.judge.preprocessing.shape)[1]
+
+    @functools.cached_property
+    def logits(self) -> Tensor:
+        """The fp32 model's on the calibration images."""
+        return _logits(self.calibration.model, self.calibration.images)
+
+
+@dataclass
+class Found:
+    """The end of a search."""
+
+    best: Trial | None
+    trials: list[Trial]
+    left: dict[str, str]
+    """Methods that were not tried, and why."""
+    ended: str
+    """Why the search ended."""
+    seconds: float
+    notes: dict[str, Any] = field(default_factory=dict)
+    """How the best one agrees with eager PyTorch."""
+
+
+def search(shop: Workshop) -> Found:
+    """Return the candidate that minimizes the goal among those that are sure to keep it, and all that were tried."""
+    goal = shop.goal
+    tried, left = candidates(shop.params, goal)
+    groups = [group for group in SPENT_ON if any(candidate.group == group for candidate in tried)]
+    whole = sum(SPENT_ON[group] for group in groups)
+    found = Found(None, [], left, "every candidate was tried", 0.0)
+    for group in groups:
+        members = [candidate for candidate in tried if candidate.group == group]
+        trials = _made(shop, members, found)
+        error = (1 - goal.confidence) * SPENT_ON[group] / whole
+        _walk(shop, _front([trial for trial in trials if not trial.verdict], goal.minimize), error, found)
+    return found
+
+
+def _made(shop: Workshop, members: Iterable[Candidate], found: Found) -> list[Trial]:
+    """Make and measure the candidates of a group, while there is time; those that cannot be the best are named only."""
+    goal, trials = shop.goal, list[Trial]()
+    for candidate in members:
+        trial = Trial(candidate.name, candidate.group)
+        trials.append(trial)
+        least = least_objective(candidate.row, goal, shop.calibration.replaceable, shop.macs)
+        if found.best and least >= (1 - ALIKE[goal.minimize]) * found.best.of(goal.minimize):
+            trial.verdict = f"can be no smaller than {found.best.name}"
+        elif found.seconds >= 60 * goal.minutes:
+            trial.verdict = found.ended = f"not begun: the {goal.minutes:g} minutes were over"
+        else:
+            _measure(shop, candidate, trial)
+            found.seconds += trial.seconds
+            trial.verdict = trial.verdict or _beyond(goal, trial)
+            print(_line(trial), flush=True)
+    found.trials += trials
+    return trials
+
+
+def _measure(shop: Workshop, candidate: Candidate, trial: Trial) -> None:
+    """Fill in `trial`, from the folder where a killed search has left it."""
+    note, path = shop.folder / f"{trial.name}.json", shop.variant(trial)
+    if note.is_file() and (path.is_file() or read_json(note)["verdict"]):
+        trial.__dict__.update(read_json(note))
+        return
+    started = time.perf_counter()
+    try:
+        variant = shop.train(candidate) if candidate.group == "trained" else _quantized(shop, candidate)
+    except UserError as error:
+        trial.verdict = f"cannot be made: {error}"
+    else:
+        save_variant(path, variant, shop.facts, trial.name)
+        _weigh(shop, load_variant(path), trial)
+        trial.size_mb = path.stat().st_size / 1e6
+    trial.seconds = time.perf_counter() - started
+    write_json(note, asdict(trial))
+
+
+def _weigh(shop: Workshop, variant: Variant, trial: Trial) -> None:
+    trial.tbops = tera_bit_operations(shop.macs, layer_bits(variant))
+    logits = _logits(variant, shop.calibration.images)
+    if not logits.isfinite().all():
+        trial.verdict = "its logits are not finite"
+        return
+    trial.divergence = divergence(shop.logits, logits)
+    if shop.goal.minimize == "latency" or shop.goal.max_latency_ms:
+        try:
+            shipped = shop.judge.shipped(variant)
+        except Exception as error:  # whatever a runtime raises at an operator it lacks
+            trial.verdict = f"cannot be exported: {one_line(error)}"
+            return
+        own, fp32 = shop.judge.timed(shipped, TIMING_SECONDS)
+        trial.latency_ms, trial.fp32_latency_ms, trial.busy = own.median_ms, fp32.median_ms, own.busy or fp32.busy
+
+
+def _quantized(shop: Workshop, candidate: Candidate) -> Variant:
+    row = candidate.row.made_for(shop.params.target)
+    return quantize(shop.calibration.model, shop.calibration, row, f"methods.{candidate.name}")
+
+
+def _beyond(goal: P.Goal, trial: Trial) -> str:
+    """Return which limit beside the drop a candidate is beyond, if any."""
+    limits = {"max_size_mb": trial.size_mb, "max_latency_ms": trial.latency_ms, "max_tbops": trial.tbops}
+    for key, value in limits.items():
+        limit = getattr(goal, key)
+        if limit is not None and value is not None and value > limit:
+            return f"{value:.3g} is beyond {key}, {limit:g}"
+    return ""
+
+
+def _front(trials: Iterable[Trial], minimize: str) -> list[Trial]:
+    """Return the trials smaller than all that diverge less, by divergence; the verdicts of the others say why not."""
+    kept: list[Trial] = []
+    for trial in sorted(trials, key=lambda trial: (trial.divergence, trial.of(minimize))):
+        if kept and trial.of(minimize) >= (1 - ALIKE[minimize]) * kept[-1].of(minimize):
+            trial.verdict = f"no smaller than {kept[-1].name}, and diverges more"
+        else:
+            kept.append(trial)
+    return kept
+
+
+def _walk(shop: Workshop, chain: list[Trial], error: float, found: Found) -> None:
+    """Test one trial of `chain` after the other; the first that is not accepted ends it."""
+    goal = shop.goal
+    for number, trial in enumerate(chain):
+        if found.best and trial.of(goal.minimize) >= (1 - ALIKE[goal.minimize]) * found.best.of(goal.minimize):
+            trial.verdict = f"no smaller than {found.best.name}"
+            continue
+        variant = load_variant(shop.variant(trial))
+        try:
+            shipped = shop.judge.shipped(variant)
+            agreement = shop.judge.check(variant, shipped, shop.calibration_images)
+        except UserError as problem:
+            trial.verdict = f"cannot be exported: {problem}"
+            continue
+        test = shop.judge.judge(shipped, error)
+        trial.verdict, trial.drop, trial.images = test.verdict or "undecided", test.drop, test.seen
+        print(f"  {trial.name}: {trial.verdict} after {test.seen} images, drop {test.drop:+.2f}", flush=True)
+        if trial.verdict != "accepted":
+            for rest in chain[number + 1 :]:
+                rest.verdict = f"not tested: {trial.name}, which diverges less, was not accepted"
+            return
+        found.best, found.notes = trial, agreement
+
+
+@torch.no_grad()
+def _logits(network: Any, images: Iterable[Tensor]) -> Tensor:
+    return torch.cat([network(batch) for batch in images])
+
+
+def _line(trial: Trial) -> str:
+    if trial.divergence is None:
+        return f"{trial.name}: {trial.verdict}"
+    latency = f", {trial.latency_ms:.2f} ms" if trial.latency_ms else ""
+    return f"{trial.name}: {trial.size_mb:.3f} MB{latency}, divergence {trial.divergence:.4f}, {trial.seconds:.0f} s"

@@ -1,0 +1,235 @@
+"""The folder that a search ends in: what is deployed, what is known of it, and ten lines that run it.
+
+    models/<study>/ship/
+      model.pth model.onnx model.json   the variant; its ONNX file, made for the goal's runtime; what that wants to see
+      ship.json                         the goal, the validation figures that it was chosen by, then the test figures
+      run.py README.md                  classify an image file; a model card
+
+Where nothing meets the goal it holds ship.json and README.md alone.
+"""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantstudy import params as P
+from quantstudy.data.container import Split
+from quantstudy.files import write_json, write_text
+from quantstudy.machine.hardware import describe_machine
+from quantstudy.measure.accuracy import percent_equal
+from quantstudy.measure.latency import Timing
+from quantstudy.measure.statistics import mcnemar_exact_p, paired_drop_half_width
+from quantstudy.quantization.variant import load_variant
+from quantstudy.runtimes.onnx_model import described, save_onnx
+from quantstudy.runtimes.onnx_tuning import form_of
+from quantstudy.search.judging import Judge, Shipped
+from quantstudy.search.search import Found, Trial, Workshop
+
+TIMING_SECONDS = 4.0
+_SENTENCE = {"size": "the smallest", "latency": "the fastest", "bit_operations": "the one of the fewest bit-operations"}
+
+
+def ship(shop: Workshop, found: Found, test: Split, folder: Path) -> dict[str, Any]:
+    """Write the folder; return what ship.json says. The test split is looked at here alone, once."""
+    shutil.rmtree(folder, ignore_errors=True)
+    facts = described_search(shop, found)
+    if found.best:
+        variant = load_variant(shop.variant(found.best))
+        shipped = shop.judge.shipped(variant)
+        facts |= {"method": variant.method, "skipped": variant.skipped, "agreement_with_pytorch": found.notes}
+        facts["test"] = figures_on(shop.judge, shipped, test)
+        facts["latency"] = latency_figures(shop.goal, *shop.judge.timed(shipped, TIMING_SECONDS))
+        shutil.copyfile(shop.variant(found.best), _made(folder) / "model.pth")
+        save_onnx(folder / "model.onnx", described(shipped.exported, shop.facts))
+        sizes = {name: (folder / f"model.{name}").stat().st_size / 1e6 for name in ("pth", "onnx")}
+        facts["files_mb"] = sizes | {"fp32_pth": shop.fp32.stat().st_size / 1e6}
+        facts["onnx_form"] = form_of(shipped.exported)
+        write_text(folder / "run.py", run_script(shop.judge.preprocessing, shop.goal.runtime))
+    write_text(_made(folder) / "README.md", card(shop, found, facts))
+    write_json(folder / "ship.json", facts)
+    return facts
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def described_search(shop: Workshop, found: Found) -> dict[str, Any]:
+    """Return the goal, whether it is met, the validation figures, and the words for it."""
+    best = found.best
+    return {
+        "study": shop.study,
+        "variant": best.name if best else None,
+        "goal": shop.goal.model_dump(exclude_none=True),
+        "goal_met": best is not None,
+        "sentence": sentence(shop, found),
+        "validation": {
+            "images": len(shop.judge.images),
+            "images_looked_at": best.images if best else None,
+            "top1_drop": best.drop if best else None,
+            "divergence": best.divergence if best else None,
+        },
+        "size_mb": best.size_mb if best else None,
+        "tbops": best.tbops if best else None,
+        "ended": found.ended,
+        "seconds": found.seconds,
+        "machine": describe_machine(),
+        "weights": shop.params.study(shop.study).model.weights or "trained from a random start",
+        "data": shop.params.study(shop.study).data.path or shop.params.study(shop.study).data.source,
+    }
+
+
+def sentence(shop: Workshop, found: Found) -> str:
+    """Return what was found in words; where nothing keeps the goal, how near the nearest came."""
+    goal = shop.goal
+    limit = f"loses no more than {goal.max_drop:g} points of top-1 with {100 * goal.confidence:g} % confidence"
+    if found.best:
+        return f"{found.best.name} is {_SENTENCE[goal.minimize]} of {len(found.trials)} candidates that {limit}"
+    tested = [trial for trial in found.trials if trial.drop is not None]
+    nearest = min(tested, key=_drop, default=None)
+    if nearest is None:
+        return f"no candidate {limit}: none could be tested"
+    seen = f"its drop on {nearest.images} validation images is {nearest.drop:.2f} points, {nearest.verdict}"
+    return f"no candidate {limit}; nearest is {nearest.name}: {seen}"
+
+
+def _drop(trial: Trial) -> float:
+    assert trial.drop is not None
+    return trial.drop
+
+
+def figures_on(judge: Judge, shipped: Shipped, test: Split) -> dict[str, Any]:
+    """Return top-1 of both on the test split, the drop with its paired 95 % interval, and their agreement."""
+    labels = test.labels.numpy()
+    before, after = (judge.logits(each, test) for each in (judge.fp32, shipped))
+    right, right_now = (np.asarray(logits.argmax(1) == labels) for logits in (before, after))
+    return {
+        "images": len(test),
+        "top1": 100 * float(right_now.mean()),
+        "fp32_top1": 100 * float(right.mean()),
+        "top1_drop": 100 * float(right.mean() - right_now.mean()),
+        "top1_drop_ci95": paired_drop_half_width(right, right_now),
+        "top1_drop_p": mcnemar_exact_p(right, right_now),
+        "agreement": percent_equal(before, after),
+    }
+
+
+def latency_figures(goal: P.Goal, own: Timing, fp32: Timing) -> dict[str, Any]:
+    """Return milliseconds a batch of both on the goal's runtime; no speed-up where the machine was busy."""
+    return {
+        "runtime": goal.runtime,
+        "batch_size": goal.batch_size,
+        "ms": own.median_ms,
+        "quartiles_ms": [own.lower_quartile_ms, own.upper_quartile_ms],
+        "fp32_ms": fp32.median_ms,
+        "busy": own.busy or fp32.busy,
+        "speedup": None if own.busy or fp32.busy else fp32.median_ms / own.median_ms,
+    }
+
+
+def metrics(facts: dict[str, Any]) -> dict[str, float | None]:
+    """Return the numbers of ship.json flat, as DVC compares them between experiments; null where nothing is shipped."""
+    test, latency = facts.get("test", {}), facts.get("latency", {})
+    return {
+        "goal_met": int(facts["goal_met"]),
+        "max_drop": facts["goal"]["max_drop"],
+        "validation_drop": facts["validation"]["top1_drop"],
+        "validation_images": facts["validation"]["images_looked_at"],
+        **{key: test.get(key) for key in ("top1", "top1_drop", "top1_drop_ci95", "agreement")},
+        "size_mb": facts["size_mb"],
+        "compression": facts["files_mb"]["fp32_pth"] / facts["size_mb"] if facts["goal_met"] else None,
+        "tbops": facts["tbops"],
+        "latency_ms": latency.get("ms"),
+        "speedup": latency.get("speedup"),
+        "seconds": facts["seconds"],
+    }
+
+
+def run_script(seen: P.Preprocessing, runtime: str) -> str:
+    """Return a script that prints the class of an image file, by the runtime alone beside NumPy and Pillow."""
+    height, width = seen.size
+    how, mode = f"Image.Resampling.{seen.interpolation.upper()}", "RGB" if seen.channels == 3 else "L"
+    turned = "ImageOps.exif_transpose(Image.open(sys.argv[1]))" if seen.exif else "Image.open(sys.argv[1])"
+    tall, wide = (round(side / seen.crop_fraction) for side in seen.size)
+    resize = {
+        "exact": f"image = image.resize(({width}, {height}), {how})",
+        "none": "",
+        "short_side": f"scale = max({tall} / image.height, {wide} / image.width)\n"
+        f"image = image.resize([max(int(side * scale + 1e-9), least) for side, least in zip(image.size, "
+        f"({wide}, {tall}))], {how})",
+    }[seen.resize]
+    start = {
+        "onnxruntime": 'session = onnxruntime.InferenceSession(folder / "model.onnx")\n'
+        'run = lambda images: session.run(None, {"images": images})[0]',
+        "openvino": 'model = openvino.Core().compile_model(folder / "model.onnx", "CPU")\n'
+        "run = lambda images: model(images)[0]",
+    }[runtime]
+    lines = [
+        f'"""Print the class of an image file: python run.py photo.jpg; needs numpy, pillow and {runtime}."""',
+        f"import json, pathlib, sys\nimport numpy as np, {runtime}\nfrom PIL import Image{', ImageOps' * seen.exif}",
+        f'folder = pathlib.Path(__file__).parent\nimage = {turned}.convert("{mode}")',
+        resize,
+        f"left, top = round((image.width - {width}) / 2), round((image.height - {height}) / 2)",
+        f"pixels = np.array(image.crop((left, top, left + {width}, top + {height})), np.float32)",
+        f"pixels = (pixels.reshape({height}, {width}, -1) / 255 - {list(seen.mean)}) / {list(seen.std)}",
+        start,
+        "best = run(np.float32(pixels.transpose(2, 0, 1)[None])).argmax()",
+        'print(json.loads((folder / "model.json").read_text()).get("class_names", range(10**6))[best])',
+    ]
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+def card(shop: Workshop, found: Found, facts: dict[str, Any]) -> str:
+    """Return the model card: what it is and does on the test images, how it was chosen, made, and is run."""
+    title = f"# {shop.study}: {facts['variant'] or 'nothing to ship'}"
+    goal, lines = shop.goal, [title, "", facts["sentence"] + ".", ""]
+    if found.best:
+        test, latency, files = facts["test"], facts["latency"], facts["files_mb"]
+        speed = "the machine was busy" if latency["busy"] else f"{latency['speedup']:.2f} times as fast"
+        batch = f"batch {latency['batch_size']} on {latency['runtime']}"
+        lines += [
+            "| | fp32 | this model |",
+            "|---|---:|---:|",
+            f"| top-1 on {test['images']} test images, % | {test['fp32_top1']:.2f} | {test['top1']:.2f} |",
+            f"| drop, points | | {test['top1_drop']:.2f} ± {test['top1_drop_ci95']:.2f} |",
+            f"| same class as fp32, % | | {test['agreement']:.1f} |",
+            f"| model file, MB | {files['fp32_pth']:.3f} | {files['pth']:.3f} |",
+            f"| ONNX file, MB | | {files['onnx']:.3f} |",
+            f"| {batch}, ms | {latency['fp32_ms']:.2f} | {latency['ms']:.2f} ({speed}) |",
+            "",
+            "± is half the paired 95 % interval. The test images were looked at once, after the choice.",
+            "",
+            "## How it was chosen",
+            "",
+            f"On {found.best.images} of {len(shop.judge.images)} validation images, which neither trained nor "
+            f"calibrated: drop {found.best.drop:.2f} points.",
+            "",
+            "## How it was made",
+            "",
+            *(f"- {key}: {value}" for key, value in facts["method"].items()),
+            "",
+            "## How to run it",
+            "",
+            f"`python run.py photo.jpg` with numpy, pillow and {goal.runtime}. `model.onnx` takes float32 images "
+            f"[N, {', '.join(map(str, shop.judge.preprocessing.shape))}], normalized as `model.json` says. It is "
+            f"{facts['onnx_form']}, for {'x86 CPUs with VNNI' if shop.params.target == 'vnni' else 'any x86 CPU'}.",
+            "",
+        ]
+    lines += [
+        "## Where it comes from",
+        "",
+        f"Weights: {facts['weights']}. Images: {facts['data']}. Machine: {facts['machine']}.",
+        f"The search took {facts['seconds']:.0f} s and ended because: {facts['ended']}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def records(found: Found) -> list[dict[str, Any]]:
+    """Return a row a candidate, and one for each method that was not tried, as the report shows them."""
+    left = [asdict(Trial(name, "not tried", verdict=reason)) for name, reason in found.left.items()]
+    return [asdict(trial) for trial in found.trials] + left

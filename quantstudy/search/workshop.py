@@ -1,0 +1,68 @@
+"""Gather what a search of a study works with, from the files of its stages."""
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantstudy import layout
+from quantstudy import params as P
+from quantstudy.data.batches import images_of
+from quantstudy.data.container import load_split
+from quantstudy.files import sha256
+from quantstudy.methods.calibration import Calibration
+from quantstudy.methods.trained import Place, train
+from quantstudy.network.checkpoint import load_checkpoint, model_file
+from quantstudy.network.fp32 import load_fp32, load_preprocessing
+from quantstudy.quantization.variant import Variant
+from quantstudy.runtimes.onnx_graph import load_graph
+from quantstudy.search.candidates import Candidate
+from quantstudy.search.judging import Judge, drawn
+from quantstudy.search.search import Workshop
+
+CHECKED = 64
+"""Calibration images on which the shipped form is compared with eager PyTorch."""
+
+
+def opened(params: P.Params, name: str, study: P.Study, goal: P.Goal, device: torch.device) -> Workshop:
+    """Return what the search of a study works with; raise `UserError` for a file or image that is missing."""
+    fp32 = model_file(name, "fp32", study.model.architecture)
+    model, preprocessing = load_fp32(fp32), load_preprocessing(fp32)
+    splits = {part: load_split(layout.split(name, part)) for part in ("train", "calibration")}
+    images, own = drawn(study, goal, name, splits["train"])
+    calibrating = splits["calibration"] if study.calibration.path else own
+    graph = load_graph(layout.graph(name), name)
+    judge = Judge(model, graph, preprocessing, images, goal, torch.get_num_threads())
+    few = calibrating.subset(torch.arange(min(CHECKED, len(calibrating))))
+
+    def calibrated(network: nn.Module) -> Calibration:
+        batches = images_of(calibrating, preprocessing, study.calibration.batch_size)
+        return Calibration(network, batches, bins=study.calibration.bins)
+
+    folder = layout.searching(name) / _digest(params, study, fp32, *map(functools.partial(layout.split, name), splits))
+    folder.mkdir(parents=True, exist_ok=True)
+    inputs = [layout.split(name, part) for part in splits]
+
+    def trained(candidate: Candidate) -> Variant:
+        variant, _ = train(
+            Place(name, fp32, folder / f"{candidate.name}.csv", folder / f"{candidate.name}.resume.pt", inputs),
+            *(study, candidate.name, candidate.row.made_for(params.target)),
+            calibrated,
+            *(splits["train"], device),
+        )
+        assert variant is not None, "a search trains in one process"
+        return variant
+
+    return Workshop(params, name, goal, fp32, load_checkpoint(fp32), calibrated(model), few, judge, folder, trained)
+
+
+def _digest(params: P.Params, study: P.Study, *files: Path) -> str:
+    """Return a name that is another for a search of other inputs, but for its limits."""
+    rows = {name: row.said() for name, row in params.methods.items()}
+    parts: list[Any] = [rows, params.target, study.qat, study.seed, study.calibration, *map(sha256, files)]
+    assert study.goal is not None
+    parts += [study.goal.minimize, study.goal.runtime, study.goal.batch_size, study.goal.max_latency_ms]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
