@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
 STUDY ?= mobilenetv2_digits
+DROP ?= 1
+MINIMIZE ?= size
+TRAIN ?= false
 READY := $(VENV)/.ready
 TOOLS := $(VENV)/.tools
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e
@@ -17,7 +20,7 @@ export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro results compare test test-all browser check format front figures dag peers clean
+.PHONY: help setup repro ship results compare test test-all browser check format front figures dag peers clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -41,6 +44,10 @@ $(TOOLS): $(READY)
 repro: setup  ## Run what changed of the studies in params.yaml, then print the result tables
 	python -m tools.warm sh -c 'python -m quantstudy check && python -m stages diagnose > /dev/null && exec dvc repro'
 	@$(MAKE) --no-print-directory results
+
+ship: setup  ## Find and pack the smallest or fastest variant: make ship STUDY=... [DROP=0.5 MINIMIZE=latency TRAIN=true]
+	dvc exp run -S 'run=[$(STUDY)]' -S 'ship=[$(STUDY)]' -S studies.$(STUDY).goal.max_drop=$(DROP) \
+	  -S ++studies.$(STUDY).goal.minimize=$(MINIMIZE) -S ++studies.$(STUDY).goal.may_train=$(TRAIN) search@$(STUDY)
 
 results: setup  ## Print the result tables and where the plots are
 	@python -m quantstudy results

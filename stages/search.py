@@ -26,10 +26,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     shop = opened(params, name, study, study.goal, device)
     found = search(shop)
     facts = ship(shop, found, load_split(layout.split(name, "test")), layout.ship(name))
-    write_json(layout.ship_metrics(name), metrics(facts))
-    write_json(
-        layout.search(name), {key: facts[key] for key in ("sentence", "goal", "ended")} | {"trials": records(found)}
-    )
+    figures = metrics(facts)
+    write_json(layout.ship_metrics(name), figures)
+    said = {key: facts[key] for key in ("sentence", "variant", "goal", "ended")}
+    write_json(layout.search(name), said | {"figures": figures, "trials": records(found)})
     shop.close()
     print(f"{facts['sentence']}; {layout.ship(name)}/")
 

@@ -6,7 +6,7 @@ compared on the same images from this file alone.
 
 import base64
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,8 @@ def page_data(params: Params, study: str, results: Sequence[Result], test: Split
         "remarks": remarks(results),
         "timing_spread": timing_spread(results),
         "axis_floor": split_level([result.value("top1") for result in results]),
-        "variants": variant_rows(results, predictions, labels),
+        "variants": variant_rows(results, predictions, labels, exported(params)),
+        "ship": shipped(study),
         "scaling_law": scaling_law(params, results),
         "layers": {result.variant: layer_columns(result) for result in results},
         "inputs": layer_inputs(params, study, results),
@@ -77,6 +78,7 @@ def variant_rows(
     results: Sequence[Result],
     predictions: Mapping[str, NDArray[np.int16]],
     labels: NDArray[np.int64],
+    exported: Collection[str] = (),
 ) -> list[Row]:
     """Return a row a variant: its metrics, intervals, sentences, settings, and the Pareto fronts that it is on."""
     right = {variant: found == labels for variant, found in predictions.items()}
@@ -90,6 +92,8 @@ def variant_rows(
             "simulated": result.simulated,
             "busy": result.busy,
             "drop_ci95": drop_ci95,
+            "exported": result.variant in exported,
+            "trained": result.group == "qat",
             "sentences": {size: sentence(result, drop_ci95, size) for size in (1, 16)},
             "settings": result.row.model_dump(exclude_none=True) if result.row else {},
             "runtime": result.details.get("runtime"),
@@ -98,6 +102,22 @@ def variant_rows(
         row |= {f"speedup_b{size}": None for size in (1, 16) if not result.comparable(f"latency_ms_b{size}")}
         rows.append(row)
     return rows
+
+
+def exported(params: Params) -> list[str]:
+    """Return the variants that are written as ONNX files."""
+    return ["fp32", *params.export.ptq, *params.export.budget, *params.export.qat]
+
+
+def shipped(study: str) -> Row | None:
+    """Return what the search of a study found; None where there was none."""
+    path = layout.search(study)
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    if not isinstance(found, dict) or not {"sentence", "variant", "figures", "trials"} <= found.keys():
+        raise UserError(f"{path}: not the end of a search; run the stage search again")
+    return {key: found[key] for key in ("sentence", "variant", "figures", "trials")}
 
 
 def quartiles(result: Result) -> dict[str, float | None]:

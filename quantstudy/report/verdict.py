@@ -23,7 +23,9 @@ def sentence(result: Result, drop_ci95: float, batch_size: int) -> str:
         faster += f" at batch {batch_size}"
     lost = "accuracy not compared"
     if drop is not None:
-        lost = f"{abs(drop):.2f} ± {drop_ci95:.2f} points {'lost' if round(drop, 2) >= 0 else 'gained'}"
+        lost = f"{abs(drop):.2f} ± {drop_ci95:.2f} points {'lost' if drop > 0 else 'gained'}"
+        if abs(drop) <= drop_ci95:
+            lost = f"no measurable loss ({drop:+.2f} ± {drop_ci95:.2f} points)"
     return ", ".join([smaller, faster, lost])
 
 

@@ -162,11 +162,10 @@ def run_script(seen: P.Preprocessing, runtime: str) -> str:
         f"image = image.resize([max(int(side * scale + 1e-9), least) for side, least in zip(image.size, "
         f"({wide}, {tall}))], {how})",
     }[seen.resize]
-    start = {
-        "onnxruntime": 'session = onnxruntime.InferenceSession(folder / "model.onnx")\n'
-        'run = lambda images: session.run(None, {"images": images})[0]',
-        "openvino": 'model = openvino.Core().compile_model(folder / "model.onnx", "CPU")\n'
-        "run = lambda images: model(images)[0]",
+    model = 'folder / "model.onnx"'
+    run = {
+        "onnxruntime": f'onnxruntime.InferenceSession({model}).run(None, {{"images": images}})[0]',
+        "openvino": f'openvino.Core().compile_model({model}, "CPU")(images)[0]',
     }[runtime]
     lines = [
         f'"""Print the class of an image file: python run.py photo.jpg; needs numpy, pillow and {runtime}."""',
@@ -176,9 +175,9 @@ def run_script(seen: P.Preprocessing, runtime: str) -> str:
         f"left, top = round((image.width - {width}) / 2), round((image.height - {height}) / 2)",
         f"pixels = np.array(image.crop((left, top, left + {width}, top + {height})), np.float32)",
         f"pixels = (pixels.reshape({height}, {width}, -1) / 255 - {list(seen.mean)}) / {list(seen.std)}",
-        start,
-        "best = run(np.float32(pixels.transpose(2, 0, 1)[None])).argmax()",
-        'print(json.loads((folder / "model.json").read_text()).get("class_names", range(10**6))[best])',
+        "images = np.float32(pixels.transpose(2, 0, 1)[None])",
+        'names = json.loads((folder / "model.json").read_text()).get("class_names", range(10**6))',
+        f"print(names[{run}.argmax()])",
     ]
     return "\n".join(line for line in lines if line) + "\n"
 

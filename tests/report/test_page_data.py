@@ -105,11 +105,14 @@ def test_the_sentence_never_turns_a_ratio_around(study: Project) -> None:
     result = next(row for row in load_results(load_params(), "tiny") if row.variant == "int8_static")
     result.metrics.update(compression=3.98, speedup_b16=3.14, speedup_b1=0.5, top1_drop=0.051, kernel_real=1)
     quick, slow = sentence(result, 0.4, 16), sentence(result, 0.4, 1)
-    assert "3.98× smaller" in quick and "3.1× faster" in quick and "0.05 ± 0.40 points lost" in quick  # noqa: RUF001
+    assert "3.98× smaller" in quick and "3.1× faster" in quick and "no measurable loss (+0.05 ± 0.40 points)" in quick  # noqa: RUF001
     assert "2.0× slower" in slow  # noqa: RUF001
     result.metrics.update(speedup_b16=1.02, top1_drop=-0.2, compression=0.5)
     even = sentence(result, 0.4, 16)
-    assert "2.00× larger" in even and "as fast" in even and "0.20 ± 0.40 points gained" in even  # noqa: RUF001
+    assert "2.00× larger" in even and "as fast" in even and "no measurable loss (-0.20 ± 0.40 points)" in even  # noqa: RUF001
+    assert "0.20 ± 0.10 points gained" in sentence(result, 0.1, 16)
+    result.metrics.update(top1_drop=0.3)
+    assert "0.30 ± 0.10 points lost" in sentence(result, 0.1, 16)
     result.metrics.update(speedup_b16=None)
     assert "not timed" in sentence(result, 0.4, 16)
 

@@ -31,6 +31,12 @@ function meets(variant, limits, batch) {
   );
 }
 
+/** Keep the rows whose drop is not sure to be larger than the smallest one. */
+function alikeInAccuracy(rows) {
+  const smallest = Math.min(...rows.map((row) => row.top1_drop));
+  return rows.filter((row) => row.top1_drop - row.drop_ci95 <= smallest + 1e-9);
+}
+
 /** Keep the rows within a share `tolerance` of the smallest value of `of`. */
 function nearSmallest(rows, of, tolerance) {
   const smallest = Math.min(...rows.map(of));
@@ -47,7 +53,8 @@ function sameTime(study, batch) {
 
 /**
  * Return {pick, meeting}: the variant of a study to take, or null, and all that meet the limits.
- * Values nearly equal count as equal; then accuracy, then size decide, then what speed was measured.
+ * Values nearly equal count as equal, and drops that noise explains; then what is exported, untrained and simpler is
+ * preferred, then size decides, then what speed was measured.
  */
 function recommend(study, limits, batch, prefer) {
   const meeting = study.variants.filter((variant) => meets(variant, limits, batch));
@@ -55,11 +62,14 @@ function recommend(study, limits, batch, prefer) {
   const time = (row) => (untimed(row, batch) ? ANY : 1 / (row[`speedup_b${batch}`] ?? 0));
   const goals = {
     speed: (rows) => nearSmallest(rows.filter((row) => time(row) < ANY), time, sameTime(study, batch)),
-    accuracy: (rows) => nearSmallest(rows, (row) => row.top1_drop, 0),
+    accuracy: alikeInAccuracy,
+    exported: (rows) => nearSmallest(rows, (row) => Number(!row.exported), 0),
+    untrained: (rows) => nearSmallest(rows, (row) => Number(row.trained), 0),
+    simpler: (rows) => nearSmallest(rows, (row) => Number(row.group === "outlier"), 0),
     size: (rows) => nearSmallest(rows, (row) => row.size_mb, SAME_SIZE),
   };
   let left = goals[prefer](meeting);
-  for (const goal of ["accuracy", "size"]) left = left.length ? goals[goal](left) : left;
+  for (const goal of ["accuracy", "exported", "untrained", "simpler", "size"]) left = left.length ? goals[goal](left) : left;
   const quicker = (best, row) => (best === null || time(row) < time(best) ? row : best);
   return { pick: left.reduce(quicker, null), meeting };
 }
@@ -72,11 +82,29 @@ function reason(study, found, limits, batch, prefer) {
     limits.latency === ANY ? null : `answer a batch of ${batch} within ${limits.latency} ms on a real kernel`,
   ].filter(Boolean);
   const limited = words.length ? ` that ${words.join(" and ")}` : "";
-  if (!found.pick) return `No variant${limited}${found.meeting.length ? " was timed on a real kernel" : ""}. Move a limit.`;
+  if (!found.pick && found.meeting.length) return `No variant${limited} was timed on a real kernel. Move a limit.`;
+  if (!found.pick) return `No variant can ${words.join(" and ")}. ${inTheWay(study, limits, batch)}`;
   const others = found.meeting.length - 1;
   const why = study.timing_spread[batch] > SAME_TIME ? ": fp32's own timings here lie that far apart" : "";
   const equal = prefer === "speed" ? ` Speeds within ${Math.round(100 * sameTime(study, batch))} % count as equal${why}.` : "";
   return `The ${PREFERENCES[prefer]} of ${counted(others + 1, "variant")}${limited}; p ${pValue(found.pick.top1_drop_p)} against fp32.${equal}`;
+}
+
+/** Say which limit alone, lifted, would let a variant through. */
+function inTheWay(study, limits, batch) {
+  const names = { drop: "the drop", size: "the size", latency: "the latency" };
+  const free = Object.keys(names).filter((name) => {
+    const without = { ...limits, [name]: ANY };
+    return limits[name] !== ANY && study.variants.some((variant) => meets(variant, without, batch));
+  });
+  if (!free.length) return "No limit is in the way alone: move two of them.";
+  return `In the way is the limit of ${free.map((name) => names[name]).join(", or that of ")}.`;
+}
+
+/** The file of a variant to deploy, from where the page lies. */
+function fileOf(study, variant) {
+  const folder = `../models/${study.study}`;
+  return variant.exported ? `${folder}/onnx/${variant.variant}.onnx` : `${folder}/${variant.variant}.pth`;
 }
 
 function pValue(p) {

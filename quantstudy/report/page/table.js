@@ -67,7 +67,8 @@ function showTable() {
       h("td", { class: column.timed && untimed(variant, column.timed) ? "simulated" : null }, column.cell(variant)),
     );
     const classes = [chosen && "chosen", variant.variant === pick && "recommended"].filter(Boolean).join(" ");
-    return h("tr", { class: classes || null, "data-variant": variant.variant }, h("th", { scope: "row" }, name), cells);
+    const select = (event) => { if (!event.target.closest("button")) choose(variant.variant); };
+    return h("tr", { class: classes || null, "data-variant": variant.variant, onclick: select }, h("th", { scope: "row" }, name), cells);
   });
   replace("variants", h("thead", {}, h("tr", {}, header)), h("tbody", {}, body));
   const all = state.study.variants.length;
@@ -76,9 +77,30 @@ function showTable() {
 
 function showVerdict() {
   const found = recommendation();
-  const text = found.pick ? `: ${found.pick.sentences[state.batch]}.` : "Nothing here meets these limits.";
-  replace("verdict", found.pick ? h("b", {}, found.pick.variant) : "", text);
+  const text = found.pick ? `: ${found.pick.sentences[state.batch]}. ` : "Nothing here meets these limits.";
+  const file = found.pick ? fileOf(state.study, found.pick) : null;
+  const named = found.pick ? [h("b", {}, found.pick.variant), text, h("a", { href: file, class: "file" }, file.split("/").pop())] : text;
+  replace("verdict", named);
+  showShipped();
   replace("reason", reason(state.study, found, state.limits, state.batch, state.prefer));
+}
+
+/** What the search found, in the place of a choice among the variants; its limits are the study's goal. */
+function showShipped() {
+  const ship = state.study.ship;
+  $("shipped").hidden = !ship;
+  if (!ship) return;
+  const { figures } = ship;
+  const folder = `../models/${state.study.study}/ship/`;
+  const measured = ship.variant === null ? "" : `; on the test images it loses ${fixed(figures.top1_drop, 2)} ± ${fixed(figures.top1_drop_ci95, 2)} points, in ${fixed(figures.size_mb, 2)} MB (${fixed(figures.compression, 2)}× smaller)`;
+  const link = ship.variant === null ? null : h("a", { href: `${folder}model.onnx`, class: "file" }, "ship/model.onnx");
+  replace("shipped-verdict", `${ship.sentence}${measured}. `, link);
+  const columns = [["candidate", "name"], ["kind", "group"], ["size, MB", "size_mb", 3], ["divergence", "divergence", 4], ["ms", "latency_ms", 2], ["drop, points", "drop", 2], ["images", "images"], ["became", "verdict"]];
+  const cell = (trial, [, key, decimals]) => (decimals === undefined ? String(trial[key] ?? "") : fixed(trial[key], decimals));
+  const rows = ship.trials.map((trial) =>
+    h("tr", { class: trial.name === ship.variant ? "chosen" : null }, columns.map((column, number) => h(number ? "td" : "th", { class: number && column[2] === undefined ? "text" : null, scope: number ? null : "row" }, cell(trial, column)))),
+  );
+  replace("trials", h("thead", {}, h("tr", {}, columns.map(([label]) => h("th", { scope: "col", class: "plain" }, label)))), h("tbody", {}, rows));
 }
 
 function slider(name, label, steps, unit) {

@@ -1,0 +1,176 @@
+"""A search takes the smallest candidate that its tests accept, in an order that no validation image has chosen."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from quantstudy import params as P
+from quantstudy.data.container import Split
+from quantstudy.data.sampling import validation_indices
+from quantstudy.errors import UserError
+from quantstudy.measure.operations import count_macs, layer_bits, tera_bit_operations
+from quantstudy.measure.sequential import PairedTest
+from quantstudy.methods.calibration import Calibration
+from quantstudy.methods.recipes import quantize
+from quantstudy.params import load_params
+from quantstudy.quantization.layers import quantized_layers
+from quantstudy.search import search as module
+from quantstudy.search.candidates import Candidate, candidates, least_objective
+from quantstudy.search.judging import FEWEST, drawn
+from quantstudy.search.search import SPENT_ON, Trial, search
+from tests.conftest import Project
+
+TABLE = {
+    "float": (4.0, 0.001),
+    "eight": (2.0, 0.01),
+    "eight_too": (2.0, 0.02),
+    "large": (3.0, 0.03),
+    "four": (1.0, 0.1),
+    "three": (0.8, 0.2),
+    "two": (0.5, 0.5),
+}
+"""Size and divergence of made-up candidates."""
+
+
+class Shop:
+    """A workshop in which making and judging cost nothing; `verdicts` has those of the candidates, by name."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, goal: P.Goal, verdicts: dict[str, str]) -> None:
+        self.goal, self.verdicts, self.errors = goal, verdicts, dict[str, float]()
+        self.params: Any = None
+        self.calibration, self.calibration_images, self.macs, self.judge = self, None, {}, self
+        self.replaceable: dict[str, Any] = {}
+        self.groups: dict[str, str] = {}
+        monkeypatch.setattr(module, "load_variant", lambda name: name)
+        monkeypatch.setattr(module, "_measure", self.measure)
+        monkeypatch.setattr(module, "least_objective", lambda row, goal, layers, macs: row or 0.0)
+        monkeypatch.setattr(module, "candidates", lambda params, goal: (self.made(), {"other": "not wanted"}))
+
+    def made(self) -> list[Candidate]:
+        return [Candidate(name, None, self.groups.get(name, "quick")) for name in TABLE]  # type: ignore[arg-type]
+
+    def measure(self, shop: Any, candidate: Candidate, trial: Trial) -> None:
+        trial.size_mb, trial.divergence = TABLE[candidate.name]
+        trial.tbops, trial.seconds = trial.size_mb, 10.0
+
+    def variant(self, trial: Trial) -> str:
+        return trial.name
+
+    def shipped(self, name: str) -> str:
+        if self.verdicts.get(name) == "unexportable":
+            raise UserError("an operator is missing")
+        return name
+
+    def check(self, *_: Any) -> dict[str, Any]:
+        return {"agreement": 100.0}
+
+    def judge_of(self, name: str, error: float) -> PairedTest:
+        self.errors[name] = error
+        test = PairedTest(1.0, 100, error)
+        test.verdict = self.verdicts.get(name, "accepted")  # type: ignore[assignment]
+        test.seen = 50
+        return test
+
+
+@pytest.fixture
+def shop(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def made(verdicts: dict[str, str], **goal: Any) -> Any:
+        found = Shop(monkeypatch, P.Goal(max_drop=1.0, **goal), verdicts)
+        found.judge = type("J", (), {"judge": found.judge_of, "shipped": found.shipped, "check": found.check})()  # type: ignore[assignment]
+        return found
+
+    return made
+
+
+def verdicts_of(found: Any) -> dict[str, str]:
+    return {trial.name: trial.verdict for trial in found.trials}
+
+
+def test_it_walks_from_the_least_divergence_to_the_first_failure(shop: Any) -> None:
+    own = shop({"three": "undecided"})
+    found = search(own)
+    assert found.best.name == "four" and list(own.errors) == ["float", "eight", "four", "three"]
+    said = verdicts_of(found)
+    assert said["eight_too"] == said["large"] == "no smaller than eight, and diverges more"
+    assert said["two"] == "not tested: three, which diverges less, was not accepted"
+    assert found.left == {"other": "not wanted"} and found.ended == "every candidate was tried"
+
+
+def test_what_cannot_be_exported_is_named_and_ends_nothing(shop: Any) -> None:
+    found = search(shop({"eight": "unexportable", "two": "rejected"}))
+    assert found.best.name == "three" and verdicts_of(found)["eight"].startswith("cannot be exported: an operator")
+
+
+def test_nothing_is_shipped_where_the_first_is_not_accepted(shop: Any) -> None:
+    assert search(shop({"float": "rejected"})).best is None
+
+
+def test_groups_share_the_error_and_begin_only_what_can_be_smaller(shop: Any) -> None:
+    own = shop({"four": "rejected"}, confidence=0.9)
+    own.groups = {"two": "learned", "large": "trained", "three": "trained"}
+    found = search(own)
+    whole = sum(SPENT_ON.values())
+    assert own.errors["eight"] == pytest.approx(0.1 * SPENT_ON["quick"] / whole)
+    assert own.errors["two"] == pytest.approx(0.1 * SPENT_ON["learned"] / whole)
+    assert found.best.name == "two" and "three" not in own.errors and "large" not in own.errors
+    assert sum(SPENT_ON[group] / whole for group in SPENT_ON) == pytest.approx(1)
+
+
+def test_limits_and_minutes_hold(shop: Any) -> None:
+    found = search(shop({}, max_size_mb=2.5, max_tbops=0.9))
+    assert found.best.name == "two"
+    assert verdicts_of(found)["float"] == "4 is beyond max_size_mb, 2.5"
+    assert verdicts_of(found)["four"] == "1 is beyond max_tbops, 0.9"
+    found = search(shop({}, minutes=0.5))
+    assert (
+        found.best.name == "eight"
+        and verdicts_of(found)["large"] == found.ended == "not begun: the 0.5 minutes were over"
+    )
+
+
+def test_rows_are_tried_from_cheap_to_dear_and_the_others_named(project: Project) -> None:
+    project.edit("methods.int4_gptq", {"kind": "weight_only", "weight_bits": 4, "group_size": 32, "rounding": "gptq"})
+    project.edit("methods.int4_brecq", {"kind": "weight_only", "weight_bits": 4, "rounding": "brecq"})
+    params = load_params()
+    found, left = candidates(params, P.Goal(max_drop=1.0))
+    groups = {candidate.name: candidate.group for candidate in found}
+    assert groups["int8_static"] == "quick" and groups["int4_brecq"] == "learned"
+    assert left["qat_int8"] == "trains, and goal.may_train is false" and "outlier" in left["clip_int8"]
+    assert "budget" in left["mixed_budget"] and not set(groups) & set(left)
+    between = [candidate for candidate in found if candidate.name.startswith("int4_gptq_w4")]
+    assert [candidate.row.fragile_share for candidate in between] == [0.15, 0.3, 0.6]
+    found, left = candidates(params, P.Goal(max_drop=1.0, may_train=True, minimize="latency"))
+    assert {c.group for c in found if c.name.startswith("qat_")} == {"trained"} and not any(
+        "_w4_" in c.name for c in found
+    )
+
+
+@pytest.mark.parametrize("minimize", ["size", "bit_operations"])
+def test_a_bound_is_below_what_a_variant_has(minimize: Any) -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(1024, 5)
+    ).eval()
+    images = torch.randn(8, 3, 8, 8)
+    calibration, goal = Calibration(network, [images]), P.Goal(max_drop=1.0, minimize=minimize)
+    _, macs = count_macs(network, tuple(images.shape[1:]))  # type: ignore[arg-type]
+    for row in (P.WeightOnly(kind="weight_only", weight_bits=4, group_size=32), P.Static(kind="static", weight_bits=8)):
+        variant = quantize(network, calibration, row)
+        layers = quantized_layers(variant.network).values()
+        size = sum(layer.packed.nbytes + layer.weight_scale.nbytes for layer in layers) / 1e6
+        has = size if minimize == "size" else tera_bit_operations(macs, layer_bits(variant))
+        assert 0.7 * has < least_objective(row, goal, calibration.replaceable, macs) <= has
+
+
+def test_images_that_judge_neither_trained_nor_calibrate(project: Project) -> None:
+    study = load_params().study("tiny")
+    labels = torch.arange(800) % 10
+    split = Split(labels, tuple("abcdefghij"), study.data.preprocessing, images=torch.arange(800)[:, None, None, None])
+    judging, calibrating = drawn(study, P.Goal(max_drop=1.0, may_train=True), "tiny", split)
+    ids, others = (set(part.images.flatten().tolist()) for part in (judging, calibrating))
+    trained, held_out = validation_indices(labels, 0.1, study.seed)
+    assert ids == set(held_out.tolist()) and others < set(trained.tolist()) and len(others) == 32
+    assert judging.images.flatten().tolist() != sorted(ids)
+    with pytest.raises(UserError, match=rf"validation_fraction: 0.1 leaves 30 images, of {FEWEST}"):
+        drawn(study, P.Goal(max_drop=1.0), "tiny", split.subset(torch.arange(300)))
