@@ -8,6 +8,7 @@ this. `python -m dvc` is DVC itself.
 import contextlib
 import fcntl
 import gc
+import logging
 import os
 import signal
 import sys
@@ -16,11 +17,14 @@ from typing import NoReturn
 
 import psutil
 from dvc.cli import main
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
 
 from quantstudy.errors import run_stage
 from quantstudy.params import PARAMS_FILE, load_params
 from tools.code import CODE_FILE, refresh
 from tools.processes import end
+from tools.progress import Progress, known_seconds, save_seconds
 from tools.repair import keep_lock_file, repair
 
 
@@ -48,13 +52,30 @@ def run() -> None:
         _prepare(root)
         if sys.argv[1:2] == ["repro"] and (root / PARAMS_FILE).is_file():
             load_params(root / PARAMS_FILE)
+    progress = count_stages(root) if root and sys.argv[1:] == ["repro"] else None
     gc.freeze()
     gc.set_threshold(100_000)  # DVC reads its lock file anew after each stage: a million objects, no cycles among them
     status = main(sys.argv[1:])
+    if root and progress:
+        with contextlib.suppress(OSError):
+            save_seconds(root, progress)
     if root and (root / ".dvc").is_dir():
         with contextlib.suppress(OSError):  # a full disk: the next run keeps it
             keep_lock_file(root)
     sys.exit(128 + told[0] if told else status)
+
+
+def count_stages(root: Path) -> Progress | None:
+    """Have DVC's messages say how far a run of all stages is; None where DVC cannot read the project."""
+    try:
+        with Repo(root) as repo:
+            names = [stage.addressing for stage in repo.index.graph.nodes]
+    except DvcException:
+        return None
+    progress = Progress(names, known_seconds(root))
+    for name in ("dvc.stage", "dvc.stage.run"):
+        logging.getLogger(name).addFilter(progress)
+    return progress
 
 
 def _prepare(root: Path) -> None:

@@ -28,7 +28,7 @@ def plot_sensitivity(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) 
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     widths = sorted({row["bits"] for row in rows})
     with plot_style():
-        figure = Figure(figsize=(11, 1.6 + 0.2 * len(layers)), layout="constrained")
+        figure = Figure(figsize=(11, 1.6 + 0.24 * len(layers)), layout="constrained")
         panels = figure.subplots(1, len(PANELS), sharey=True)
         for axes, (column, label, colors, decimals) in zip(panels, PANELS, strict=True):
             at = {(row["layer"], row["bits"]): row[column] for row in rows}
@@ -37,17 +37,22 @@ def plot_sensitivity(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) 
             axes.set_title(label, fontsize=9)
             axes.set_xticks(range(len(widths)), [str(bits) for bits in widths])
             axes.set_xlabel("bits of the one layer")
-        panels[0].set_yticks(range(len(layers)), layers, fontsize=7)
+        panels[0].set_yticks(range(len(layers)), layers, fontsize=8)
         text = f"{title}: one layer quantized, {rows[0]['images']} calibration images"
         figure.suptitle(text, fontsize=11, color=INK)
         save(figure, path)
 
 
 def _draw(axes: Axes, values: np.ndarray, colors: str, decimals: int, brightest: float) -> None:
-    image = axes.imshow(np.minimum(values, brightest), cmap=colors, aspect="auto", interpolation="nearest")
+    shown_values = np.minimum(values, brightest)
+    if brightest == np.inf:  # a few layers at few bits lose most: the root tells the others apart
+        shown_values = np.sqrt(np.maximum(values, 0.0))
+    image = axes.imshow(shown_values, cmap=colors, aspect="auto", interpolation="nearest")
     axes.grid(False)
     for (row, column), value in np.ndenumerate(values):
-        red, green, blue, _ = image.cmap(image.norm(value))
+        if abs(value) < 0.5 * 10.0**-decimals:
+            continue  # nothing, to these decimals
+        red, green, blue, _ = image.cmap(image.norm(shown_values[row, column]))
         ink = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
         shown = f"{round(value, decimals) + 0.0:.{decimals}f}"  # no negative zero
-        axes.text(column, row, shown, ha="center", va="center", color=ink, fontsize=6)
+        axes.text(column, row, shown, ha="center", va="center", color=ink, fontsize=7.5)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -14,21 +15,25 @@ from quantstudy.errors import UserError
 from quantstudy.report.style import BLACK, BLUE, GREEN, INK, ORANGE, OUTLINED, PURPLE, SKY, VERMILLION, plot_style, save
 
 SERIES = {"PTQ": ("o", VERMILLION, "post-training (PTQ)"), "QAT": ("s", BLUE, "with training (QAT)")}
+ASIDE = {"PTQ": 2**-0.07, "QAT": 2**0.07}
+"""By what a series is drawn beside its bits, so that neither hides the other."""
 RUN_STYLES = (("o", BLUE), ("s", VERMILLION), ("^", GREEN), ("D", ORANGE), ("v", PURPLE), ("P", SKY))
 
 Curve = list[dict[str, float]]
 
 
 def plot_scaling_law(path: Path, title: str, points: Sequence[Mapping[str, Any]]) -> None:
-    """Draw `points`, rows of `tables.scaling_law`, as a PNG: top-1 over bits, with bands of the 95 % intervals."""
+    """Draw `points`, rows of `tables.scaling_law`, as a PNG: top-1 over bits, with bars of the 95 % intervals."""
     with plot_style():
         figure = Figure(figsize=(8, 5.2), layout="constrained")
         axes = figure.add_subplot()
         for training, (marker, color, label) in SERIES.items():
             rows = [row for row in points if row["training"] == training]
             bits, top1, low, high = ([row[key] for row in rows] for key in ("bits", "top1", "top1_low", "top1_high"))
-            axes.fill_between(bits, low, high, color=color, alpha=0.15, linewidth=0)
-            axes.plot(bits, top1, marker=marker, color=color, label=label, markersize=7)
+            x = [width * ASIDE[training] for width in bits]
+            ends = [np.subtract(top1, low), np.subtract(high, top1)]
+            style: Any = {"marker": marker, "color": color, "markersize": 7, "elinewidth": 1.2, "capsize": 3}
+            axes.errorbar(x, top1, yerr=ends, label=label, **style)
         if points:
             axes.set_xscale("log", base=2)
         else:
@@ -40,19 +45,21 @@ def plot_scaling_law(path: Path, title: str, points: Sequence[Mapping[str, Any]]
         axes.margins(x=0.08, y=0.12)
         _name_points(axes, points)
         axes.set(title=f"{title}: scaling law", xlabel="bits of a weight", ylabel="top-1 accuracy, %")
-        axes.legend(loc="lower left", title="bands: 95 % intervals", alignment="left", title_fontsize=9)
+        axes.legend(loc="lower left", title="bars: 95 % intervals", alignment="left", title_fontsize=9)
         save(figure, path)
 
 
 def _name_points(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
-    """Write each value beside its point, the better one of each number of bits above, the other below."""
+    """Write each value beside its point; where both series have one variant, once."""
     for bits in {row["bits"]: None for row in points}:
         rows = sorted((row for row in points if row["bits"] == bits), key=lambda row: -row["top1"])
         shown = rows[:1] if len({row["variant"] for row in rows}) == 1 else rows
-        for place, row in enumerate(shown):
+        for row in shown:
             color = INK if len(shown) == 1 else SERIES[row["training"]][1]
-            point, offset, align = (bits, row["top1"]), (0, -9 if place else 9), "top" if place else "bottom"
-            text: Any = {"textcoords": "offset points", "ha": "center", "va": align, "color": color, "fontsize": 9}
+            trained = row["training"] == "QAT"  # drawn on the left: the axis runs from many bits to few
+            point, offset = (bits * ASIDE[row["training"]], row["top1"]), (-6, -7) if trained else (6, 7)
+            place: Any = {"ha": "right", "va": "top"} if trained else {"ha": "left", "va": "bottom"}
+            text: Any = {"textcoords": "offset points", "color": color, "fontsize": 9} | place
             axes.annotate(f"{row['top1']:.2f}", point, offset, path_effects=OUTLINED, **text)
 
 

@@ -39,7 +39,7 @@ def plot_accuracy_vs_size(path: Path, title: str, results: Sequence[Result]) -> 
 def plot_accuracy_vs_latency(path: Path, title: str, results: Sequence[Result]) -> None:
     """Draw every variant's top-1 over its latency (ms a batch, logarithmic), batch 16 and batch 1 side by side.
 
-    What a simulated kernel or a busy machine took is hollow and no part of the Pareto front.
+    What a simulated kernel or a busy machine took is hollow, has no name, and is no part of the Pareto front.
     """
     with plot_style():
         figure = Figure(figsize=(15, 7.4))
@@ -72,7 +72,7 @@ def _panel(axes: Axes, results: Sequence[Result], key: str) -> None:
     axes.axhspan(results[0].interval["top1_low"], results[0].interval["top1_high"], color="#F2F2F2", zorder=0)
     axes.plot(*front, color=GREY, linewidth=1, linestyle="--", zorder=1)
     _points(axes, drawn, costs, key)
-    _names(axes, drawn, costs, front)
+    _names(axes, [result for result in drawn if result.comparable(key)], drawn, costs, front)
     below = [f"{result.variant} {result.value('top1'):.1f} %" for result in timed if result not in drawn]
     untimed = [result.variant for result in results if result.variant not in costs]
     lines = [("below this axis: ", below), ("not timed here: ", untimed)]
@@ -91,12 +91,24 @@ def _points(axes: Axes, results: Sequence[Result], costs: Mapping[str, float], k
             axes.scatter(*point, s=150, marker="o", c="none", edgecolors=INK, linewidths=0.9, zorder=3)
 
 
-def _names(axes: Axes, results: Sequence[Result], costs: Mapping[str, float], front: tuple[Any, Any]) -> None:
-    """Write the name of each result beside its point, from the top down, off the other points and the `front`."""
+def _names(
+    axes: Axes,
+    results: Sequence[Result],
+    drawn: Sequence[Result],
+    costs: Mapping[str, float],
+    front: tuple[Any, Any],
+) -> None:
+    """Write the name of each result beside its point, from the top down, off all that are drawn and the `front`."""
     ordered = sorted(results, key=lambda result: -result.value("top1"))
     x, y = [costs[result.variant] for result in ordered], [result.value("top1") for result in ordered]
     names = [result.variant for result in ordered]
-    avoided: Any = {"x_scatter": x, "y_scatter": y, "scatter_sizes": [4] * len(x), "avoid_label_lines_overlap": True}
+    others = [costs[result.variant] for result in drawn], [result.value("top1") for result in drawn]
+    avoided: Any = {
+        "x_scatter": others[0],
+        "y_scatter": others[1],
+        "scatter_sizes": [4] * len(drawn),
+        "avoid_label_lines_overlap": True,
+    }
     avoided |= {"x_lines": front[:1], "y_lines": front[1:]} if len(front[0]) else {}
     line: Any = {"linecolor": GREY, "linewidth": 0.6}
     textalloc.allocate(axes, x, y, names, textsize=8, textcolor=INK, path_effects=OUTLINED, **avoided, **line)
@@ -111,7 +123,7 @@ def _legend(figure: Figure, results: Sequence[Result], hollow: bool) -> None:
     if any(result.group == "qat" for result in results):
         handles.append(_handle("o", "none", INK, "ringed: with training (QAT)", 11))
     if hollow and any(result.simulated or result.busy for result in results):
-        handles.append(_handle("s", "white", GREY, "hollow: the time of a simulated kernel or a busy machine", 7))
+        handles.append(_handle("s", "white", GREY, "hollow, not named: a simulated kernel or a busy machine", 7))
     handles.append(Line2D([], [], color=GREY, linewidth=1, linestyle="--", label="Pareto front"))
     handles.append(Patch(color="#E4E4E4", label="fp32's 95 % interval"))
     figure.legend(handles=handles, loc="lower center", ncols=6, columnspacing=1.4, handletextpad=0.5)

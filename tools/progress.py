@@ -1,0 +1,78 @@
+"""How far a run of DVC is: 'stage 12 of 118, about 6 minutes left', from what each stage took when it last ran.
+
+DVC says of each stage that it runs it, or that it did not change. These messages are counted. Whether a later stage
+will run is not known before, so the time left is of all that are left, and at most that.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from quantstudy.files import write_text
+
+SECONDS = Path(".cache") / "seconds.json"
+"""What each stage took when it last ran, by its name."""
+_RUNS, _SKIPPED = "Running stage '%s':", "Stage '%s' didn't change, skipping"
+
+
+class Progress(logging.Filter):
+    """Counts the stages that DVC logs and puts how far it is before each.
+
+    Args:
+        stages: the names of all that DVC may run.
+        seconds: what each took when it last ran, where that is known.
+    """
+
+    def __init__(self, stages: Sequence[str], seconds: dict[str, float]) -> None:
+        super().__init__()
+        self.left, self.total, self.seconds = dict.fromkeys(stages), len(stages), seconds
+        self._running: tuple[str, float] | None = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change a message of a stage; let every message through."""
+        if record.msg in (_RUNS, _SKIPPED) and isinstance(record.args, tuple) and len(record.args) == 1:
+            name = str(record.args[0])
+            self.end()
+            self.left.pop(name, None)
+            number = self.total - len(self.left)
+            if record.msg == _RUNS:
+                self._running = (name, time.monotonic())
+                record.msg = f"[{number} of {self.total}, {self.remaining(name)}] {_RUNS}"
+        return True
+
+    def remaining(self, running: str) -> str:
+        """Return the time left in words, that of the running stage included."""
+        kinds: dict[str, list[float]] = {}
+        for name, taken in self.seconds.items():
+            kinds.setdefault(name.partition("@")[0], []).append(taken)
+        found = 0.0
+        for name in (running, *self.left):
+            alike = kinds.get(name.partition("@")[0], [])
+            if name not in self.seconds and not alike:
+                return "time left not known yet"
+            found += self.seconds.get(name, sum(alike) / max(len(alike), 1))
+        minutes = round(found / 60)
+        return f"about {minutes} minute{'s' * (minutes != 1)} left" if minutes else "less than a minute left"
+
+    def end(self) -> None:
+        """Note what the stage took that ran until now."""
+        if self._running:
+            name, started = self._running
+            self.seconds[name], self._running = time.monotonic() - started, None
+
+
+def known_seconds(root: Path) -> dict[str, float]:
+    """Return what each stage of a project took when it last ran; nothing where no file says it."""
+    try:
+        found = json.loads((root / SECONDS).read_text(encoding="utf-8"))
+        return {str(name): float(taken) for name, taken in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def save_seconds(root: Path, progress: Progress) -> None:
+    """Keep what the stages took for the next run."""
+    progress.end()
+    write_text(root / SECONDS, json.dumps(progress.seconds, indent=1) + "\n")
