@@ -160,18 +160,21 @@ def _measure(shop: Workshop, candidate: Candidate, trial: Trial) -> None:
     note, path = shop.folder / f"{trial.name}.json", shop.variant(trial)
     if note.is_file() and (path.is_file() or read_json(note)["verdict"]):
         trial.__dict__.update(read_json(note))
-        return
-    started = time.perf_counter()
-    try:
-        variant = shop.train(candidate) if candidate.group == "trained" else _quantized(shop, candidate)
-    except UserError as error:
-        trial.verdict = f"cannot be made: {error}"
-    else:
-        save_variant(path, variant, shop.facts, trial.name)
-        _weigh(shop, load_variant(path), trial)
-        trial.size_mb = path.stat().st_size / 1e6
-    trial.seconds = time.perf_counter() - started
-    write_json(note, asdict(trial))
+    started, before = time.perf_counter(), asdict(trial)
+    if trial.size_mb is None and not trial.verdict:
+        try:
+            variant = shop.train(candidate) if candidate.group == "trained" else _quantized(shop, candidate)
+        except UserError as error:
+            trial.verdict = f"cannot be made: {error}"
+        else:
+            save_variant(path, variant, shop.facts, trial.name)
+            _weigh(shop, load_variant(path), trial)
+            trial.size_mb = path.stat().st_size / 1e6
+    if (shop.goal.minimize == "latency" or shop.goal.max_latency_ms) and trial.latency_ms is None and not trial.verdict:
+        _time(shop, load_variant(path), trial)
+    if asdict(trial) != before:
+        trial.seconds += time.perf_counter() - started
+        write_json(note, asdict(trial))
 
 
 def _weigh(shop: Workshop, variant: Variant, trial: Trial) -> None:
@@ -181,14 +184,16 @@ def _weigh(shop: Workshop, variant: Variant, trial: Trial) -> None:
         trial.verdict = "its logits are not finite"
         return
     trial.divergence = divergence(shop.logits, logits)
-    if shop.goal.minimize == "latency" or shop.goal.max_latency_ms:
-        try:
-            shipped = shop.judge.shipped(variant)
-        except Exception as error:  # whatever a runtime raises at an operator it lacks
-            trial.verdict = f"cannot be exported: {one_line(error)}"
-            return
-        own, fp32 = shop.judge.timed(shipped, TIMING_SECONDS)
-        trial.latency_ms, trial.fp32_latency_ms, trial.busy = own.median_ms, fp32.median_ms, own.busy or fp32.busy
+
+
+def _time(shop: Workshop, variant: Variant, trial: Trial) -> None:
+    try:
+        shipped = shop.judge.shipped(variant)
+    except Exception as error:  # whatever a runtime raises at an operator it lacks
+        trial.verdict = f"cannot be exported: {one_line(error)}"
+        return
+    own, fp32 = shop.judge.timed(shipped, TIMING_SECONDS)
+    trial.latency_ms, trial.fp32_latency_ms, trial.busy = own.median_ms, fp32.median_ms, own.busy or fp32.busy
 
 
 def _quantized(shop: Workshop, candidate: Candidate) -> Variant:
@@ -231,7 +236,9 @@ def _walk(shop: Workshop, chain: list[Trial], error: float, found: Found) -> Non
         except UserError as problem:
             trial.verdict = f"cannot be exported: {problem}"
             continue
+        started = time.perf_counter()
         test = shop.judge.judge(shipped, error)
+        found.seconds += time.perf_counter() - started
         trial.verdict, trial.drop, trial.images = test.verdict or "undecided", test.drop, test.seen
         print(f"  {trial.name}: {trial.verdict} after {test.seen} images, drop {test.drop:+.2f}", flush=True)
         if trial.verdict != "accepted":

@@ -42,7 +42,9 @@ def opened(params: P.Params, name: str, study: P.Study, goal: P.Goal, device: to
         batches = images_of(calibrating, preprocessing, study.calibration.batch_size)
         return Calibration(network, batches, bins=study.calibration.bins)
 
-    folder = layout.searching(name) / _digest(params, study, fp32, *map(functools.partial(layout.split, name), splits))
+    folder = layout.searching(name) / _digest(
+        params, study, goal, fp32, *map(functools.partial(layout.split, name), splits)
+    )
     folder.mkdir(parents=True, exist_ok=True)
     inputs = [layout.split(name, part) for part in splits]
 
@@ -59,10 +61,11 @@ def opened(params: P.Params, name: str, study: P.Study, goal: P.Goal, device: to
     return Workshop(params, name, goal, fp32, load_checkpoint(fp32), calibrated(model), few, judge, folder, trained)
 
 
-def _digest(params: P.Params, study: P.Study, *files: Path) -> str:
+def _digest(params: P.Params, study: P.Study, goal: P.Goal, *files: Path) -> str:
     """Return a name that is another for a search of other inputs, but for its limits."""
     rows = {name: row.said() for name, row in params.methods.items()}
     parts: list[Any] = [rows, params.target, study.qat, study.seed, study.calibration, *map(sha256, files)]
-    assert study.goal is not None
-    parts += [study.goal.minimize, study.goal.runtime, study.goal.batch_size, study.goal.max_latency_ms]
+    parts += [study.training.validation_fraction, goal.may_train, goal.runtime, goal.batch_size]
+    code = Path("code.yaml")  # which code made what a killed search left
+    parts.append(code.read_text(encoding="utf-8") if code.is_file() else "")
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
