@@ -88,7 +88,8 @@ def quantstudy(shop: Workshop, test: Split) -> Iterable[Row]:
 def nncf(shop: Workshop, test: Split) -> Iterable[Row]:
     """Yield what `nncf.quantize_with_accuracy_control` ends with; it has no other aim than int8 within the drop.
 
-    As "Quantizing with Accuracy Control" of OpenVINO's documentation has it (docs.openvino.ai, model optimization): the OpenVINO model in fp32, a calibration and a validation set, the accuracy as a function.
+    As "Quantizing with Accuracy Control" in OpenVINO's documentation has it: the OpenVINO model in fp32, a calibration
+    and a validation set, the accuracy as a function.
     """
     import nncf as tool
     import openvino
@@ -148,10 +149,10 @@ def _measured(shop: Workshop, shipped: Shipped, test: Split) -> Row:
 
 def table(rows: Sequence[Row], study: str, test: Split) -> str:
     """Return the rows as Markdown, and what they were measured on."""
-    columns = ("tool", "goal: drop", "smallest in", "found", "drop on test", "MB", "ms, batch 1", "× faster", "s")
+    columns = ("tool", "goal: drop", "smallest in", "found", "drop on test", "MB", "ms, batch 1", "speed-up", "s")
     cells = []
     for row in sorted(rows, key=lambda row: (row["max_drop"], row["minimize"], row["tool"])):
-        found = [row["variant"] or "nothing", "–", "–", "–", "–"]
+        found = [row["variant"] or "nothing", "", "", "", ""]
         if row["variant"]:
             speed = "busy" if row["speedup"] is None else f"{row['speedup']:.2f}"
             drop = f"{row['top1_drop']:+.2f} ± {row['top1_drop_ci95']:.2f}"
