@@ -4,9 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
 STUDY ?= mobilenetv2_digits
-DROP ?= 1
-MINIMIZE ?= size
-TRAIN ?= false
 READY := $(VENV)/.ready
 TOOLS := $(VENV)/.tools
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e
@@ -46,8 +43,8 @@ repro: setup  ## Run what changed of the studies in params.yaml, then print the 
 	@$(MAKE) --no-print-directory results
 
 ship: setup  ## Find and pack the smallest or fastest variant: make ship STUDY=... [DROP=0.5 MINIMIZE=latency TRAIN=true]
-	dvc exp run -S 'run=[$(STUDY)]' -S 'ship=[$(STUDY)]' -S studies.$(STUDY).goal.max_drop=$(DROP) \
-	  -S ++studies.$(STUDY).goal.minimize=$(MINIMIZE) -S ++studies.$(STUDY).goal.may_train=$(TRAIN) search@$(STUDY)
+	python -m tools.ship --study $(STUDY) $(if $(DROP),--max-drop $(DROP)) $(if $(MINIMIZE),--minimize $(MINIMIZE)) \
+	  $(if $(TRAIN),--may-train $(TRAIN))
 
 results: setup  ## Print the result tables and where the plots are
 	@python -m quantstudy results

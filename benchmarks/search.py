@@ -7,7 +7,7 @@ NNCF judges on the validation images that the search has, and calibrates on the 
 run on the whole test split, on OpenVINO as both are timed there, in turns with fp32. Candidates that a search has made
 are kept for the next drop; their seconds count each time.
 
-Writes reports/<study>/search_benchmark.json and .md; rows of a tool and a goal that are there already are replaced.
+Writes reports/peers/<study>_search.json and .md; rows of a tool and a goal that are there already are replaced.
 """
 
 import argparse
@@ -41,7 +41,7 @@ TIMING_SECONDS = 6.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Add the rows of each tool and goal to reports/<study>/search_benchmark.{json,md}."""
+    """Add the rows of each tool and goal to reports/peers/<study>_search.{json,md}."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", required=True, help="a row of studies whose fp32 model, data and graph are there")
     parser.add_argument("--drops", type=float, nargs="+", default=[0.5, 1.0, 2.0], help="percentage points")
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     params = P.load_params()
     study = params.study(arguments.study)
     device = set_up(study.seed, params.measure.threads)
-    file = layout.report(arguments.study) / "search_benchmark.json"
+    file = layout.peers(f"{arguments.study}_search", "json")
     rows: list[Row] = read_json(file) if file.is_file() else []
     test = load_split(layout.split(arguments.study, "test"))
     shop = None
@@ -97,6 +97,7 @@ def nncf(shop: Workshop, test: Split) -> Iterable[Row]:
     judge, shape = shop.judge, shop.judge.preprocessing.shape
     if shop.goal.minimize != "size":
         return
+    started = time.perf_counter()
     source = openvino.convert_model(shop.calibration.model, example_input=torch.zeros(1, *shape), input=[-1, *shape])
     images = [image[None].numpy() for batch in shop.calibration.images for image in batch.contiguous()]
     checked = _batches(judge.images, shop)
@@ -105,7 +106,6 @@ def nncf(shop: Workshop, test: Split) -> Iterable[Row]:
         right = [float(np.argmax(model([x])[0]) == y) for x, y in data]
         return float(np.mean(right)), right
 
-    started = time.perf_counter()
     model = tool.quantize_with_accuracy_control(
         source,
         calibration_dataset=tool.Dataset(images),

@@ -24,8 +24,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = set_up(study.seed, params.measure.threads)
 
     shop = opened(params, name, study, study.goal, device)
+    test = load_split(layout.split(name, "test"))
     found = search(shop)
-    facts = ship(shop, found, load_split(layout.split(name, "test")), layout.ship(name))
+    facts = ship(shop, found, test, layout.ship(name))
     figures = metrics(facts)
     write_json(layout.ship_metrics(name), figures)
     said = {key: facts[key] for key in ("sentence", "variant", "goal", "ended")}

@@ -52,6 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
 _BUDGET = ("mixed_budget",)
 TINY_PARAMS: dict[str, Any] = {
     "run": ["tiny"],
+    "ship": [],
     "ptq": [name for name in METHODS if not name.startswith("qat_") and name not in _BUDGET],
     "qat": ["qat_int8", "qat_int4", "qat_fp16", "qat_bf16"],
     "budget": {"studies": [], "methods": []},

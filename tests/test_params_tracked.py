@@ -85,7 +85,7 @@ def cells() -> Iterator[tuple[str, list[str], set[str]]]:
     """Yield each cell of the tiny study in an order that runs: its script, its flags, the keys it tracks."""
     order = ["download", "finetune", "calibrate", "trace", "sensitivity", "outliers", "ptq", "budget", "qat"]
     order += [name for start in ("evaluate_", "export_") for name in STAGES if name.startswith(start)]
-    order += ["plots", "page", "report"]
+    order += ["search", "plots", "page", "report"]
     assert sorted(order) == sorted(STAGES)
     for name in order:
         stage = STAGES[name]
@@ -114,6 +114,7 @@ def stages() -> dict[str, Any]:
 def test_every_stage_reads_only_what_it_tracks(stages: dict[str, Any], project: Project, reads: set[str]) -> None:
     for key, value in LISTS.items():
         project.edit(key, value)
+    project.edit("studies.tiny.goal", {"max_drop": 90.0, "confidence": 0.5, "may_train": True})
     leaks, read = {}, set()
     for script, flags, tracked in cells():
         reads.clear()

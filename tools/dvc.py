@@ -57,6 +57,8 @@ def run() -> None:
     gc.set_threshold(100_000)  # DVC reads its lock file anew after each stage: a million objects, no cycles among them
     status = main(sys.argv[1:])
     if root and progress:
+        if not status:  # the last stage has ended, and not failed
+            progress.end()
         with contextlib.suppress(OSError):
             save_seconds(root, progress)
     if root and (root / ".dvc").is_dir():
@@ -73,7 +75,7 @@ def count_stages(root: Path) -> Progress | None:
     except DvcException:
         return None
     progress = Progress(names, known_seconds(root))
-    for name in ("dvc.stage", "dvc.stage.run"):
+    for name in ("dvc.stage", "dvc.stage.run", "dvc.stage.cache"):
         logging.getLogger(name).addFilter(progress)
     return progress
 

@@ -14,7 +14,8 @@ from quantstudy.files import write_text
 
 SECONDS = Path(".cache") / "seconds.json"
 """What each stage took when it last ran, by its name."""
-_RUNS, _SKIPPED = "Running stage '%s':", "Stage '%s' didn't change, skipping"
+_RUNS = "Running stage '%s':"
+_DONE = ("Stage '%s' didn't change, skipping", "Stage '%s' is cached - skipping run, checking out outputs")
 
 
 class Progress(logging.Filter):
@@ -32,7 +33,7 @@ class Progress(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Change a message of a stage; let every message through."""
-        if record.msg in (_RUNS, _SKIPPED) and isinstance(record.args, tuple) and len(record.args) == 1:
+        if record.msg in (_RUNS, *_DONE) and isinstance(record.args, tuple) and len(record.args) == 1:
             name = str(record.args[0])
             self.end()
             self.left.pop(name, None)
@@ -74,5 +75,4 @@ def known_seconds(root: Path) -> dict[str, float]:
 
 def save_seconds(root: Path, progress: Progress) -> None:
     """Keep what the stages took for the next run."""
-    progress.end()
     write_text(root / SECONDS, json.dumps(progress.seconds, indent=1) + "\n")

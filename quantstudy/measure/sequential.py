@@ -70,6 +70,12 @@ def boundaries(error: float, looks: int = LOOKS) -> tuple[float, ...]:
     return tuple(found)
 
 
+def images_needed(max_drop: float, error: float) -> int:
+    """Return on how many images a variant can be accepted at all: one that is right where fp32 is."""
+    limit, boundary = max_drop / 100, boundaries(SPENT * error)[-1]
+    return math.ceil(boundary**2 * (1 - limit) / limit)
+
+
 class PairedTest:
     """The test of one variant.
 

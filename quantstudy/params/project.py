@@ -101,7 +101,7 @@ class Params(Section):
     """The whole of `params.yaml`."""
 
     run: list[Name]
-    ship: list[Name] = Field(default_factory=list)
+    ship: list[Name]
     """Studies of `run` that have a goal, for which a variant to ship is searched."""
     ptq: list[Name]
     budget: Budget

@@ -58,7 +58,7 @@ def page_data(params: Params, study: str, results: Sequence[Result], test: Split
         "timing_spread": timing_spread(results),
         "axis_floor": split_level([result.value("top1") for result in results]),
         "variants": variant_rows(results, predictions, labels, exported(params)),
-        "ship": shipped(study),
+        "ship": shipped(study) if study in params.ship else None,
         "scaling_law": scaling_law(params, results),
         "layers": {result.variant: layer_columns(result) for result in results},
         "inputs": layer_inputs(params, study, results),

@@ -10,16 +10,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
-
 from quantstudy import params as P
 from quantstudy.methods.fragile import LOW_BITS
+from quantstudy.network.graph import out_channels_first
 from quantstudy.quantization.schemes import WeightScheme
 
 Group = Literal["quick", "learned", "trained"]
 SHARES = (0.15, 0.3, 0.6)
 """By how much the weights of a row between two others may be larger than in uniform bits."""
 FLOAT_BITS = 32
+SPENT_ON: dict[Group, float] = {"quick": 2.0, "learned": 1.0, "trained": 2.0}
+"""How the allowed error is shared out among the groups that may be tried."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,18 @@ def candidates(params: P.Params, goal: P.Goal) -> tuple[list[Candidate], dict[st
     if goal.minimize != "latency":  # no runtime is quicker with other bits of the weights
         found += [between for candidate in list(found) for between in _between(candidate)]
     return found, left
+
+
+def error_of(group: Group, goal: P.Goal, members: int = 1) -> float:
+    """Return how often one test of a group may be wrong.
+
+    The quick candidates are tested in an order that no validation image chose, until one is not accepted: each test may
+    take all of the group's share. Which of the other groups' `members` are tested depends on what was accepted before,
+    so each takes a part.
+    """
+    tried = [other for other in SPENT_ON if other != "trained" or goal.may_train]
+    share = SPENT_ON[group] / sum(SPENT_ON[other] for other in tried)
+    return (1 - goal.confidence) * share / (1 if group == "quick" else members)
 
 
 def group_of(row: Any) -> Group:
@@ -75,15 +88,12 @@ def _between(candidate: Candidate) -> Iterator[Candidate]:
 
 def least_objective(row: Any, goal: P.Goal, layers: Mapping[str, Any], macs: Mapping[str, int]) -> float:
     """Return what a variant of `row` has at least of what is minimized: MB, or 10^12 bit-operations; 0 if unknown."""
-    if not isinstance(row, P.Scheme) or goal.minimize == "latency":
+    if not isinstance(row, P.Scheme) or row.is_mixed or goal.minimize == "latency":
         return 0.0
     bits = row.weight_bits if row.weight_bits > LOW_BITS else max(2, row.weight_bits - (row.fragile_bits is not None))
     if goal.minimize == "size":
         scheme = WeightScheme(bits, row.group_size)
-        return sum(scheme.layout(_weight(layer).shape).nbytes for layer in layers.values()) / 1e6
+        shapes = (out_channels_first(layer, layer.weight).shape for layer in layers.values())
+        return sum(scheme.layout(shape).nbytes for shape in shapes) / 1e6
     activation = getattr(row, "activation_bits", FLOAT_BITS)
     return math.fsum(macs[name] * bits * activation for name in layers) / 1e12
-
-
-def _weight(layer: nn.Module) -> Any:
-    return layer.weight

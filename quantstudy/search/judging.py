@@ -22,41 +22,40 @@ from quantstudy.data.sampling import calibration_indices, validation_indices
 from quantstudy.errors import UserError
 from quantstudy.measure.agreement import check
 from quantstudy.measure.latency import Timing, time_calmly
-from quantstudy.measure.sequential import LOOKS, PairedTest
+from quantstudy.measure.sequential import PairedTest, images_needed
 from quantstudy.runtimes.onnx_model import to_onnx
 from quantstudy.runtimes.onnx_tuning import exported_model
 from quantstudy.runtimes.sessions import Session, open_session
+from quantstudy.search.candidates import error_of
 
-_BATCH = 16
+_LARGEST_BATCH = 64
 _CPU = torch.device("cpu")
-FEWEST = 2 * LOOKS
-"""Validation images without which nothing can be sure."""
 
 
 def drawn(study: P.Study, goal: P.Goal, name: str, split: Split) -> tuple[Split, Split]:
-    """Return the images of the training split that judge, in the order they are looked at, and those that calibrate.
+    """Return the images of the training split that judge, in the order they are looked at, and the others.
 
-    The former are in the validation part of the fp32 model's training, and of that of methods if they are tried; the
-    latter are in none, as many as the study's calibration has.
+    The former are the validation part of the fp32 model's training. Methods calibrate and train on the others.
 
     Raises:
-        UserError: the former are fewer than `FEWEST`, or the latter than they should be.
+        UserError: the former are too few to prove the goal of a variant that predicts as fp32 does.
     """
     key = f"studies.{name}"
     if len(split) < 2:
         raise UserError(f"{key}.data: has {len(split)} training images; a search judges on a part of them")
-    fractions = [study.training.validation_fraction] + [study.qat.validation_fraction] * goal.may_train
-    parts = [set(validation_indices(split.labels, fraction, study.seed)[1].tolist()) for fraction in fractions]
-    judging = torch.tensor(sorted(set.intersection(*parts)))
-    rest = torch.tensor(sorted(set(range(len(split))) - set.union(*parts)))
-    if len(judging) < FEWEST:
+    rest, judging = validation_indices(split.labels, study.training.validation_fraction, study.seed)
+    if (needed := images_needed(goal.max_drop, error_of("quick", goal))) > len(judging):
         raise UserError(
-            f"{key}.training.validation_fraction: {study.training.validation_fraction} leaves {len(judging)} images, "
-            f"of {FEWEST} that a search needs; raise it"
+            f"{key}.goal.max_drop: {goal.max_drop:g} points take {needed} validation images to prove, and "
+            f"{key}.training.validation_fraction: {study.training.validation_fraction} keeps {len(judging)}; raise one"
         )
     order = torch.randperm(len(judging), generator=torch.Generator().manual_seed(study.seed))
-    calibrating = rest[calibration_indices(len(rest), study.calibration, study.seed, name)]
-    return split.subset(judging[order]), split.subset(calibrating)
+    return split.subset(judging[order]), split.subset(rest)
+
+
+def calibrating(study: P.Study, name: str, rest: Split) -> Split:
+    """Return as many of the images that do not judge as the study's calibration has, drawn by seed."""
+    return rest.subset(calibration_indices(len(rest), study.calibration, study.seed, name))
 
 
 @dataclass
@@ -121,7 +120,8 @@ class Judge:
 
     def logits(self, shipped: Shipped, images: Split) -> NDArray[np.float32]:
         """Return the logits, float32 [images, classes]."""
-        return run_on_split(shipped.session.run, images, self.preprocessing, _BATCH, _CPU)
+        size = min(self.goal.batch_size, _LARGEST_BATCH)  # a range that is found at run time depends on it
+        return run_on_split(shipped.session.run, images, self.preprocessing, size, _CPU)
 
     def judge(self, shipped: Shipped, error: float) -> PairedTest:
         """Return the ended test of a variant against fp32, which accepts a drop at the limit with this probability."""

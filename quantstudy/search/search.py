@@ -2,11 +2,12 @@
 
 The candidates of a group (`candidates`) are made, and of each is measured, on calibration images alone, how far its
 predictions diverge from fp32's and what the goal minimizes. One that diverges more than another and is no smaller is
-not tried further. The others are tested on validation images, beginning with the one that diverges least, until one is
-not accepted (`measure.sequential`); what was accepted last is the smallest so far. As the order is fixed before a
-validation image is seen and the first failure ends it, all tests of a group together may be wrong as often as one
-(fixed sequence testing; Angelopoulos, Bates, Candès, Jordan and Lei, *Learn then Test*, Annals of Applied Statistics 19
-(2025), section 4). The allowed error is shared out among the groups (`SPENT_ON`).
+not tried further. The quick ones that are left are tested on validation images, beginning with the one that diverges
+least, until one is not accepted (`measure.sequential`); what was accepted last is the smallest so far. As that order is
+fixed before a validation image is seen and the first failure ends it, all of these tests together may be wrong as often
+as one (fixed sequence testing; Angelopoulos, Bates, Candès, Jordan and Lei, *Learn then Test*, Annals of Applied
+Statistics 19 (2025), section 4). The groups that take minutes come after; what of them is made and tested depends on
+what was accepted before, so their tests share out what their group may be wrong (Bonferroni).
 
 What was made is kept in a folder until the search ends, so that one that was killed goes on where it was.
 """
@@ -31,11 +32,9 @@ from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.recipes import quantize
 from quantstudy.methods.sensitivity import divergence
 from quantstudy.quantization.variant import Variant, load_variant, save_variant
-from quantstudy.search.candidates import Candidate, Group, candidates, least_objective
-from quantstudy.search.judging import Judge
+from quantstudy.search.candidates import SPENT_ON, Candidate, Group, candidates, error_of, least_objective
+from quantstudy.search.judging import Judge, Shipped
 
-SPENT_ON: dict[Group, float] = {"quick": 3.0, "learned": 1.0, "trained": 1.0}
-"""How the allowed error is shared out among the groups that are tried: the first decides most often."""
 ALIKE = {"size": 0.01, "bit_operations": 0.01, "latency": 0.05}
 """By which share two candidates have to differ in what is minimized, not to count as equal."""
 TIMING_SECONDS = 1.0
@@ -48,14 +47,17 @@ class Trial:
     name: str
     group: str
     size_mb: float | None = None
+    """Of the ONNX file that would be shipped."""
     tbops: float | None = None
     latency_ms: float | None = None
     fp32_latency_ms: float | None = None
+    """In turns with it."""
     busy: bool = False
     """Whether the timing cannot be trusted."""
     divergence: float | None = None
     """Of the predictions from fp32's on calibration images, nats."""
     seconds: float = 0.0
+    """That it took to make and measure, and then to test."""
     verdict: str = ""
     """Accepted, rejected or undecided; or why it was not tested."""
     drop: float | None = None
@@ -63,8 +65,11 @@ class Trial:
     images: int = 0
 
     def of(self, minimize: str) -> float:
-        """Return what is minimized."""
-        found = {"size": self.size_mb, "bit_operations": self.tbops, "latency": self.latency_ms}[minimize]
+        """Return what is minimized: MB, 10^12 bit-operations, or the share of fp32's latency."""
+        if minimize == "latency":
+            assert self.latency_ms is not None and self.fp32_latency_ms is not None
+            return self.latency_ms / self.fp32_latency_ms
+        found = self.size_mb if minimize == "size" else self.tbops
         assert found is not None
         return found
 
@@ -124,14 +129,15 @@ def search(shop: Workshop) -> Found:
     """Return the candidate that minimizes the goal among those that are sure to keep it, and all that were tried."""
     goal = shop.goal
     tried, left = candidates(shop.params, goal)
-    groups = [group for group in SPENT_ON if any(candidate.group == group for candidate in tried)]
-    whole = sum(SPENT_ON[group] for group in groups)
-    found = Found(None, [], left, "every candidate was tried", 0.0)
-    for group in groups:
+    found = Found(None, [], left, "no candidate was left", 0.0)
+    for group in SPENT_ON:
         members = [candidate for candidate in tried if candidate.group == group]
         trials = _made(shop, members, found)
-        error = (1 - goal.confidence) * SPENT_ON[group] / whole
-        _walk(shop, _front([trial for trial in trials if not trial.verdict], goal.minimize), error, found)
+        front = _front([trial for trial in trials if not trial.verdict], goal.minimize)
+        _test(shop, front, group, error_of(group, goal, max(len(members), 1)), found)
+    for name, reason in left.items():
+        print(f"{name}: not tried: {reason}", flush=True)
+    print(f"the search ended: {found.ended}", flush=True)
     return found
 
 
@@ -150,7 +156,7 @@ def _made(shop: Workshop, members: Iterable[Candidate], found: Found) -> list[Tr
             _measure(shop, candidate, trial)
             found.seconds += trial.seconds
             trial.verdict = trial.verdict or _beyond(goal, trial)
-            print(_line(trial), flush=True)
+        print(_line(trial), flush=True)
     found.trials += trials
     return trials
 
@@ -161,7 +167,8 @@ def _measure(shop: Workshop, candidate: Candidate, trial: Trial) -> None:
     if note.is_file() and (path.is_file() or read_json(note)["verdict"]):
         trial.__dict__.update(read_json(note))
     started, before = time.perf_counter(), asdict(trial)
-    if trial.size_mb is None and not trial.verdict:
+    torch.manual_seed(shop.params.study(shop.study).seed)  # whatever was made before it in this process
+    if trial.divergence is None and not trial.verdict:
         try:
             variant = shop.train(candidate) if candidate.group == "trained" else _quantized(shop, candidate)
         except UserError as error:
@@ -169,9 +176,10 @@ def _measure(shop: Workshop, candidate: Candidate, trial: Trial) -> None:
         else:
             save_variant(path, variant, shop.facts, trial.name)
             _weigh(shop, load_variant(path), trial)
-            trial.size_mb = path.stat().st_size / 1e6
-    if (shop.goal.minimize == "latency" or shop.goal.max_latency_ms) and trial.latency_ms is None and not trial.verdict:
-        _time(shop, load_variant(path), trial)
+    times = shop.goal.minimize == "latency" or shop.goal.max_latency_ms is not None
+    if times and not trial.verdict and (trial.latency_ms is None or trial.busy):
+        own, fp32 = shop.judge.timed(shop.judge.shipped(load_variant(path)), TIMING_SECONDS)
+        trial.latency_ms, trial.fp32_latency_ms, trial.busy = own.median_ms, fp32.median_ms, own.busy or fp32.busy
     if asdict(trial) != before:
         trial.seconds += time.perf_counter() - started
         write_json(note, asdict(trial))
@@ -184,16 +192,13 @@ def _weigh(shop: Workshop, variant: Variant, trial: Trial) -> None:
         trial.verdict = "its logits are not finite"
         return
     trial.divergence = divergence(shop.logits, logits)
-
-
-def _time(shop: Workshop, variant: Variant, trial: Trial) -> None:
     try:
         shipped = shop.judge.shipped(variant)
+        shop.judge.check(variant, shipped, shop.calibration_images)
     except Exception as error:  # whatever a runtime raises at an operator it lacks
-        trial.verdict = f"cannot be exported: {one_line(error)}"
-        return
-    own, fp32 = shop.judge.timed(shipped, TIMING_SECONDS)
-    trial.latency_ms, trial.fp32_latency_ms, trial.busy = own.median_ms, fp32.median_ms, own.busy or fp32.busy
+        trial.verdict = f"cannot be exported: {error if isinstance(error, UserError) else one_line(error)}"
+    else:
+        trial.size_mb = shipped.exported.ByteSize() / 1e6
 
 
 def _quantized(shop: Workshop, candidate: Candidate) -> Variant:
@@ -202,13 +207,15 @@ def _quantized(shop: Workshop, candidate: Candidate) -> Variant:
 
 
 def _beyond(goal: P.Goal, trial: Trial) -> str:
-    """Return which limit beside the drop a candidate is beyond, if any."""
+    """Return which limit beside the drop a candidate is beyond, or that it is no faster than fp32."""
     limits = {"max_size_mb": trial.size_mb, "max_latency_ms": trial.latency_ms, "max_tbops": trial.tbops}
     for key, value in limits.items():
         limit = getattr(goal, key)
         if limit is not None and value is not None and value > limit:
             return f"{value:.3g} is beyond {key}, {limit:g}"
-    return ""
+    if goal.minimize == "latency" and trial.of("latency") >= 1 - ALIKE["latency"]:
+        return "no faster than fp32"
+    return "the machine was busy while it was timed" if goal.minimize == "latency" and trial.busy else ""
 
 
 def _front(trials: Iterable[Trial], minimize: str) -> list[Trial]:
@@ -222,30 +229,29 @@ def _front(trials: Iterable[Trial], minimize: str) -> list[Trial]:
     return kept
 
 
-def _walk(shop: Workshop, chain: list[Trial], error: float, found: Found) -> None:
-    """Test one trial of `chain` after the other; the first that is not accepted ends it."""
+def _test(shop: Workshop, front: list[Trial], group: Group, error: float, found: Found) -> None:
+    """Test one trial of `front` after the other; the first that is not accepted ends it."""
     goal = shop.goal
-    for number, trial in enumerate(chain):
+    for number, trial in enumerate(front):
         if found.best and trial.of(goal.minimize) >= (1 - ALIKE[goal.minimize]) * found.best.of(goal.minimize):
             trial.verdict = f"no smaller than {found.best.name}"
             continue
-        variant = load_variant(shop.variant(trial))
-        try:
-            shipped = shop.judge.shipped(variant)
-            agreement = shop.judge.check(variant, shipped, shop.calibration_images)
-        except UserError as problem:
-            trial.verdict = f"cannot be exported: {problem}"
-            continue
         started = time.perf_counter()
+        variant = load_variant(shop.variant(trial))
+        shipped: Shipped = shop.judge.shipped(variant)
         test = shop.judge.judge(shipped, error)
-        found.seconds += time.perf_counter() - started
         trial.verdict, trial.drop, trial.images = test.verdict or "undecided", test.drop, test.seen
+        taken = time.perf_counter() - started
+        trial.seconds, found.seconds = trial.seconds + taken, found.seconds + taken
         print(f"  {trial.name}: {trial.verdict} after {test.seen} images, drop {test.drop:+.2f}", flush=True)
         if trial.verdict != "accepted":
-            for rest in chain[number + 1 :]:
+            for rest in front[number + 1 :]:
                 rest.verdict = f"not tested: {trial.name}, which diverges less, was not accepted"
+            if not found.ended.startswith("not begun"):
+                found.ended = f"{trial.name} was not accepted, and what was left diverges more or is no smaller"
             return
-        found.best, found.notes = trial, agreement
+        found.best = trial
+        found.notes = shop.judge.check(variant, shipped, shop.calibration_images)
 
 
 @torch.no_grad()
@@ -254,7 +260,7 @@ def _logits(network: Any, images: Iterable[Tensor]) -> Tensor:
 
 
 def _line(trial: Trial) -> str:
-    if trial.divergence is None:
-        return f"{trial.name}: {trial.verdict}"
-    latency = f", {trial.latency_ms:.2f} ms" if trial.latency_ms else ""
-    return f"{trial.name}: {trial.size_mb:.3f} MB{latency}, divergence {trial.divergence:.4f}, {trial.seconds:.0f} s"
+    parts = [f"{trial.size_mb:.3f} MB"] if trial.size_mb is not None else []
+    parts += [f"{trial.latency_ms:.2f} ms"] if trial.latency_ms is not None else []
+    parts += [f"divergence {trial.divergence:.4f}, {trial.seconds:.0f} s"] if trial.divergence is not None else []
+    return f"{trial.name}: " + ", ".join([*parts, *[trial.verdict] * bool(trial.verdict)])

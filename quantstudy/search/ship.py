@@ -24,7 +24,7 @@ from quantstudy.measure.latency import Timing
 from quantstudy.measure.statistics import mcnemar_exact_p, paired_drop_half_width
 from quantstudy.quantization.variant import load_variant
 from quantstudy.runtimes.onnx_model import described, save_onnx
-from quantstudy.runtimes.onnx_tuning import form_of
+from quantstudy.runtimes.onnx_tuning import form_of, may_saturate
 from quantstudy.search.judging import Judge, Shipped
 from quantstudy.search.search import Found, Trial, Workshop
 
@@ -45,9 +45,12 @@ def ship(shop: Workshop, found: Found, test: Split, folder: Path) -> dict[str, A
         shutil.copyfile(shop.variant(found.best), _made(folder) / "model.pth")
         save_onnx(folder / "model.onnx", described(shipped.exported, shop.facts))
         sizes = {name: (folder / f"model.{name}").stat().st_size / 1e6 for name in ("pth", "onnx")}
-        facts["files_mb"] = sizes | {"fp32_pth": shop.fp32.stat().st_size / 1e6}
+        facts["files_mb"] = sizes | {"fp32_onnx": shop.judge.fp32.exported.ByteSize() / 1e6}
         facts["onnx_form"] = form_of(shipped.exported)
-        write_text(folder / "run.py", run_script(shop.judge.preprocessing, shop.goal.runtime))
+        saturates = may_saturate(shipped.exported)
+        facts["saturation"] = "Its int8 sums need an x86 CPU with VNNI." if saturates else "It is exact on any x86 CPU."
+        if shop.judge.preprocessing.antialias:  # Pillow resizes no other way
+            write_text(folder / "run.py", run_script(shop.judge.preprocessing, shop.goal.runtime))
     write_text(_made(folder) / "README.md", card(shop, found, facts))
     write_json(folder / "ship.json", facts)
     return facts
@@ -74,6 +77,7 @@ def described_search(shop: Workshop, found: Found) -> dict[str, Any]:
             "divergence": best.divergence if best else None,
         },
         "size_mb": best.size_mb if best else None,
+        "judged_on": judged_on(shop),
         "tbops": best.tbops if best else None,
         "ended": found.ended,
         "seconds": found.seconds,
@@ -83,18 +87,26 @@ def described_search(shop: Workshop, found: Found) -> dict[str, Any]:
     }
 
 
+def judged_on(shop: Workshop) -> str:
+    """Return what is known of the validation images."""
+    if shop.params.study(shop.study).training.epochs:
+        return "images of the training split that neither trained nor calibrated"
+    return "images of the training split that did not calibrate; whether they trained the given weights is not known"
+
+
 def sentence(shop: Workshop, found: Found) -> str:
     """Return what was found in words; where nothing keeps the goal, how near the nearest came."""
     goal = shop.goal
-    limit = f"loses no more than {goal.max_drop:g} points of top-1 with {100 * goal.confidence:g} % confidence"
+    limit = f"lose no more than {goal.max_drop:g} points of top-1 with {100 * goal.confidence:g} % confidence"
     if found.best:
-        return f"{found.best.name} is {_SENTENCE[goal.minimize]} of {len(found.trials)} candidates that {limit}"
+        made = sum(trial.divergence is not None for trial in found.trials)
+        return f"of {made} candidates {found.best.name} is {_SENTENCE[goal.minimize]} that is shown to {limit}"
     tested = [trial for trial in found.trials if trial.drop is not None]
     nearest = min(tested, key=_drop, default=None)
     if nearest is None:
-        return f"no candidate {limit}: none could be tested"
+        return f"no candidate is shown to {limit}: none could be tested"
     seen = f"its drop on {nearest.images} validation images is {nearest.drop:.2f} points, {nearest.verdict}"
-    return f"no candidate {limit}; nearest is {nearest.name}: {seen}"
+    return f"no candidate is shown to {limit}; nearest is {nearest.name}: {seen}"
 
 
 def _drop(trial: Trial) -> float:
@@ -141,7 +153,7 @@ def metrics(facts: dict[str, Any]) -> dict[str, float | None]:
         "validation_images": facts["validation"]["images_looked_at"],
         **{key: test.get(key) for key in ("top1", "top1_drop", "top1_drop_ci95", "agreement")},
         "size_mb": facts["size_mb"],
-        "compression": facts["files_mb"]["fp32_pth"] / facts["size_mb"] if facts["goal_met"] else None,
+        "compression": facts["files_mb"]["fp32_onnx"] / facts["size_mb"] if facts["goal_met"] else None,
         "tbops": facts["tbops"],
         "latency_ms": latency.get("ms"),
         "speedup": latency.get("speedup"),
@@ -196,16 +208,14 @@ def card(shop: Workshop, found: Found, facts: dict[str, Any]) -> str:
             f"| top-1 on {test['images']} test images, % | {test['fp32_top1']:.2f} | {test['top1']:.2f} |",
             f"| drop, points | | {test['top1_drop']:.2f} ± {test['top1_drop_ci95']:.2f} |",
             f"| same class as fp32, % | | {test['agreement']:.1f} |",
-            f"| model file, MB | {files['fp32_pth']:.3f} | {files['pth']:.3f} |",
-            f"| ONNX file, MB | | {files['onnx']:.3f} |",
+            f"| ONNX file, MB | {files['fp32_onnx']:.3f} | {files['onnx']:.3f} |",
             f"| {batch}, ms | {latency['fp32_ms']:.2f} | {latency['ms']:.2f} ({speed}) |",
             "",
             "± is half the paired 95 % interval. The test images were looked at once, after the choice.",
             "",
             "## How it was chosen",
             "",
-            f"On {found.best.images} of {len(shop.judge.images)} validation images, which neither trained nor "
-            f"calibrated: drop {found.best.drop:.2f} points.",
+            f"On {found.best.images} of {len(shop.judge.images)} {facts['judged_on']}: drop {found.best.drop:.2f} points.",
             "",
             "## How it was made",
             "",
@@ -215,7 +225,7 @@ def card(shop: Workshop, found: Found, facts: dict[str, Any]) -> str:
             "",
             f"`python run.py photo.jpg` with numpy, pillow and {goal.runtime}. `model.onnx` takes float32 images "
             f"[N, {', '.join(map(str, shop.judge.preprocessing.shape))}], normalized as `model.json` says. It is "
-            f"{facts['onnx_form']}, for {'x86 CPUs with VNNI' if shop.params.target == 'vnni' else 'any x86 CPU'}.",
+            f"{facts['onnx_form']}. {facts['saturation']}",
             "",
         ]
     lines += [

@@ -230,7 +230,7 @@ def test_layers_have_shares_sqnr_histogram_and_sensitivity(open_page: Any) -> No
     assert page.locator("#chart-histogram svg .mark-rect.role-mark path").count() > 30
     page.select_option("#layer", "features.3")
     assert "int8_static keeps -6 to 5.94" in page.inner_text("#chart-histogram-figure figcaption")
-    page.click("summary")
+    page.click("section[aria-labelledby=layers-title] summary")
     assert "32.0" in page.inner_text("#layer-table") and "4 bits" in page.inner_text("#layer-table")
     page.click("text=other")
     expect(page, "h1").to_have_text("other")
@@ -257,7 +257,7 @@ def test_the_page_of_a_comparison_tells_what_moved(open_page: Any) -> None:
 @pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["wide", "narrow"])
 def test_both_themes_and_widths_fit_and_are_accessible(open_page: Any, viewport: dict[str, int], scheme: str) -> None:
     page = open_page(viewport, scheme)
-    page.click("summary")
+    page.click("section[aria-labelledby=layers-title] summary")
     assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
     paper, ink = page.evaluate("(style => [style.backgroundColor, style.color])(getComputedStyle(document.body))")
     assert (paper == "rgb(255, 255, 255)") == (scheme == "light") and paper != ink

@@ -29,6 +29,7 @@ def test_it_counts_stages_and_adds_up_what_they_took(tmp_path: Path, monkeypatch
     assert said(counted, SKIPS, "ptq@a") == "Stage 'ptq@a' didn't change, skipping"
     assert said(counted, RUNS, "ptq@b") == "[2 of 4, about 4 minutes left] Running stage 'ptq@b':"  # like ptq@a
     assert said(counted, RUNS, "evaluate@a") == "[3 of 4, about 3 minutes left] Running stage 'evaluate@a':"
+    counted.end()
     save_seconds(tmp_path, counted)
     assert known_seconds(tmp_path) == {"ptq@a": 60.0, "evaluate@a": 10.0, "report": 5.0, "ptq@b": 90.0}
     assert "not known yet" in said(Progress(["a"], {}), RUNS, "a")
@@ -48,7 +49,7 @@ def test_dvc_still_says_what_is_counted(
     """Its messages are no interface: with others nothing would be counted."""
     Path("dvc.yaml").write_text("stages: {one: {cmd: 'true'}, two: {cmd: 'true', always_changed: true}}")
     assert main(["init", "--no-scm", "-q"]) == 0 and count_stages(Path()) is not None
-    loggers = [logging.getLogger(name) for name in ("dvc.stage", "dvc.stage.run")]
+    loggers = [logging.getLogger(name) for name in ("dvc.stage", "dvc.stage.run", "dvc.stage.cache")]
     try:
         with caplog.at_level(logging.INFO, "dvc"):
             monkeypatch.setattr(logging.getLogger("dvc"), "propagate", True)

@@ -5,7 +5,7 @@ const SAME_TIME = 0.05;
 const MOST_SAME_TIME = 0.2;
 const ANY = Infinity;
 const DROP_LIMITS = [0, 0.1, 0.2, 0.5, 1, 2, 5, 10, ANY];
-const PREFERENCES = { speed: "fastest", size: "smallest", accuracy: "most accurate" };
+const PREFERENCES = { speed: "fastest", size: "smallest", accuracy: "most accurate, as far as can be told," };
 
 /** The steps of a slider: each variant's own value, rounded up, then no limit. */
 function limitSteps(values) {
@@ -31,10 +31,11 @@ function meets(variant, limits, batch) {
   );
 }
 
-/** Keep the rows whose drop is not sure to be larger than the smallest one. */
+/** Keep the rows whose drop may be as small as that of any other: their 95 % intervals overlap. */
 function alikeInAccuracy(rows) {
-  const smallest = Math.min(...rows.map((row) => row.top1_drop));
-  return rows.filter((row) => row.top1_drop - row.drop_ci95 <= smallest + 1e-9);
+  const noise = (row) => row.drop_ci95 ?? 0;
+  const best = Math.min(...rows.map((row) => row.top1_drop + noise(row)));
+  return rows.filter((row) => row.top1_drop - noise(row) <= best + 1e-9);
 }
 
 /** Keep the rows within a share `tolerance` of the smallest value of `of`. */
@@ -64,7 +65,7 @@ function recommend(study, limits, batch, prefer) {
     speed: (rows) => nearSmallest(rows.filter((row) => time(row) < ANY), time, sameTime(study, batch)),
     accuracy: alikeInAccuracy,
     exported: (rows) => nearSmallest(rows, (row) => Number(!row.exported), 0),
-    untrained: (rows) => nearSmallest(rows, (row) => Number(row.trained), 0),
+    untrained: (rows) => nearSmallest(rows, (row) => Number(row.trained ?? false), 0),
     simpler: (rows) => nearSmallest(rows, (row) => Number(row.group === "outlier"), 0),
     size: (rows) => nearSmallest(rows, (row) => row.size_mb, SAME_SIZE),
   };

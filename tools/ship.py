@@ -1,0 +1,45 @@
+"""`make ship`: run the search of one study as a DVC experiment, with the goal that is given.
+
+`python -m tools.ship --study X --max-drop 0.5` adds the study to `ship`, and to `run` where it is not there, sets what is
+given of its goal, and has `dvc exp run` run what the search needs, no more. Params stay as the experiment left them.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from quantstudy.errors import run_stage
+from quantstudy.params import load_params
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Become `dvc exp run` of the search."""
+    arguments = arguments_of(argv)
+    os.execvp(sys.executable, [sys.executable, "-m", "tools.dvc", *arguments])
+
+
+def arguments_of(argv: Sequence[str] | None = None) -> list[str]:
+    """Return DVC's arguments; raise `UserError` for a study that is none."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
+    parser.add_argument("--max-drop", type=float, help="percentage points; without it the goal's own")
+    parser.add_argument("--minimize", choices=["size", "latency", "bit_operations"], help="likewise")
+    parser.add_argument("--may-train", choices=["true", "false"], help="likewise")
+    given = parser.parse_args(argv)
+    params = load_params()
+    params.study(given.study)
+    changes = {
+        key: ",".join([*names, given.study])
+        for key, names in (("run", params.run), ("ship", params.ship))
+        if given.study not in names
+    }
+    overrides = [f"{key}=[{names}]" for key, names in changes.items()]
+    for key in ("max_drop", "minimize", "may_train"):
+        if (value := getattr(given, key)) is not None:
+            overrides.append(f"++studies.{given.study}.goal.{key}={value}")
+    return ["exp", "run", *(word for override in overrides for word in ("-S", override)), f"search@{given.study}"]
+
+
+if __name__ == "__main__":
+    run_stage(main)
