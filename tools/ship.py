@@ -1,7 +1,7 @@
 """`make ship`: run the search of one study as a DVC experiment, with the goal that is given.
 
-`python -m tools.ship --study X --max-drop 0.5` adds the study to `ship`, and to `run` where it is not there, sets what is
-given of its goal, and has `dvc exp run` run what the search needs, no more. Params stay as the experiment left them.
+`python -m tools.ship --study X --max-drop 0.5` adds the study to `ship`, and to `run` where it is not there, sets what
+is given of its goal, and has `dvc exp run` run what the search needs. Params stay as the experiment left them.
 """
 
 import argparse

@@ -215,7 +215,8 @@ def card(shop: Workshop, found: Found, facts: dict[str, Any]) -> str:
             "",
             "## How it was chosen",
             "",
-            f"On {found.best.images} of {len(shop.judge.images)} {facts['judged_on']}: drop {found.best.drop:.2f} points.",
+            f"On {found.best.images} of {len(shop.judge.images)} {facts['judged_on']}: "
+            f"drop {found.best.drop:.2f} points.",
             "",
             "## How it was made",
             "",
