@@ -45,6 +45,17 @@ MOVED: dict[str, Any] = {
     ],
     "reading": "p: exact McNemar test.",
 }
+SEARCH: dict[str, Any] = {
+    "sentence": "of 2 candidates int4 is the smallest that is shown to lose no more than 1 points of top-1",
+    "variant": "int4",
+    "figures": {"top1_drop": 0.4, "top1_drop_ci95": 0.3, "size_mb": 1.25, "compression": 7.5},
+    "trials": [
+        {"name": "int4", "group": "quick", "size_mb": 1.25, "divergence": 0.01, "latency_ms": None}
+        | {"drop": 0.25, "images": 800, "verdict": "accepted"},
+        {"name": "int3", "group": "quick", "size_mb": 1.0, "divergence": None, "latency_ms": None}
+        | {"drop": None, "images": 0, "verdict": "cannot be made: too small"},
+    ],
+}
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
 
@@ -52,7 +63,8 @@ WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 def html(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The report of two made-up studies; the first has sensitivity."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["run"], params["studies"] = ["tiny", "other"], {"tiny": TINY, "other": TINY}
+    params["run"], params["ship"] = ["tiny", "other"], ["tiny"]
+    params["studies"] = {"tiny": TINY | {"goal": {"max_drop": 1.0}}, "other": TINY}
     root = tmp_path_factory.mktemp("report")
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     with pytest.MonkeyPatch.context() as patch:
@@ -61,6 +73,7 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             fabricate_page(load_params(), study)
             if study == "tiny":
                 write_json(layout.sensitivity(study, "json"), sensitivity_rows())
+                write_json(layout.search(study), SEARCH)
             page_stage.main(["--study", study])
         report_stage.main([])
         (root / layout.REPORT.with_name("moved.html")).write_text(build_page([read_json(layout.page("tiny"))], MOVED))
@@ -135,6 +148,39 @@ def test_the_verdict_comes_first_and_the_facts_are_there(open_page: Any) -> None
     page.press("#limit-size", "End")
     page.press("#limit-drop", "End")
     assert page.locator("tr.recommended").count() == 1
+
+
+def test_a_search_is_the_verdict_where_there_was_one_and_names_the_file(open_page: Any) -> None:
+    page = open_page()
+    said = page.inner_text("#shipped-verdict")
+    assert SEARCH["sentence"] in said and "it loses 0.40 ± 0.30 points, in 1.25 MB" in said
+    assert page.get_attribute("#shipped-verdict a", "href") == "../models/tiny/ship/model.onnx"
+    page.click("#shipped summary")
+    assert "cannot be made: too small" in page.inner_text("#trials") and page.locator("#trials tr.chosen").count() == 1
+    page.click("nav a >> nth=1")
+    expect(page, "h1").to_have_text("other")
+    assert not page.is_visible("#shipped")
+
+
+def test_the_verdict_names_its_file_and_the_limit_in_the_way(open_page: Any) -> None:
+    page = open_page()
+    pick = page.get_attribute("tr.recommended", "data-variant")
+    link = page.get_attribute("#verdict a", "href")
+    assert link in (f"../models/tiny/onnx/{pick}.onnx", f"../models/tiny/{pick}.pth")
+    page.press("#limit-size", "Home")
+    page.press("#limit-drop", "Home")
+    page.press("#limit-latency", "Home")
+    assert "in the way" in page.inner_text("#reason")
+
+
+def test_all_of_a_row_chooses_it(open_page: Any) -> None:
+    page = open_page()
+    other = next(name for name in rows(page) if name != page.get_attribute("tr.chosen", "data-variant"))
+    page.click(f"#variants tr[data-variant={other}] td >> nth=3")
+    assert page.get_attribute("#variants tr.chosen", "data-variant") == other
+    narrow = open_page(NARROW)
+    cut = "all => all.filter(one => one.scrollWidth > one.clientWidth + 1).map(one => one.textContent)"
+    assert narrow.eval_on_selector_all("#variants tbody th button", cut) == []
 
 
 def test_speeds_within_the_spread_of_timings_are_equal_so_accuracy_decides(open_page: Any) -> None:
