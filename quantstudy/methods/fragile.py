@@ -9,7 +9,7 @@ from it. The integer program of `methods.allocation` then spends what the file m
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +32,8 @@ def with_fragile_layers(
     losses: Mapping[str, float],
     highest: int,
     share: float,
+    *,
+    between: bool = True,
 ) -> dict[str, LayerScheme]:
     """Return `schemes` with the weights of each layer in `losses` at the bits that lose least in all.
 
@@ -41,13 +43,16 @@ def with_fragile_layers(
         losses: of those whose bits may change, at the bits of their scheme (`losses_alone`).
         highest: the most bits of a layer; the least are one below those of its scheme.
         share: how much the codes and scales of all layers together may grow.
+        between: whether there are other widths than those of the scheme and the most.
     """
     costs: dict[str, dict[int, int]] = {}
     by_bits: dict[str, dict[int, float]] = {}
     for name, loss in losses.items():
         scheme, layer = schemes[name].weight, layers[name]
         shape = out_channels_first(layer, layer.weight).shape  # type: ignore[arg-type]
-        widths = range(max(scheme.bits - 1, 2), max(highest, scheme.bits) + 1)
+        widths: Iterable[int] = range(max(scheme.bits - 1, 2), max(highest, scheme.bits) + 1)
+        if not between:
+            widths = sorted({scheme.bits, max(highest, scheme.bits)})
         costs[name] = {bits: replace(scheme, bits=bits).layout(shape).nbytes for bits in widths}
         by_bits[name] = {bits: loss * 4.0 ** (scheme.bits - bits) for bits in widths}
     if not costs:

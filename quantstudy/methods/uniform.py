@@ -239,7 +239,7 @@ def layer_schemes(
     rounding = row.model_copy(update={"rounding": "gptq"}) if learned else row  # learned, it would take minutes
     losses = losses_alone(model, layers, rounded_alone(model, calibration, rounding, low), images)
     highest = row.fragile_bits if mode == "none" else min(row.fragile_bits, 7)  # int8 sums saturate with eight
-    return with_fragile_layers(layers, schemes, losses, highest, row.fragile_share)
+    return with_fragile_layers(layers, schemes, losses, highest, row.fragile_share, between=row.fragile_between)
 
 
 def rounded_alone(

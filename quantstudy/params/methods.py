@@ -101,6 +101,8 @@ class Scheme(Rounding, MethodRow):
     """The most bits of a layer where `weight_bits` are four or fewer (`methods.fragile`); None: all have the same."""
     fragile_share: Annotated[float, Field(ge=0, le=1)] = 0.02
     """How much larger the weights may become by that."""
+    fragile_between: bool = True
+    """Whether a layer may get bits between; an ONNX file stores four bits as they are, and five to seven as eight."""
     equalize: bool = False
     """Whether weight ranges of neighbouring layers are made equal before all else, and high biases absorbed."""
 

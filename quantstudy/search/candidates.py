@@ -1,7 +1,7 @@
 """What a search tries, from cheap to dear.
 
 `quick` are the rows of `methods` that take seconds, and between them rows of the same techniques whose layers get other
-bits, by the integer program of `methods.allocation`: they are a uniform row with a larger `fragile_share`. `learned`
+bits, by the integer program of `methods.allocation`: they are a uniform row with another `fragile_share`. `learned`
 are the rows that learn their rounding from calibration images, which takes minutes, `trained` those that train.
 """
 
@@ -16,7 +16,7 @@ from quantstudy.network.graph import out_channels_first
 from quantstudy.quantization.schemes import WeightScheme
 
 Group = Literal["quick", "learned", "trained"]
-SHARES = (0.15, 0.3, 0.6)
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)
 """By how much the weights of a row between two others may be larger than in uniform bits."""
 FLOAT_BITS = 32
 SPENT_ON: dict[Group, float] = {"quick": 2.0, "learned": 1.0, "trained": 2.0}
@@ -45,7 +45,7 @@ def candidates(params: P.Params, goal: P.Goal) -> tuple[list[Candidate], dict[st
         else:
             found.append(Candidate(name, row, group_of(row)))
     if goal.minimize != "latency":  # no runtime is quicker with other bits of the weights
-        found += [between for candidate in list(found) for between in _between(candidate)]
+        found += [between for candidate in list(found) for between in _between(candidate, goal.minimize)]
     return found, left
 
 
@@ -72,18 +72,23 @@ def _learns(row: Any) -> bool:
     return getattr(row, "finetune", False) or getattr(row, "rounding", "") in ("adaround", "brecq")
 
 
-def _between(candidate: Candidate) -> Iterator[Candidate]:
-    """Yield the rows between a row of few bits, rounded by GPTQ, and the next width; below 3 bits those down to 2."""
+def _between(candidate: Candidate, minimize: str) -> Iterator[Candidate]:
+    """Yield the rows between a row of few bits, rounded by GPTQ, and the next width.
+
+    Where the size of an ONNX file is minimized, of four bits or eight, which it stores as they are, and with
+    activations in float32: integers make nothing smaller.
+    """
     row = candidate.row
     if candidate.group != "quick" or not isinstance(row, P.Scheme) or row.rounding != "gptq":
         return
     if row.weight_bits > LOW_BITS or row.fragile_bits is None:
         return
-    for bits in (row.weight_bits, *([2] if row.weight_bits == 3 else [])):
-        for share in SHARES:
-            if bits != row.weight_bits or share > row.fragile_share:
-                name = f"{candidate.name}_w{bits}_share_{round(100 * share)}"
-                yield Candidate(name, row.model_copy(update={"weight_bits": bits, "fragile_share": share}), "quick")
+    if minimize == "size" and (row.weight_bits < LOW_BITS or not isinstance(row, P.WeightOnly)):
+        return
+    yield Candidate(f"{candidate.name}_uniform", row.model_copy(update={"fragile_bits": None}), "quick")
+    for share in SHARES:
+        changes = {"fragile_share": share, "fragile_between": minimize != "size"}
+        yield Candidate(f"{candidate.name}_share_{round(100 * share)}", row.model_copy(update=changes), "quick")
 
 
 def least_objective(row: Any, goal: P.Goal, layers: Mapping[str, Any], macs: Mapping[str, int]) -> float:

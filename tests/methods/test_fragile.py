@@ -126,3 +126,9 @@ def test_multiply_accumulates_are_those_of_the_layers() -> None:
         nn.Conv2d(4, 8, 3, groups=2), nn.ConvTranspose2d(8, 6, 2, stride=2), nn.Flatten(2), nn.Linear(64, 5)
     )
     assert list(count_macs(network, (4, 6, 6))[1].values()) == [2 * 9 * 8 * 16, 8 * 6 * 4 * 16, 64 * 5 * 6]
+
+
+def test_a_file_may_have_the_least_and_the_most_bits_alone(network: nn.Module, calibration: Calibration) -> None:
+    row = row_of(0.1).model_copy(update={"fragile_between": False})
+    found = quantize(network, calibration, row)
+    assert {layer.scheme.weight.bits for layer in quantized_layers(found.network).values()} == {4, 8}

@@ -18,7 +18,7 @@ from quantstudy.methods.recipes import quantize
 from quantstudy.params import load_params
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.search import search as module
-from quantstudy.search.candidates import SPENT_ON, Candidate, candidates, error_of, least_objective
+from quantstudy.search.candidates import SHARES, SPENT_ON, Candidate, candidates, error_of, least_objective
 from quantstudy.search.judging import calibrating, drawn
 from quantstudy.search.search import Trial, search
 from tests.conftest import Project
@@ -169,11 +169,12 @@ def test_rows_are_tried_from_cheap_to_dear_and_the_others_named(project: Project
     assert groups["int8_static"] == "quick" and groups["int4_brecq"] == "learned"
     assert left["qat_int8"] == "trains, and goal.may_train is false" and "outlier" in left["clip_int8"]
     assert "budget" in left["mixed_budget"] and not set(groups) & set(left)
-    between = [candidate for candidate in found if candidate.name.startswith("int4_gptq_w4")]
-    assert [candidate.row.fragile_share for candidate in between] == [0.15, 0.3, 0.6]
+    between = [candidate.row for candidate in found if candidate.name.startswith("int4_gptq_share_")]
+    assert [row.fragile_share for row in between] == list(SHARES) and not any(row.fragile_between for row in between)
+    assert next(one.row for one in found if one.name == "int4_gptq_uniform").fragile_bits is None
     found, left = candidates(params, P.Goal(max_drop=1.0, may_train=True, minimize="latency"))
     assert {c.group for c in found if c.name.startswith("qat_")} == {"trained"} and not any(
-        "_w4_" in c.name for c in found
+        "_share_" in c.name for c in found
     )
 
 
