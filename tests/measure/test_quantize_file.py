@@ -49,6 +49,7 @@ def quantize(model: str = "model.pth", out: str = "out.pth", images: str = "imag
     main(["quantize", model, "--images", images, "--out", out, *(SIZES if given["architecture"] else ()), *flags])
 
 
+@pytest.mark.slow
 def test_a_state_dict_becomes_a_variant_and_this_projects_file_onnx(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,7 +38,9 @@ COMPOSITIONS = [
 ]
 
 
-@pytest.mark.parametrize("method", [*PARAMS.ptq, *PARAMS.qat, *COMPOSITIONS])
+@pytest.mark.parametrize(
+    "method", [*PARAMS.ptq, *PARAMS.qat, COMPOSITIONS[0], pytest.param(COMPOSITIONS[1], marks=pytest.mark.slow)]
+)
 def test_a_saved_variant_loads_to_bit_identical_logits(
     method: str | Static, network: nn.Module, calibration: Calibration, images: Tensor, tmp_path: Path
 ) -> None:
@@ -100,7 +102,10 @@ def test_mixed_layers_and_two_codes_to_a_byte(network: nn.Module, calibration: C
         Static(kind="static", weight_bits=4, rounding="gptq"),
         pytest.param(Static(kind="static", weight_bits=4, rounding="brecq", steps=20), marks=pytest.mark.slow),
         Static(kind="static", weight_bits=4, equalize=True, bias_correction=True),
-        WeightOnly(kind="weight_only", weight_bits=3, group_size=32, finetune=True, steps=60),
+        pytest.param(
+            WeightOnly(kind="weight_only", weight_bits=3, group_size=32, finetune=True, steps=60),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             Static(kind="static", weight_bits=4, activation_bits=4, activation_range="mse", finetune=True, steps=60),
             marks=pytest.mark.slow,

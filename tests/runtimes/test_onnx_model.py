@@ -80,7 +80,9 @@ def test_a_runtime_computes_what_the_variant_does(method: str, runtime: str) -> 
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("architecture", ["mobilenet_v2", "squeezenet1_1", "convnext_tiny"])
+@pytest.mark.parametrize(
+    "architecture", ["mobilenet_v2", "squeezenet1_1", pytest.param("convnext_tiny", marks=pytest.mark.slow)]
+)
 @torch.no_grad()
 def test_a_runtime_computes_what_the_fp32_model_does_at_any_batch_size(architecture: str, runtime: str) -> None:
     run = session(architecture, network(architecture), runtime).run
@@ -215,7 +217,7 @@ def test_a_graph_is_small_saved_and_loaded_unchanged(tmp_path: Path) -> None:
     assert graph("mobilenet_v2").SerializeToString(deterministic=True) == before
 
 
-@pytest.mark.parametrize(("size", "poolings"), [(448, 1), (224, 0)])
+@pytest.mark.parametrize(("size", "poolings"), [pytest.param(448, 1, marks=pytest.mark.slow), (224, 0)])
 def test_pooling_over_single_pixels_is_left_out(size: int, poolings: int) -> None:
     """VGG's pooling to 7 x 7 does nothing to an image of 224 pixels."""
     nodes = network_graph("vgg11", CLASSES, size).graph.node

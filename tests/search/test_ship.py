@@ -44,6 +44,7 @@ def study(project: Project) -> Project:
     return project
 
 
+@pytest.mark.slow
 def test_the_winner_is_made_ready_to_ship(study: Project, capsys: pytest.CaptureFixture[str]) -> None:
     search.main(["--study", "tiny"])
     folder = layout.ship("tiny")
@@ -71,6 +72,7 @@ def test_the_winner_is_made_ready_to_ship(study: Project, capsys: pytest.Capture
     assert len((folder / "run.py").read_text().splitlines()) <= 14
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_and_one_without_a_winner_says_so(
     study: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
