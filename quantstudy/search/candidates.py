@@ -91,6 +91,13 @@ def _between(candidate: Candidate, minimize: str) -> Iterator[Candidate]:
         yield Candidate(f"{candidate.name}_share_{round(100 * share)}", row.model_copy(update=changes), "quick")
 
 
+def scheme_of(row: Any) -> dict[str, Any]:
+    """Return what a row says of widths and groups, not how it rounds; nothing for a row of no uniform scheme."""
+    widths = ("group_size", "weight_bits", "activation_bits", "edge_bits")
+    keys = (*widths, "fragile_bits", "fragile_share", "fragile_between", "fragile_operations")
+    return {key: getattr(row, key, None) for key in keys} if isinstance(row, P.Scheme) and not row.is_mixed else {}
+
+
 def least_objective(row: Any, goal: P.Goal, layers: Mapping[str, Any], macs: Mapping[str, int]) -> float:
     """Return what a variant of `row` has at least of what is minimized: MB, or 10^12 bit-operations; 0 if unknown."""
     if not isinstance(row, P.Scheme) or row.is_mixed or goal.minimize == "latency":

@@ -32,12 +32,14 @@ from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.recipes import quantize
 from quantstudy.methods.sensitivity import divergence
 from quantstudy.quantization.variant import Variant, load_variant, save_variant
-from quantstudy.search.candidates import SPENT_ON, Candidate, Group, candidates, error_of, least_objective
+from quantstudy.search.candidates import SPENT_ON, Candidate, Group, candidates, error_of, least_objective, scheme_of
 from quantstudy.search.judging import Judge, Shipped
 
 ALIKE = {"size": 0.01, "bit_operations": 0.01, "latency": 0.05}
 """By which share two candidates have to differ in what is minimized, not to count as equal."""
 TIMING_SECONDS = 1.0
+TWINS = 0.95
+"""What two roundings of one scheme have of each other's size at least: fragile layers may get other bits."""
 
 
 @dataclass
@@ -132,7 +134,7 @@ def search(shop: Workshop) -> Found:
     found = Found(None, [], left, "no candidate was left", 0.0)
     for group in SPENT_ON:
         members = [candidate for candidate in tried if candidate.group == group]
-        trials = _made(shop, members, found)
+        trials = _made(shop, members, tried, found)
         front = _front([trial for trial in trials if not trial.verdict], goal.minimize)
         _test(shop, front, group, error_of(group, goal, max(len(members), 1)), found)
     for name, reason in left.items():
@@ -141,13 +143,15 @@ def search(shop: Workshop) -> Found:
     return found
 
 
-def _made(shop: Workshop, members: Iterable[Candidate], found: Found) -> list[Trial]:
+def _made(shop: Workshop, members: Iterable[Candidate], tried: Iterable[Candidate], found: Found) -> list[Trial]:
     """Make and measure the candidates of a group, while there is time; those that cannot be the best are named only."""
     goal, trials = shop.goal, list[Trial]()
     for candidate in members:
         trial = Trial(candidate.name, candidate.group)
         trials.append(trial)
         least = least_objective(candidate.row, goal, shop.calibration.replaceable, shop.macs)
+        if twin := _twin(candidate, tried, found.trials):
+            least = max(least, TWINS * twin.of(goal.minimize))
         if found.best and least >= (1 - ALIKE[goal.minimize]) * found.best.of(goal.minimize):
             trial.verdict = f"can be no smaller than {found.best.name}"
         elif found.seconds >= 60 * goal.minutes:
@@ -159,6 +163,14 @@ def _made(shop: Workshop, members: Iterable[Candidate], found: Found) -> list[Tr
         print(_line(trial), flush=True)
     found.trials += trials
     return trials
+
+
+def _twin(candidate: Candidate, tried: Iterable[Candidate], trials: Iterable[Trial]) -> Trial | None:
+    """Return a trial that has been measured, of another rounding of the same scheme: as large and as fast."""
+    known = {trial.name: trial for trial in trials if trial.size_mb is not None}
+    scheme = scheme_of(candidate.row)
+    alike = (known[other.name] for other in tried if other.name in known and scheme_of(other.row) == scheme)
+    return next(alike, None) if scheme and candidate.group == "learned" else None
 
 
 def _measure(shop: Workshop, candidate: Candidate, trial: Trial) -> None:

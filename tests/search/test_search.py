@@ -47,7 +47,7 @@ class Shop:
         self.groups: dict[str, str] = {}
         monkeypatch.setattr(module, "load_variant", lambda name: name)
         monkeypatch.setattr(module, "_measure", self.measure)
-        monkeypatch.setattr(module, "least_objective", lambda row, goal, layers, macs: row or 0.0)
+        monkeypatch.setattr(module, "least_objective", lambda row, goal, layers, macs: 0.0)
         monkeypatch.setattr(module, "candidates", lambda params, goal: (self.made(), {"other": "not wanted"}))
 
     def made(self) -> list[Candidate]:
@@ -146,6 +146,20 @@ def test_of_searches_whose_candidates_all_drop_by_the_limit_a_twentieth_accepts_
         wrong += search(own).best is not None
         capsys.readouterr()
     assert wrong <= 0.05 * SEARCHES
+
+
+def test_a_learned_row_is_not_made_whose_quick_twin_is_larger_than_the_best(shop: Any) -> None:
+    own = shop({"two": "rejected"})
+    own.groups = {"large": "learned"}
+    scheme = {"kind": "weight_only", "weight_bits": 4, "group_size": 32, "fragile_share": 0.1}
+    rows = {name: P.WeightOnly.model_validate(scheme | {"rounding": how}) for name, how in TWINS.items()}
+    made = own.made
+    own.made = lambda: [Candidate(one.name, rows.get(one.name), one.group) for one in made()]
+    said = verdicts_of(search(own))
+    assert said["large"] == "can be no smaller than three" and said["eight"] == "accepted"
+
+
+TWINS = {"eight": "gptq", "large": "brecq"}
 
 
 def test_limits_and_minutes_hold(shop: Any) -> None:
