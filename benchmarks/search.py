@@ -159,7 +159,7 @@ def table(rows: Sequence[Row], study: str, test: Split) -> str:
             found[1:] = [drop, f"{row['size_mb']:.2f}", f"{row['ms']:.2f}", speed]
         cells.append([row["tool"], f"{row['max_drop']:g}", row["minimize"], *found, f"{row['seconds']:.0f}"])
     note = f"`{study}`: {len(test)} test images, batch 1 on OpenVINO. {describe_machine()}."
-    return markdown_table([columns, *cells], words=4) + "\n\n" + note + "\n"
+    return markdown_table([columns, *cells], words=4) + "\n" + note + "\n"
 
 
 if __name__ == "__main__":
