@@ -5,7 +5,7 @@ const SAME_TIME = 0.05;
 const MOST_SAME_TIME = 0.2;
 const ANY = Infinity;
 const DROP_LIMITS = [0, 0.1, 0.2, 0.5, 1, 2, 5, 10, ANY];
-const PREFERENCES = { speed: "fastest", size: "smallest", accuracy: "most accurate, as far as can be told," };
+const PREFERENCES = { speed: "fastest", size: "smallest", accuracy: "most accurate" };
 
 /** The steps of a slider: each variant's own value, rounded up, then no limit. */
 function limitSteps(values) {

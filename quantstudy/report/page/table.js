@@ -92,15 +92,18 @@ function showShipped() {
   if (!ship) return;
   const { figures } = ship;
   const folder = `../models/${state.study.study}/ship/`;
-  const measured = ship.variant === null ? "" : `; on the test images it loses ${fixed(figures.top1_drop, 2)} ± ${fixed(figures.top1_drop_ci95, 2)} points, in ${fixed(figures.size_mb, 2)} MB (${fixed(figures.compression, 2)}× smaller)`;
+  const points = `${fixed(figures.top1_drop, 2)} ± ${fixed(figures.top1_drop_ci95, 2)} points`;
+  const lost = Math.abs(figures.top1_drop) <= figures.top1_drop_ci95 ? `there is no measurable loss (${points})` : `it loses ${points}`;
+  const measured = ship.variant === null ? "" : `; on the test images ${lost}, in ${fixed(figures.size_mb, 2)} MB (${fixed(figures.compression, 2)}× smaller)`;
   const link = ship.variant === null ? null : h("a", { href: `${folder}model.onnx`, class: "file" }, "ship/model.onnx");
-  replace("shipped-verdict", `${ship.sentence}${measured}. `, link);
+  const said = `${ship.sentence[0].toUpperCase()}${ship.sentence.slice(1)}${measured}. `;
+  replace("shipped-verdict", said, link);
   const columns = [["candidate", "name"], ["kind", "group"], ["size, MB", "size_mb", 3], ["divergence", "divergence", 4], ["ms", "latency_ms", 2], ["drop, points", "drop", 2], ["images", "images"], ["became", "verdict"]];
   const cell = (trial, [, key, decimals]) => (decimals === undefined ? String(trial[key] ?? "") : fixed(trial[key], decimals));
   const rows = ship.trials.map((trial) =>
     h("tr", { class: trial.name === ship.variant ? "chosen" : null }, columns.map((column, number) => h(number ? "td" : "th", { class: number && column[2] === undefined ? "text" : null, scope: number ? null : "row" }, cell(trial, column)))),
   );
-  replace("trials", h("thead", {}, h("tr", {}, columns.map(([label]) => h("th", { scope: "col", class: "plain" }, label)))), h("tbody", {}, rows));
+  replace("trials", h("thead", {}, h("tr", {}, columns.map(([label, , decimals]) => h("th", { scope: "col", class: decimals === undefined ? "plain text" : "plain" }, label)))), h("tbody", {}, rows));
 }
 
 function slider(name, label, steps, unit) {
