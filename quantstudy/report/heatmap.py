@@ -33,7 +33,7 @@ def plot_sensitivity(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) 
         for axes, (column, label, colors, decimals) in zip(panels, PANELS, strict=True):
             at = {(row["layer"], row["bits"]): row[column] for row in rows}
             values = np.array([[at[layer, bits] for bits in widths] for layer in layers])
-            _draw(axes, values, colors, decimals, BRIGHTEST_DB if column == "sqnr_db" else np.inf)
+            _draw(axes, values, colors, decimals, is_loss=column != "sqnr_db")
             axes.set_title(label, fontsize=9)
             axes.set_xticks(range(len(widths)), [str(bits) for bits in widths])
             axes.set_xlabel("bits of the one layer")
@@ -43,16 +43,18 @@ def plot_sensitivity(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) 
         save(figure, path)
 
 
-def _draw(axes: Axes, values: np.ndarray, colors: str, decimals: int, brightest: float) -> None:
-    shown_values = np.minimum(values, brightest)
-    if brightest == np.inf:  # a few layers at few bits lose most: the root tells the others apart
-        shown_values = np.sqrt(np.maximum(values, 0.0))
-    image = axes.imshow(shown_values, cmap=colors, aspect="auto", interpolation="nearest")
+def _draw(axes: Axes, values: np.ndarray, colors: str, decimals: int, *, is_loss: bool) -> None:
+    """Colour the cells and write their values; of a loss that is nothing to these decimals, none.
+
+    A few layers at few bits lose most: the root of a loss tells the others apart.
+    """
+    colored = np.sqrt(np.maximum(values, 0.0)) if is_loss else np.minimum(values, BRIGHTEST_DB)
+    image = axes.imshow(colored, cmap=colors, aspect="auto", interpolation="nearest")
     axes.grid(False)
     for (row, column), value in np.ndenumerate(values):
-        if abs(value) < 0.5 * 10.0**-decimals:
-            continue  # nothing, to these decimals
-        red, green, blue, _ = image.cmap(image.norm(shown_values[row, column]))
+        if is_loss and abs(value) < 0.5 * 10.0**-decimals:
+            continue
+        red, green, blue, _ = image.cmap(image.norm(colored[row, column]))
         ink = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
         shown = f"{round(value, decimals) + 0.0:.{decimals}f}"  # no negative zero
         axes.text(column, row, shown, ha="center", va="center", color=ink, fontsize=7.5)
