@@ -208,7 +208,7 @@ def save(model: Model, path: str | Path) -> None:
 
 
 def export_onnx(model: Model, path: str | Path) -> None:
-    """Write a model as ONNX: weights in the bits of their method, any batch size; a .json beside it describes both.
+    """Write a model as ONNX: weights in four or eight bits, any batch size; a .json beside it describes both.
 
     Raises:
         UserError: the network cannot be exported, or ONNX Runtime computes something else on random images.
