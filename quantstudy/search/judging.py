@@ -6,7 +6,7 @@ in an order drawn by seed, and no more of them than a decision takes.
 
 import copy
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -67,41 +67,27 @@ class Shipped:
     session: Session
 
 
+@dataclass
 class Judge:
-    """What variants of a study are judged with.
+    """What variants of a study are judged with."""
 
-    Args:
-        fp32: the study's fp32 model.
-        graph: its ONNX graph without weights.
-        preprocessing: what both want their input to be.
-        images: the validation images, shuffled.
-        goal: the limit, the runtime.
-        threads: of the runtime.
-    """
-
-    def __init__(
-        self,
-        fp32: nn.Module,
-        graph: onnx.ModelProto,
-        preprocessing: P.Preprocessing,
-        images: Split,
-        goal: P.Goal,
-        threads: int,
-    ) -> None:
-        self.graph, self.preprocessing, self.images, self.goal, self.threads = (
-            graph,
-            preprocessing,
-            images,
-            goal,
-            threads,
-        )
-        self._fp32 = fp32
-        self._right: dict[int, NDArray[np.bool_]] = {}
+    model: nn.Module
+    """The study's fp32 model."""
+    graph: onnx.ModelProto
+    """Its ONNX graph without weights."""
+    preprocessing: P.Preprocessing
+    images: Split
+    """The validation images, shuffled."""
+    goal: P.Goal
+    threads: int
+    """Of the runtime."""
+    _right: dict[int, NDArray[np.bool_]] = field(default_factory=dict, init=False)
+    """Whether fp32 gets the images of a look right, by the first of them."""
 
     @functools.cached_property
     def fp32(self) -> Shipped:
         """The fp32 model in the form that it would be shipped in."""
-        return self.shipped(self._fp32)
+        return self.shipped(self.model)
 
     def shipped(self, model: nn.Module) -> Shipped:
         """Return a model in that form; raise `UserError` where it cannot be exported."""

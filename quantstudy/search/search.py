@@ -16,7 +16,7 @@ import functools
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from quantstudy.methods.recipes import quantize
 from quantstudy.methods.sensitivity import divergence
 from quantstudy.quantization.variant import Variant, load_variant, save_variant
 from quantstudy.search.candidates import SPENT_ON, Candidate, Group, candidates, error_of, least_objective, scheme_of
-from quantstudy.search.judging import Judge, Shipped
+from quantstudy.search.judging import Judge
 
 ALIKE = {"size": 0.01, "bit_operations": 0.01, "latency": 0.05}
 """By which share two candidates have to differ in what is minimized, not to count as equal."""
@@ -56,6 +56,8 @@ class Trial:
     """In turns with it."""
     busy: bool = False
     """Whether the timing cannot be trusted."""
+    agreement: dict[str, Any] | None = None
+    """Of the ONNX file with eager PyTorch, on calibration images."""
     divergence: float | None = None
     """Of the predictions from fp32's on calibration images, nats."""
     seconds: float = 0.0
@@ -123,8 +125,6 @@ class Found:
     ended: str
     """Why the search ended."""
     seconds: float
-    notes: dict[str, Any] = field(default_factory=dict)
-    """How the best one agrees with eager PyTorch."""
 
 
 def search(shop: Workshop) -> Found:
@@ -206,7 +206,7 @@ def _weigh(shop: Workshop, variant: Variant, trial: Trial) -> None:
     trial.divergence = divergence(shop.logits, logits)
     try:
         shipped = shop.judge.shipped(variant)
-        shop.judge.check(variant, shipped, shop.calibration_images)
+        trial.agreement = shop.judge.check(variant, shipped, shop.calibration_images)
     except Exception as error:  # whatever a runtime raises at an operator it lacks
         trial.verdict = f"cannot be exported: {error if isinstance(error, UserError) else one_line(error)}"
     else:
@@ -249,9 +249,7 @@ def _test(shop: Workshop, front: list[Trial], group: Group, error: float, found:
             trial.verdict = f"no smaller than {found.best.name}"
             continue
         started = time.perf_counter()
-        variant = load_variant(shop.variant(trial))
-        shipped: Shipped = shop.judge.shipped(variant)
-        test = shop.judge.judge(shipped, error)
+        test = shop.judge.judge(shop.judge.shipped(load_variant(shop.variant(trial))), error)
         trial.verdict, trial.drop, trial.images = test.verdict or "undecided", test.drop, test.seen
         taken = time.perf_counter() - started
         trial.seconds, found.seconds = trial.seconds + taken, found.seconds + taken
@@ -263,7 +261,6 @@ def _test(shop: Workshop, front: list[Trial], group: Group, error: float, found:
                 found.ended = f"{trial.name} was not accepted, and what was left diverges more or is no smaller"
             return
         found.best = trial
-        found.notes = shop.judge.check(variant, shipped, shop.calibration_images)
 
 
 @torch.no_grad()

@@ -13,15 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from quantstudy import params as P
 from quantstudy.data.container import Split
 from quantstudy.files import write_json, write_text
 from quantstudy.machine.hardware import describe_machine
-from quantstudy.measure.accuracy import percent_equal
+from quantstudy.measure.accuracy import accuracy
 from quantstudy.measure.latency import Timing
-from quantstudy.measure.statistics import mcnemar_exact_p, paired_drop_half_width
+from quantstudy.measure.statistics import paired_drop_half_width
 from quantstudy.quantization.variant import load_variant
 from quantstudy.runtimes.onnx_model import described, save_onnx
 from quantstudy.runtimes.onnx_tuning import form_of, may_saturate
@@ -39,11 +37,11 @@ def ship(shop: Workshop, found: Found, test: Split, folder: Path) -> dict[str, A
     if found.best:
         variant = load_variant(shop.variant(found.best))
         shipped = shop.judge.shipped(variant)
-        facts |= {"method": variant.method, "skipped": variant.skipped, "agreement_with_pytorch": found.notes}
+        facts |= {"method": variant.method, "skipped": variant.skipped, "agreement_with_pytorch": found.best.agreement}
         facts["test"] = figures_on(shop.judge, shipped, test)
         facts["latency"] = latency_figures(shop.goal, *shop.judge.timed(shipped, TIMING_SECONDS))
-        shutil.copyfile(shop.variant(found.best), _made(folder) / "model.pth")
         save_onnx(folder / "model.onnx", described(shipped.exported, shop.facts))
+        shutil.copyfile(shop.variant(found.best), folder / "model.pth")
         sizes = {name: (folder / f"model.{name}").stat().st_size / 1e6 for name in ("pth", "onnx")}
         facts["files_mb"] = sizes | {"fp32_onnx": shop.judge.fp32.exported.ByteSize() / 1e6}
         facts["onnx_form"] = form_of(shipped.exported)
@@ -51,14 +49,9 @@ def ship(shop: Workshop, found: Found, test: Split, folder: Path) -> dict[str, A
         facts["saturation"] = "Its int8 sums need an x86 CPU with VNNI." if saturates else "It is exact on any x86 CPU."
         if shop.judge.preprocessing.antialias:  # Pillow resizes no other way
             write_text(folder / "run.py", run_script(shop.judge.preprocessing, shop.goal.runtime))
-    write_text(_made(folder) / "README.md", card(shop, found, facts))
+    write_text(folder / "README.md", card(shop, found, facts))
     write_json(folder / "ship.json", facts)
     return facts
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def described_search(shop: Workshop, found: Found) -> dict[str, Any]:
@@ -115,19 +108,12 @@ def _drop(trial: Trial) -> float:
 
 
 def figures_on(judge: Judge, shipped: Shipped, test: Split) -> dict[str, Any]:
-    """Return top-1 of both on the test split, the drop with its paired 95 % interval, and their agreement."""
+    """Return what `accuracy` has of the test split, fp32's top-1, and half the paired 95 % interval of the drop."""
     labels = test.labels.numpy()
     before, after = (judge.logits(each, test) for each in (judge.fp32, shipped))
-    right, right_now = (np.asarray(logits.argmax(1) == labels) for logits in (before, after))
-    return {
-        "images": len(test),
-        "top1": 100 * float(right_now.mean()),
-        "fp32_top1": 100 * float(right.mean()),
-        "top1_drop": 100 * float(right.mean() - right_now.mean()),
-        "top1_drop_ci95": paired_drop_half_width(right, right_now),
-        "top1_drop_p": mcnemar_exact_p(right, right_now),
-        "agreement": percent_equal(before, after),
-    }
+    found: dict[str, Any] = accuracy(after, before, labels)
+    half = paired_drop_half_width(before.argmax(1) == labels, after.argmax(1) == labels)
+    return found | {"fp32_top1": found["top1"] + found["top1_drop"], "top1_drop_ci95": half}
 
 
 def latency_figures(goal: P.Goal, own: Timing, fp32: Timing) -> dict[str, Any]:
@@ -241,5 +227,6 @@ def card(shop: Workshop, found: Found, facts: dict[str, Any]) -> str:
 
 def records(found: Found) -> list[dict[str, Any]]:
     """Return a row a candidate, and one for each method that was not tried, as the report shows them."""
-    left = [asdict(Trial(name, "not tried", verdict=reason)) for name, reason in found.left.items()]
-    return [asdict(trial) for trial in found.trials] + left
+    left = [Trial(name, "not tried", verdict=reason) for name, reason in found.left.items()]
+    rows = [asdict(trial) for trial in (*found.trials, *left)]
+    return [{key: value for key, value in row.items() if key != "agreement"} for row in rows]

@@ -1,6 +1,5 @@
 """Gather what a search of a study works with, from the files of its stages."""
 
-import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -46,11 +45,9 @@ def opened(params: P.Params, name: str, study: P.Study, goal: P.Goal, device: to
         batches = images_of(own, preprocessing, study.calibration.batch_size)
         return Calibration(network, batches, bins=study.calibration.bins)
 
-    folder = layout.searching(name) / _digest(
-        params, study, goal, fp32, *map(functools.partial(layout.split, name), splits)
-    )
-    folder.mkdir(parents=True, exist_ok=True)
     inputs = [layout.split(name, part) for part in splits]
+    folder = layout.searching(name) / _digest(params, study, goal, fp32, *inputs)
+    folder.mkdir(parents=True, exist_ok=True)
 
     def trained(candidate: Candidate) -> Variant:
         variant, _ = train(
