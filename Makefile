@@ -6,6 +6,7 @@ PEERS := .venv-peers
 STUDY ?= mobilenetv2_digits
 READY := $(VENV)/.ready
 TOOLS := $(VENV)/.tools
+RAY := $(VENV)/.ray
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e
 # pip compiles with one core; without bytecode each of a hundred stages would compile what it imports anew.
 COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
@@ -33,13 +34,17 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 $(TOOLS): $(READY)
-	$(INSTALL) '.[dev,onnxruntime,openvino]'
+	$(INSTALL) '.[dev,onnxruntime,openvino,ray]'
 	$(COMPILE)
 	$(DVC)
 	touch $@
 
-repro: setup  ## Run what changed of the studies in params.yaml, then print the result tables
-	python -m tools.warm sh -c 'python -m quantstudy check && python -m stages diagnose > /dev/null && exec dvc repro'
+$(RAY): $(READY)
+	$(INSTALL) '.[ray]'
+	touch $@
+
+repro: setup $(if $(filter-out 1,$(JOBS)),$(RAY))  ## Run what changed, then print the tables: make repro [JOBS=4, stages at once]
+	@python -m quantstudy repro $(if $(JOBS),--jobs $(JOBS))
 	@$(MAKE) --no-print-directory results
 
 ship: setup  ## Find and pack the smallest or fastest variant: make ship STUDY=... [DROP=0.5 MINIMIZE=latency TRAIN=true]

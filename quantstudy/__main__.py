@@ -1,9 +1,12 @@
-"""`python -m quantstudy <command>`: check, results, compare, quantize, tune, readme."""
+"""`python -m quantstudy <command>`: check, repro, results, compare, quantize, tune, readme."""
 
 import argparse
 import contextlib
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from quantstudy import layout
 from quantstudy.errors import UserError, cut, run_stage, shown
@@ -15,6 +18,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m quantstudy", description="Quantize a vision model and compare.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("check", help="check params.yaml, and that what its studies name is there; runs nothing")
+    running = commands.add_parser("repro", help="run what changed of the studies in `run`, or of the targets")
+    running.add_argument("--jobs", type=_positive, default=1, help="stages at once, by Ray (%(default)s: plain DVC)")
+    running.add_argument("--address", help="of a Ray cluster to run them on; auto: the one that runs here")
+    running.add_argument("targets", nargs="*", help="stages; with what they need they are all that runs")
     commands.add_parser("results", help="print the tables of the studies in `run`")
     commands.add_parser("readme", help="put the reports' tables into README.md and the pages of docs/")
     comparing = commands.add_parser("compare", help="print which variants moved between two revisions, as Markdown")
@@ -32,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.command == "check":
         check()
+    elif arguments.command == "repro":
+        reproduce(arguments)
     elif arguments.command == "readme":
         fill_pages()
     elif arguments.command == "quantize":
@@ -50,6 +59,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             print_results(params, study)
         if layout.REPORT.is_file():
             print(f"\nall of it on one page: {layout.REPORT}")
+
+
+def reproduce(arguments: argparse.Namespace) -> NoReturn:
+    """Become the program that checks the params and runs what changed: DVC, or several stages at once."""
+    command = ["tools.dvc", "repro"]
+    if arguments.address or arguments.jobs > 1:
+        command = ["tools.jobs"]
+        command += ["--jobs", str(arguments.jobs)] if arguments.jobs > 1 else []
+        command += ["--address", arguments.address] if arguments.address else []
+    script = '"$0" -m quantstudy check && "$0" -m stages diagnose > /dev/null && exec "$0" -m "$@"'
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    start = [sys.executable, "-m", "tools.warm", "sh", "-c", script]
+    os.execv(sys.executable, [*start, sys.executable, *command, *arguments.targets])
 
 
 def check() -> None:

@@ -18,8 +18,9 @@ from stages._flags import flags
 def main(argv: Sequence[str] | None = None) -> None:
     """Write models/<study>/calibration.pt."""
     name = flags(argv, __doc__).study
-    study = load_params().study(name)
-    device = set_up(study.seed)
+    params = load_params()
+    study = params.study(name)
+    device = set_up(study.seed, params.runtime.threads)
 
     split = load_split(layout.split(name, "calibration"))
     fp32 = model_file(name, "fp32", study.model.architecture)

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     study = params.study(name)
     if parallel.launched("finetune", ["--study", name], params.runtime.processes):
         return
-    device = parallel.join(set_up(study.seed, tf32=True))
+    device = parallel.join(set_up(study.seed, params.runtime.threads, tf32=True))
 
     split = load_split(layout.split(name, "train"))
     preprocessing, classes = split.preprocessing, len(split.classes)

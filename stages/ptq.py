@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, method = arguments.study, arguments.method
     params = load_params()
     study, row = params.study(name), method_row(params, method, trains=False).made_for(params.target)
-    set_up(study.seed)
+    set_up(study.seed, params.runtime.threads)
 
     fp32 = model_file(name, "fp32", study.model.architecture)
     model = load_fp32(fp32)

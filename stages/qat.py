@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     study, row = params.study(name), method_row(params, method, trains=True).made_for(params.target)
     if parallel.launched("qat", ["--study", name, "--method", method], params.runtime.processes):
         return
-    device = parallel.join(set_up(study.seed, tf32=True))
+    device = parallel.join(set_up(study.seed, params.runtime.threads, tf32=True))
 
     fp32 = model_file(name, "fp32", study.model.architecture)
     preprocessing = load_preprocessing(fp32)

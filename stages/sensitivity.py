@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = flags(argv, __doc__).study
     params = load_params()
     study, settings = params.study(name), params.sensitivity
-    set_up(study.seed)
+    set_up(study.seed, params.runtime.threads)
 
     fp32 = model_file(name, "fp32", study.model.architecture)
     model, preprocessing = load_fp32(fp32), load_preprocessing(fp32)

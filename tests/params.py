@@ -62,7 +62,7 @@ TINY_PARAMS: dict[str, Any] = {
     "outliers": {"percentiles": [99.9, 99.0, 95.0]},
     "sensitivity": {"bits": [2, 4, 16], "images": None, **_ROUNDING, "bias_correction": True},
     "measure": {"runtimes": [], "seconds": 0.05, "threads": None},
-    "runtime": {"processes": 1},
+    "runtime": {"processes": 1, "threads": None},
     "target": "any_x86",
     "scaling_law": {
         "ptq": ["fp32", "fp16", "int8_static", "int4_static"],

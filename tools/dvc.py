@@ -49,7 +49,7 @@ def run() -> None:
             signal.signal(number, stop)
     root = project()
     if root:
-        _prepare(root)
+        prepare(root)
         if sys.argv[1:2] == ["repro"] and (root / PARAMS_FILE).is_file():
             load_params(root / PARAMS_FILE)
     progress = count_stages(root) if root and sys.argv[1:] == ["repro"] else None
@@ -80,7 +80,7 @@ def count_stages(root: Path) -> Progress | None:
     return progress
 
 
-def _prepare(root: Path) -> None:
+def prepare(root: Path) -> None:
     """Mend DVC's files unless another DVC runs here, tell others until the end that this one does, write code.yaml."""
     if (root / ".dvc").is_dir():
         guard = os.open(root / ".dvc", os.O_RDONLY)  # open until the process ends, however it ends

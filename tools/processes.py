@@ -1,10 +1,14 @@
 """End processes for good."""
 
 import contextlib
+import ctypes
+import os
+import signal
 from collections.abc import Iterable
 
 import psutil
 
+PR_SET_PDEATHSIG = 1
 PATIENCE = 10.0
 """Seconds that a process has to end by itself."""
 
@@ -22,3 +26,10 @@ def end(processes: Iterable[psutil.Process]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(told, PATIENCE)
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the system end this process when its parent is gone, and end now when it is gone already."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os._exit(1)

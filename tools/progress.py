@@ -43,18 +43,18 @@ class Progress(logging.Filter):
                 record.msg = f"[{number} of {self.total}, {self.remaining(name)}] {_RUNS}"
         return True
 
-    def remaining(self, running: str) -> str:
-        """Return the time left in words, that of the running stage included."""
+    def remaining(self, running: str | None = None, at_once: int = 1) -> str:
+        """Return the time left in words, that of the `running` stage included, where `at_once` stages run."""
         kinds: dict[str, list[float]] = {}
         for name, taken in self.seconds.items():
             kinds.setdefault(name.partition("@")[0], []).append(taken)
         found = 0.0
-        for name in (running, *self.left):
+        for name in (*([running] if running else []), *self.left):
             alike = kinds.get(name.partition("@")[0], [])
             if name not in self.seconds and not alike:
                 return "time left not known yet"
             found += self.seconds.get(name, sum(alike) / max(len(alike), 1))
-        minutes = round(found / 60)
+        minutes = round(found / at_once / 60)
         return f"about {minutes} minute{'s' * (minutes != 1)} left" if minutes else "less than a minute left"
 
     def end(self) -> None:

@@ -1,10 +1,11 @@
 """Run a command whose stages need not import PyTorch, a hundred times over.
 
 `python -m tools.warm dvc repro` forks a server, which imports the heavy packages once, while the command starts, and
-forks for each stage that the command runs: `python -m stages <stage> ...` finds a socket's name in the environment,
-hands over its arguments, folder, environment and standard files, and ends with its exit status. No module of the
-project is imported before the fork, so each stage runs the code that lies on disk. Without the variable, or on a system
-without pidfds (only Linux has them), a stage imports what it needs itself; that is the only difference.
+forks for each stage that the command runs, for several at once where `tools/jobs.py` runs them: `python -m stages
+<stage> ...` finds a socket's name in the environment, hands over its arguments, folder, environment and standard files,
+and ends with its exit status. No module of the project is imported before the fork, so each stage runs the code that
+lies on disk. Without the variable, or on a system without pidfds (only Linux has them), a stage imports what it needs
+itself; that is the only difference.
 
 The socket has a name that no file holds, and serves this user alone. Whatever ends this process, even SIGKILL, ends the
 server, and that the stage it serves.
@@ -13,7 +14,6 @@ At the end the seconds of each kind of stage are printed, and what was spent out
 """
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import json
@@ -35,7 +35,7 @@ from typing import Any, NoReturn
 
 import psutil
 
-from tools.processes import end
+from tools.processes import end, end_with_parent
 
 VARIABLE = "QUANTSTUDY_WARM"
 PRELOAD = ("torch", "torch._dynamo", "torchvision.models", "pydantic", "tqdm", "yaml")
@@ -45,7 +45,6 @@ SCRATCH = Path(".cache") / "warm"
 ASKING_SECONDS = 5.0
 """How long who connects may take to say what it wants."""
 LARGEST_REQUEST = 2**24
-PR_SET_PDEATHSIG = 1
 
 
 def main(command: Sequence[str]) -> int:
@@ -98,30 +97,37 @@ def _exit_status(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _end_with_parent(parent: int) -> None:
-    """Have the system end this process when its parent is gone, and end now when it is gone already."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
 def _serve_stages(listener: socket.socket, report: int, parent: int) -> NoReturn:
-    """Become the server: import, then run a stage for each connection; write the name and the seconds of each."""
+    """Become the server: import, then have a process for each connection run its stage."""
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         os.setpgid(0, 0)
-        _end_with_parent(parent)
+        end_with_parent(parent)
         SCRATCH.mkdir(parents=True, exist_ok=True)
         tempfile.tempdir = str(SCRATCH.resolve())
         for name in PRELOAD:
             importlib.import_module(name)
         gc.freeze()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so far it ended at once
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system forgets those that have ended
+        own = os.getpid()
         while True:
             with listener.accept()[0] as connection:
-                started = time.perf_counter()
-                if name := _serve(connection):
-                    os.write(report, f"{name} {time.perf_counter() - started}\n".encode())
+                if not os.fork():
+                    listener.close()
+                    _attend(connection, report, own)
+    finally:
+        os._exit(0)
+
+
+def _attend(connection: socket.socket, report: int, parent: int) -> NoReturn:
+    """Become the process that runs the stage of a connection and writes its name and seconds."""
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        end_with_parent(parent)
+        started = time.perf_counter()
+        if name := _serve(connection):
+            os.write(report, f"{name} {time.perf_counter() - started}\n".encode())
     finally:
         os._exit(0)
 
@@ -172,7 +178,7 @@ def _run(request: dict[str, Any], files: Sequence[int], parent: int) -> NoReturn
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        _end_with_parent(parent)
+        end_with_parent(parent)
         for number, file in enumerate(files):
             os.dup2(file, number)
         os.environ.clear()
@@ -204,6 +210,8 @@ def _summary(served: Sequence[Sequence[str]], total: float) -> str:
     inside = sum(map(sum, kinds.values()))
     lines = [f"{name:12}{len(taken):4} x {sum(taken) / len(taken):6.1f} s" for name, taken in kinds.items()]
     outside = f"{total:.0f} s in all, of them {total - inside:.0f} s ({1 - inside / total:.0%}) outside the stages"
+    if inside > total:  # several ran at once
+        outside = f"{total:.0f} s in all, for {inside:.0f} s of stages"
     return "\n".join(["", *lines, outside])
 
 

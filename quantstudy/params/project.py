@@ -61,6 +61,8 @@ class Runtime(Section):
 
     processes: Annotated[int, Field(ge=1, le=64)] = 1
     """Processes of a training stage: one a GPU, or that share a CPU's cores."""
+    threads: Annotated[int, Field(ge=1, le=512)] | None = None
+    """CPU threads of training, calibrating and quantizing; None: all cores. Float sums depend on it in the last bit."""
 
 
 class Export(Section):

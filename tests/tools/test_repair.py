@@ -102,7 +102,7 @@ def test_dvc_mends_first_unless_another_one_runs(root: Path) -> None:
     for name in ("code.yaml", "dvc.yaml"):
         (root / name).touch()
     (root / "dvc.lock").write_text("")
-    prepare = "from pathlib import Path; from tools import dvc; dvc._prepare(Path())"
+    prepare = "from pathlib import Path; from tools import dvc; dvc.prepare(Path())"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     other = os.open(root / ".dvc", os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_SH)

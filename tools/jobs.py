@@ -1,0 +1,326 @@
+"""Run the stages of the DAG side by side: `python -m tools.jobs --jobs 4 [--address auto] [targets]`.
+
+Ray (https://docs.ray.io) gives each stage its GPU or its cores, on this machine or on those of a cluster, and tries a
+stage again elsewhere whose worker died. This process decides what may run, and is the only one that writes dvc.lock
+(tools/ledger.py). What a stage takes is `meta: {takes: ...}` in dvc.yaml:
+
+- `machine`: it times. On a CPU it runs beside nothing else on its machine; with GPUs it has one to itself.
+- `device`: it computes. It gets a GPU if there are any, else as many cores as it would have alone (`runtime.threads`,
+  all by default), so that its result does not depend on the number of jobs.
+- nothing: one core.
+"""
+
+import argparse
+import collections
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dvc.exceptions import DvcException
+
+from quantstudy.errors import UserError, run_stage
+from quantstudy.files import write_text
+from quantstudy.params import PARAMS_FILE, load_params
+from tools import worker
+from tools.code import CODE_FILE
+from tools.dvc import prepare, project
+from tools.ledger import RESTORED, TO_RUN, UNCHANGED, Ledger
+from tools.live import Board
+from tools.repair import keep_lock_file
+
+TRIES = 3
+"""How often a stage is tried whose worker or process is killed."""
+RECORD_SECONDS = 10.0
+"""How long a stage that has ended may wait to be written down while others time."""
+OBJECT_STORE = 2**27
+"""Bytes; what travels between the processes is small."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a stage occupies.
+
+    `alone` says that it may run beside nothing else on its machine, `shares` that it has to be kept to its cores: by
+    itself it would use all, or as many as `runtime.threads` says.
+    """
+
+    cores: int
+    gpus: int = 0
+    alone: bool = False
+    shares: bool = True
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What all machines together have, and the largest of them has."""
+
+    cores: int
+    gpus: int
+    largest: int
+    local: bool
+
+    def size(self, takes: object, threads: int | None) -> Size:
+        """Return what a stage occupies that says what it `takes`; `threads` is the param `runtime.threads`."""
+        if takes not in ("machine", "device"):
+            return Size(1)
+        if self.gpus:
+            return Size(max(1, self.cores // max(self.gpus, 1)), 1)
+        if takes == "machine":
+            return Size(self.largest, alone=True, shares=False)
+        return Size(min(threads or self.largest, self.largest), shares=False)
+
+
+class Jobs:
+    """One run: what waits, what runs, what has ended."""
+
+    def __init__(self, ledger: Ledger, pool: Pool, jobs: int, board: Board, threads: int | None) -> None:
+        self.ledger, self.pool, self.most, self.board = ledger, pool, jobs, board
+        self.told: list[int] = []  # the signals to end
+        self.sizes = {name: pool.size(ledger.meta(name).get("takes"), threads) for name in ledger.stages}
+        self.waiting = dict.fromkeys(ledger.stages)
+        self.running: dict[Any, str] = {}  # Ray's reference of its result -> stage
+        self.ended: dict[str, float] = {}  # not yet in dvc.lock -> since when
+        self.done: set[str] = set()
+        self.failed: dict[str, str] = {}
+        self.root, self.token = Path.cwd(), secrets.token_hex(16)
+        self._rank = {name: place for place, name in enumerate(self._by_urgency())}
+        write_text(self.root / worker.TOKEN, self.token)
+
+    def run(self) -> None:
+        """Run all stages; return when none can run any more."""
+        import ray
+
+        while (self.waiting or self.running or self.ended) and not self.told:
+            self._start_what_fits()
+            self._record()
+            self.board.show(list(self.running.values()), len(self.waiting))
+            if self.running:
+                for reference in ray.wait(list(self.running), num_returns=1, timeout=0.5)[0]:
+                    self._take(reference)
+            elif not self.ended and not self._ready():
+                break
+
+    def stop(self) -> None:
+        """End all workers, write down what has ended."""
+        import ray
+
+        for reference in list(self.running):
+            if not self.pool.local:
+                ray.cancel(reference, force=True)
+            self.ledger.release(self.running.pop(reference))
+        ray.shutdown()  # what runs on this machine ends with it
+        self._record()
+
+    def _by_urgency(self) -> list[str]:
+        """Return the stages, first those that the longest chain of others waits for; those that time come last."""
+        chain: dict[str, int] = collections.defaultdict(int)
+        for name in reversed(self.ledger.stages):
+            for need in self.ledger.needs[name]:
+                chain[need] = max(chain[need], chain[name] + 1)
+        order = list(self.ledger.stages)
+        return sorted(order, key=lambda name: (self.sizes[name].alone, -chain[name], -self.sizes[name].cores))
+
+    def _ready(self) -> list[str]:
+        found = [name for name in self.waiting if self.ledger.needs[name] <= self.done]
+        return sorted(found, key=self._rank.__getitem__)
+
+    def _start_what_fits(self) -> None:
+        """Start ready stages while there is room; ask DVC of each whether it has to run at all."""
+        settled = True
+        while settled:
+            settled = False
+            sizes = [self.sizes[name] for name in self.running.values()]
+            cores, gpus = self.pool.cores - sum(s.cores for s in sizes), self.pool.gpus - sum(s.gpus for s in sizes)
+            for name in self._ready():
+                size = self.sizes[name]
+                if self.told or len(self.running) >= self.most or size.cores > cores:
+                    break  # a smaller one would keep it waiting
+                if size.gpus > gpus or (size.alone and self._overdue()):
+                    continue
+                if state := self._begin(name):
+                    self._send(name)
+                    cores, gpus = cores - size.cores, gpus - size.gpus
+                settled = settled or not state
+            self._record()
+
+    def _begin(self, name: str) -> bool:
+        """Return whether a stage has to run; count it as done, failed or restored if not."""
+        del self.waiting[name]
+        try:
+            state = self.ledger.begin(name)
+        except DvcException as error:
+            self._fail(name, str(error))
+            return False
+        if state == UNCHANGED:
+            self.done.add(name)
+            self.board.unchanged(name)
+        elif state == RESTORED:
+            self.ended[name] = time.monotonic()
+            self.board.end(name, None, "restored from the run cache")
+        return state == TO_RUN
+
+    def _send(self, name: str) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        size = self.sizes[name]
+        order = self.order(name)
+        options: dict[str, Any] = {"num_cpus": size.cores, "num_gpus": size.gpus, "name": name}
+        if self.ledger.stays_here(name):
+            here = ray.get_runtime_context().get_node_id()
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here, soft=False)
+        task = ray.remote(worker.run).options(**options, max_retries=TRIES - 1, retry_exceptions=[worker.StageKilled])
+        self.running[task.remote(order)] = name
+        self.board.start(name)
+
+    def order(self, name: str) -> worker.Order:
+        """Return what a worker has to know to run a stage."""
+        stage, size = self.ledger.stages[name], self.sizes[name]
+        texts: dict[str, str] = {}
+        if not self.pool.local:
+            files = (Path("dvc.lock"), Path("dvc.yaml"), PARAMS_FILE, CODE_FILE)
+            texts = {str(path): path.read_text(encoding="utf-8") for path in files if path.is_file()}
+        produced = {out.fs_path for need in self.ledger.needs[name] for out in self.ledger.stages[need].outs}
+        pulls = tuple(str(Path(dep.fs_path).relative_to(self.root)) for dep in stage.deps if dep.fs_path in produced)
+        warm = os.environ.get("QUANTSTUDY_WARM", "")
+        threads = str(size.cores) if size.shares else os.environ.get("OMP_NUM_THREADS")
+        return worker.Order(name, stage.cmd, str(self.root), self.token, threads, size.alone, warm, pulls, texts)
+
+    def _take(self, reference: Any) -> None:
+        """Take a stage's outcome."""
+        import ray
+
+        name = self.running.pop(reference)
+        try:
+            outcome: worker.Outcome = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:  # what the worker raised
+            return self._fail(name, str(error.cause).partition("\n")[0])
+        except ray.exceptions.RayError as error:  # it was killed too often, or its machine is gone
+            return self._fail(name, str(error).strip().partition("\n")[0])
+        if not outcome.shared:
+            write_text(self.root / worker.log_file(name), outcome.log)
+        if outcome.status:
+            last = outcome.log.strip().rpartition("\n")[2]
+            return self._fail(name, f"status {outcome.status}: {last}")
+        try:
+            if not outcome.shared:
+                self.ledger.fetch(name)
+        except DvcException as error:
+            return self._fail(name, f"{outcome.node} ran it, but its files did not come: {error}")
+        self.ended[name] = time.monotonic()
+        self.board.end(name, outcome.seconds, "" if self.pool.local else outcome.node)
+
+    def _overdue(self) -> bool:
+        """Return whether something that has ended has long waited to be written down."""
+        return bool(self.ended) and time.monotonic() - min(self.ended.values()) > RECORD_SECONDS
+
+    def _record(self) -> None:
+        """Write down what has ended, unless something times here that must not be disturbed."""
+        if not self.ended:
+            return
+        with worker.timing_lock(self.root, wait=False) as held:
+            if not held:
+                return
+            names = list(self.ended)
+            failed = self.ledger.record(names)
+            keep_lock_file(self.root)
+            if not self.pool.local and (good := [name for name in names if name not in failed]):
+                self.ledger.push(good)
+        self.ended.clear()
+        for name in names:
+            if name in failed:
+                self._fail(name, failed[name])
+            else:
+                self.done.add(name)
+
+    def _fail(self, name: str, reason: str) -> None:
+        self.ledger.release(name)
+        self.failed[name] = reason
+        self.board.fail(name, reason)
+        dropped, more = {name}, True
+        while more:
+            more = False
+            for other in list(self.waiting):
+                if self.ledger.needs[other] & dropped:
+                    dropped.add(other)
+                    del self.waiting[other]
+                    self.board.drop(other)
+                    more = True
+
+
+def connect(address: str | None, jobs: int | None) -> tuple[Pool, int]:
+    """Start Ray on this machine, or join a cluster; return what it has and how many stages may run at once.
+
+    Raises:
+        UserError: Ray is not installed, or no cluster answers.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--jobs: Ray is not installed; run `pip install '.[ray]'`") from None
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    cores = os.cpu_count() or 1
+    try:
+        if address:
+            ray.init(address, **quiet)
+        else:
+            ray.init("local", num_cpus=cores, include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(f"--address: {address or 'local'}: {str(error).partition(chr(10))[0]}") from error
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    total = [int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU")]
+    pool = Pool(total[0], total[1], int(max(node.get("CPU", 0) for node in nodes)), not address)
+    return pool, jobs or max(pool.cores, pool.gpus)
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run what has to run; exit with 1 if a stage failed, with 128 and the signal's number after a signal."""
+    parser = argparse.ArgumentParser(prog="python -m tools.jobs", description="Run stages side by side, with Ray.")
+    parser.add_argument("--jobs", type=int, help="stages at once; by default as many as there are cores or GPUs")
+    parser.add_argument("--address", help="of a Ray cluster, `auto` for the one that runs here; else Ray is started")
+    parser.add_argument("targets", nargs="*", help="stages; with what they need they are all that runs")
+    given = parser.parse_args(argv)
+    if given.jobs is not None and given.jobs < 1:
+        raise UserError(f"--jobs: {given.jobs} is not a number of stages, which is 1 or more")
+    logging.getLogger("dvc").setLevel(logging.WARNING)
+    root = project()
+    if root is None:
+        raise UserError("no project: no folder from here up has a dvc.yaml and a code.yaml")
+    os.chdir(root)
+    prepare(root)
+    params = load_params()
+    ledger = Ledger(given.targets)
+    pool, jobs = connect(given.address, given.jobs)
+    sys.exit(_run(ledger, pool, jobs, params.runtime.threads))
+
+
+def _run(ledger: Ledger, pool: Pool, jobs: int, threads: int | None) -> int:
+    """Run what has to run and return the exit status."""
+    with Board(Path.cwd(), list(ledger.stages), jobs) as board:
+        run = Jobs(ledger, pool, jobs, board, threads)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda number, _: run.told.append(number))
+        try:
+            run.run()
+        finally:
+            run.stop()
+            with contextlib.suppress(OSError):
+                board.save()
+    for name, reason in run.failed.items():
+        print(f"failed: {name}: {reason}\n  its log: {worker.log_file(name)}", file=sys.stderr)
+    return 128 + run.told[0] if run.told else int(bool(run.failed))
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,137 @@
+"""What DVC knows of the stages, and the one process that writes it down while `tools/jobs.py` runs several at once.
+
+Of DVC this takes what `dvc repro` and `dvc commit` are made of, and none of its private functions: whether a stage has
+changed, its run cache, and, for stages that have run, `save`, `commit` and one write of dvc.lock for all of them, as
+`dvc commit --force` does. Running `dvc` itself for each stage would cost seconds each time.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from dvc.rwlock import rwlock
+from dvc.stage import Stage
+from dvc.stage.cache import RunCacheNotFoundError
+
+from quantstudy.errors import UserError
+
+UNCHANGED, RESTORED, TO_RUN = "unchanged", "restored", "to run"
+
+
+class Ledger:
+    """The stages of the project in the working directory.
+
+    Args:
+        targets: names of stages; with what they need they are all that is looked at. None given means all.
+
+    Raises:
+        UserError: DVC cannot read the project, or a target is no stage.
+    """
+
+    def __init__(self, targets: Sequence[str] = ()) -> None:
+        try:
+            self.repo = Repo()
+            with self.repo.lock:
+                graph = self.repo.index.graph
+                asked = [stage for target in targets for stage in self.repo.stage.collect(target)]
+        except DvcException as error:
+            raise UserError(f"DVC: {error}") from error
+        needs = {stage: set(graph.successors(stage)) for stage in graph}
+        self.stages = {stage.addressing: stage for stage in _closure(asked or list(needs), needs)}
+        """By name, each after those it needs."""
+        self.needs = {name: {found.addressing for found in needs[stage]} for name, stage in self.stages.items()}
+        """Stage -> the stages whose files it reads."""
+        self._in_use: dict[str, ExitStack] = {}
+
+    def begin(self, name: str) -> str:
+        """Do what comes before a stage's command: return UNCHANGED, or RESTORED from the run cache, or TO_RUN.
+
+        A stage that is to run has lost its old files, as in `dvc repro`, and no other DVC may touch its files until
+        `release`.
+        """
+        stage = self.stages[name]
+        with self.repo.lock:
+            if stage.frozen or not stage.changed():
+                return UNCHANGED
+            stage.remove_outs()
+            try:
+                self.repo.stage_cache.restore(stage)
+                return RESTORED
+            except RunCacheNotFoundError:
+                stage.save_deps()
+        self._in_use[name] = ExitStack()
+        self._in_use[name].enter_context(self._using(stage))
+        return TO_RUN
+
+    def _using(self, stage: Stage) -> object:
+        paths = ([item.fs_path for item in items] for items in (stage.deps, stage.outs))
+        hardlink = self.repo.config["core"].get("hardlink_lock", False)
+        return rwlock(self.repo.tmp_dir, self.repo.fs, f"jobs: {stage.addressing}", *paths, hardlink)
+
+    def release(self, name: str) -> None:
+        """Let other DVCs touch the files of a stage that `begin` said is to run."""
+        if held := self._in_use.pop(name, None):
+            held.close()
+
+    def record(self, names: Iterable[str]) -> dict[str, str]:
+        """Put what stages have made into DVC's cache and write dvc.lock once; return what failed, and why."""
+        failed: dict[str, str] = {}
+        saved: dict[object, list[Stage]] = {}
+        with self.repo.lock, self.repo.scm_context():
+            for name in names:
+                stage = self.stages[name]
+                self.release(name)
+                try:
+                    stage.save(run_cache=has_run_cache(stage))
+                    stage.commit()
+                except DvcException as error:
+                    failed[name] = str(error)
+                else:
+                    saved.setdefault(stage.dvcfile, []).append(stage)
+            for file, stages in saved.items():
+                file.dump_stages(stages, update_pipeline=False)  # type: ignore[attr-defined]
+        return failed
+
+    def push(self, names: Iterable[str]) -> None:
+        """Send the files of stages to DVC's default remote."""
+        self.repo.push(targets=list(names))
+
+    def fetch(self, name: str) -> None:
+        """Take the files of a stage that another machine ran and pushed; raise `DvcException` where it cannot."""
+        stage = self.stages[name]
+        self.release(name)
+        with self.repo.lock:
+            self.repo.stage_cache.pull(None)
+            self.repo.stage_cache.restore(stage, pull=True)
+
+    def stays_here(self, name: str) -> bool:
+        """Return whether only this machine can run a stage: it needs or makes files that no DVC remote holds."""
+        stage = self.stages[name]
+        loose = [out.fs_path for need in self.needs[name] for out in self.stages[need].outs if not out.use_cache]
+        reads = any(stage.repo.fs.isin_or_eq(path, dep.fs_path) for path in loose for dep in stage.deps)
+        return reads or not has_run_cache(stage) or bool(self.meta(name).get("here"))
+
+    def meta(self, name: str) -> dict[str, object]:
+        """Return what dvc.yaml says under `meta` of a stage."""
+        return self.stages[name].meta or {}
+
+
+def has_run_cache(stage: Stage) -> bool:
+    """Return whether DVC's run cache keeps what a stage has made, by DVC's own rule."""
+    return all(out.use_cache or out.is_metric or out.is_plot for out in stage.outs)
+
+
+def _closure(asked: Sequence[Stage], needs: dict[Stage, set[Stage]]) -> Iterator[Stage]:
+    """Yield stages and all they need, each after what it needs."""
+    seen: set[Stage] = set()
+
+    def visit(stage: Stage) -> Iterator[Stage]:
+        if stage not in seen:
+            seen.add(stage)
+            for need in sorted(needs[stage], key=lambda found: found.addressing):
+                yield from visit(need)
+            yield stage
+
+    for stage in asked:
+        yield from visit(stage)
