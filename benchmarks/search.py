@@ -119,7 +119,7 @@ def nncf(shop: Workshop, test: Split) -> Iterable[Row]:
     seconds = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "nncf.xml"
-        openvino.save_model(model, path, compress_to_fp16=False)
+        openvino.save_model(model, path)
         size = sum(part.stat().st_size for part in (path, path.with_suffix(".bin"))) / 1e6
     run = OpenVino(model, judge.threads)
     shipped: Any = Shipped(judge.fp32.exported, Session(run, lambda: frozenset()))

@@ -13,9 +13,11 @@ stage again elsewhere whose worker died. This process decides what may run, and 
 import argparse
 import collections
 import contextlib
+import hashlib
 import logging
 import os
 import secrets
+import shutil
 import signal
 import sys
 import time
@@ -39,7 +41,9 @@ from tools.repair import keep_lock_file
 TRIES = 3
 """How often a stage is tried whose worker or process is killed."""
 RECORD_SECONDS = 10.0
-"""How long a stage that has ended may wait to be written down while others time."""
+"""How long a stage that has ended may wait to be written down while others run."""
+RECORD_SHARE = 0.2
+"""The share of this process's time that writing dvc.lock may take while others run."""
 OBJECT_STORE = 2**27
 """Bytes; what travels between the processes is small."""
 
@@ -89,10 +93,12 @@ class Jobs:
         self.running: dict[Any, str] = {}  # Ray's reference of its result -> stage
         self.ended: dict[str, float] = {}  # not yet in dvc.lock -> since when
         self.done: set[str] = set()
+        self._recorded = (0.0, 0.0)  # when dvc.lock was last written, and what that took
         self.failed: dict[str, str] = {}
         self.root, self.token = Path.cwd(), secrets.token_hex(16)
         self._rank = {name: place for place, name in enumerate(self._by_urgency())}
         write_text(self.root / worker.TOKEN, self.token)
+        self.apart = self._ask_nodes()
 
     def run(self) -> None:
         """Run all stages; return when none can run any more."""
@@ -119,6 +125,32 @@ class Jobs:
         ray.shutdown()  # what runs on this machine ends with it
         self._record()
 
+    def _ask_nodes(self) -> bool:
+        """Return whether any machine has a folder of its own, so that files have to go through DVC's remote.
+
+        Raises:
+            UserError: a machine has no folder, or there is no remote.
+        """
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        asked = [
+            ray.remote(worker.find_folder)
+            .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+            .remote(str(self.root), self.token)
+            for node in ray.nodes()
+            if node["Alive"] and not self.pool.local
+        ]
+        try:
+            apart = not all(shared for _, shared in ray.get(asked))
+        except ray.exceptions.RayTaskError as error:
+            raise UserError(f"--address: {error.cause}") from error
+        if apart and not self.ledger.repo.config["core"].get("remote"):
+            raise UserError(
+                "--address: machines with folders of their own need a DVC remote: dvc remote add -d NAME URL"
+            )
+        return apart
+
     def _by_urgency(self) -> list[str]:
         """Return the stages, first those that the longest chain of others waits for; those that time come last."""
         chain: dict[str, int] = collections.defaultdict(int)
@@ -129,7 +161,8 @@ class Jobs:
         return sorted(order, key=lambda name: (self.sizes[name].alone, -chain[name], -self.sizes[name].cores))
 
     def _ready(self) -> list[str]:
-        found = [name for name in self.waiting if self.ledger.needs[name] <= self.done]
+        there = self.done if self.apart else self.done | self.ended.keys()  # another machine has to find them pushed
+        found = [name for name in self.waiting if self.ledger.needs[name] <= there]
         return sorted(found, key=self._rank.__getitem__)
 
     def _start_what_fits(self) -> None:
@@ -139,9 +172,12 @@ class Jobs:
             settled = False
             sizes = [self.sizes[name] for name in self.running.values()]
             cores, gpus = self.pool.cores - sum(s.cores for s in sizes), self.pool.gpus - sum(s.gpus for s in sizes)
+            most = self.most
+            if 0 < self.pool.gpus <= self.most:  # one more for each waits at Ray, so that no GPU waits for this process
+                cores, gpus, most = cores + self.pool.cores, gpus + self.pool.gpus, most + self.pool.gpus
             for name in self._ready():
                 size = self.sizes[name]
-                if self.told or len(self.running) >= self.most or size.cores > cores:
+                if self.told or len(self.running) >= most or size.cores > cores:
                     break  # a smaller one would keep it waiting
                 if size.gpus > gpus or (size.alone and self._overdue()):
                     continue
@@ -174,7 +210,7 @@ class Jobs:
         size = self.sizes[name]
         order = self.order(name)
         options: dict[str, Any] = {"num_cpus": size.cores, "num_gpus": size.gpus, "name": name}
-        if self.ledger.stays_here(name):
+        if self.apart and self.ledger.stays_here(name):
             here = ray.get_runtime_context().get_node_id()
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here, soft=False)
         task = ray.remote(worker.run).options(**options, max_retries=TRIES - 1, retry_exceptions=[worker.StageKilled])
@@ -185,7 +221,7 @@ class Jobs:
         """Return what a worker has to know to run a stage."""
         stage, size = self.ledger.stages[name], self.sizes[name]
         texts: dict[str, str] = {}
-        if not self.pool.local:
+        if self.apart:
             files = (Path("dvc.lock"), Path("dvc.yaml"), PARAMS_FILE, CODE_FILE)
             texts = {str(path): path.read_text(encoding="utf-8") for path in files if path.is_file()}
         produced = {out.fs_path for need in self.ledger.needs[name] for out in self.ledger.stages[need].outs}
@@ -223,17 +259,21 @@ class Jobs:
         return bool(self.ended) and time.monotonic() - min(self.ended.values()) > RECORD_SECONDS
 
     def _record(self) -> None:
-        """Write down what has ended, unless something times here that must not be disturbed."""
-        if not self.ended:
+        """Write down what has ended, not too often while others run, and never beside something that times here."""
+        written, took = self._recorded
+        early = time.monotonic() - written < took / RECORD_SHARE and not self._overdue() and not self.apart
+        if not self.ended or (early and self.running):
             return
+        began = time.monotonic()
         with worker.timing_lock(self.root, wait=False) as held:
             if not held:
                 return
             names = list(self.ended)
             failed = self.ledger.record(names)
             keep_lock_file(self.root)
-            if not self.pool.local and (good := [name for name in names if name not in failed]):
+            if self.apart and (good := [name for name in names if name not in failed]):
                 self.ledger.push(good)
+        self._recorded = time.monotonic(), time.monotonic() - began
         self.ended.clear()
         for name in names:
             if name in failed:
@@ -256,6 +296,12 @@ class Jobs:
                     more = True
 
 
+def scratch() -> Path:
+    """Return where Ray's own files lie while it runs for this project: its sockets need a short path."""
+    digest = hashlib.sha256(str(Path.cwd()).encode()).hexdigest()
+    return Path("/tmp") / f"quantstudy-{os.getuid()}-{digest[:8]}"
+
+
 def connect(address: str | None, jobs: int | None) -> tuple[Pool, int]:
     """Start Ray on this machine, or join a cluster; return what it has and how many stages may run at once.
 
@@ -274,7 +320,9 @@ def connect(address: str | None, jobs: int | None) -> tuple[Pool, int]:
         if address:
             ray.init(address, **quiet)
         else:
-            ray.init("local", num_cpus=cores, include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet)
+            shutil.rmtree(scratch(), ignore_errors=True)
+            quiet |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE, "_temp_dir": str(scratch())}
+            ray.init("local", num_cpus=cores, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"--address: {address or 'local'}: {str(error).partition(chr(10))[0]}") from error
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -315,6 +363,7 @@ def _run(ledger: Ledger, pool: Pool, jobs: int, threads: int | None) -> int:
             run.run()
         finally:
             run.stop()
+            shutil.rmtree(scratch(), ignore_errors=True)
             with contextlib.suppress(OSError):
                 board.save()
     for name, reason in run.failed.items():

@@ -97,4 +97,6 @@ class Board:
         return self.progress.remaining(at_once=self.jobs)
 
     def _say(self, text: str) -> None:
-        self.console.print(f"[{self._done()} of {self.total}, {self._left()}] {text}", markup=False, highlight=False)
+        self.console.print(
+            f"[{self._done()} of {self.total}, {self._left()}] {text}", markup=False, highlight=False, soft_wrap=True
+        )

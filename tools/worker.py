@@ -1,8 +1,8 @@
 """What a Ray worker does for `tools/jobs.py`: it runs the command of one stage, as DVC would, and says how it ended.
 
-A worker that sees the folder of the driver runs the stage there. One that does not has a clone of its own, the folder
-that QUANTSTUDY_FOLDER named when its `ray start` ran: there it pulls what the stage needs from DVC's remote, runs it,
-and pushes what it made, the run cache included.
+A worker that sees the folder of the driver runs the stage there. One whose `ray start` had QUANTSTUDY_FOLDER set has
+a clone of its own in that folder: there it pulls what the stage needs from DVC's remote, runs it, and pushes what it
+made, the run cache included.
 """
 
 import contextlib
@@ -82,8 +82,7 @@ def run(order: Order) -> Outcome:
         StageKilled: its process was killed.
         NodeRefused: this machine has no clone of the project's version.
     """
-    shared = _holds(Path(order.root) / TOKEN, order.token)
-    folder = Path(order.root) if shared else _clone(order)
+    folder, shared = find_folder(order.root, order.token)
     if not shared:
         from tools.elsewhere import push, take_over
 
@@ -119,20 +118,22 @@ def timing_lock(folder: Path, wait: bool = True) -> Iterator[bool]:
             yield True
 
 
-def _holds(path: Path, text: str) -> bool:
-    try:
-        return path.read_text(encoding="utf-8") == text
-    except OSError:
-        return False
+def find_folder(root: str, token: str) -> tuple[Path, bool]:
+    """Return the project's folder on this machine, and whether it is the driver's, which holds the `token`.
 
-
-def _clone(order: Order) -> Path:
-    folder = Path(os.environ.get(FOLDER_VARIABLE, order.root))
-    if not (folder / "dvc.yaml").is_file():
+    Raises:
+        NodeRefused: there is none.
+    """
+    folder = Path(os.environ.get(FOLDER_VARIABLE, root))
+    with contextlib.suppress(OSError):
+        if (folder / TOKEN).read_text(encoding="utf-8") == token:
+            return folder, True
+    if FOLDER_VARIABLE not in os.environ or not (folder / "dvc.yaml").is_file():
         raise NodeRefused(
-            f"{platform.node()}: {folder} is no clone of this project; start Ray there with {FOLDER_VARIABLE} set"
+            f"{platform.node()}: {folder} is not the driver's folder and no clone of the project; "
+            f"set {FOLDER_VARIABLE} to a clone where `ray start` runs"
         )
-    return folder
+    return folder, False
 
 
 def _run_command(order: Order, folder: Path, output: int) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from docs.drawing import corrections, grids, mixed, training
+from docs.drawing.box import box
 from docs.drawing.tiny import Example, example
 from quantstudy.machine.device import set_up
 from quantstudy.report.style import plot_style, save
@@ -28,6 +29,7 @@ FIGURES: dict[str, Callable[[Example], Figure]] = {
     "straight_through": training.straight_through,
     "learned_step": training.learned_step,
     "trained": training.accuracy,
+    "box": box,
 }
 
 

@@ -1,0 +1,33 @@
+"""The figure of what `benchmarks/jobs.py` measured: a study on a simulated box of GPUs."""
+
+import json
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from docs.drawing.tiny import Example, figure
+from quantstudy.report import style
+
+RECORD = Path("reports") / "jobs" / "box.json"
+
+
+def box(_: Example) -> Figure:
+    """Draw how many times as fast as one GPU each box was, beside what it would be at best."""
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    seconds = {int(gpus): taken for gpus, taken in record["boxes"].items()}
+    counts = sorted(seconds)
+    speed = [seconds[1] / seconds[gpus] for gpus in counts]
+    drawn, axes = figure(1, 1)
+    axes.plot(counts, counts, color=style.GREY, linestyle="--", label="as many times as there are GPUs")
+    axes.plot(counts, speed, color=style.BLUE, marker="o", label="measured")
+    for gpus, found in zip(counts, speed, strict=True):
+        label = f"{found:.1f}, {seconds[gpus] / 60:.1f} min"
+        axes.annotate(label, (gpus, found), (4, -12), textcoords="offset points")
+    axes.set(
+        xlabel="GPUs of the simulated box",
+        ylabel="times as fast as one",
+        xticks=counts,
+        title=f"{record['variants']} variants; one GPU sleeps {record['sum_of_stages'] / 60:.0f} minutes",
+    )
+    axes.legend()
+    return drawn
