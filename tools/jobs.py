@@ -193,7 +193,7 @@ class Jobs:
         try:
             state = self.ledger.begin(name)
         except DvcException as error:
-            self._fail(name, str(error))
+            self._fail(name, str(error).partition("\n")[0])
             return False
         if state == UNCHANGED:
             self.done.add(name)
@@ -235,6 +235,7 @@ class Jobs:
         import ray
 
         name = self.running.pop(reference)
+        self.ledger.release(name)
         try:
             outcome: worker.Outcome = ray.get(reference)
         except ray.exceptions.RayTaskError as error:  # what the worker raised

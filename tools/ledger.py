@@ -81,7 +81,6 @@ class Ledger:
         with self.repo.lock, self.repo.scm_context():
             for name in names:
                 stage = self.stages[name]
-                self.release(name)
                 try:
                     stage.save(run_cache=has_run_cache(stage))
                     stage.commit()
@@ -100,7 +99,6 @@ class Ledger:
     def fetch(self, name: str) -> None:
         """Take the files of a stage that another machine ran and pushed; raise `DvcException` where it cannot."""
         stage = self.stages[name]
-        self.release(name)
         with self.repo.lock:
             self.repo.stage_cache.pull(None)
             self.repo.stage_cache.restore(stage, pull=True)

@@ -5,7 +5,7 @@ kills aim at DVC while it writes its lock file; the counts say how many cut it. 
 the outer process, which has to end all others, and the rest SIGKILL to all at once. A disk is a tmpfs (it takes root)
 that fills up at another write each time. The run after that must end well, without a hand, a traceback or a file that
 an undisturbed run has not, and with the same outputs but for what is a time. The counts go to
-reports/reliability/runs.json.
+reports/reliability/runs.json, and with `--jobs 3`, three stages at once, to jobs.json.
 """
 
 import argparse
@@ -32,7 +32,9 @@ from tests.harness.record import record
 from tests.params import FEW, TINY, TINY_PARAMS
 
 STAGES = ("download", "finetune", "calibrate", "ptq", "outliers")
-COMMAND = (sys.executable, "-m", "tools.warm", sys.executable, "-m", "tools.dvc", "repro")
+WARM = (sys.executable, "-m", "tools.warm", sys.executable, "-m")
+COMMANDS = {1: (*WARM, "tools.dvc", "repro")}
+"""How a project is run, by the number of stages at once."""
 TIMED = re.compile("latency|speedup|memory|timings|load|busy|second|waiting")
 HANGS = 300.0
 """Seconds after which a run hangs."""
@@ -64,7 +66,7 @@ def make_project(root: Path, stages: Sequence[str] = STAGES) -> Path:
 class Run:
     """A run of the project at `root` that has been started."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, jobs: int = 1) -> None:
         self.root, self.output = root, root.parent / f"{root.name}.txt"
         temporary, cache = root.parent / f"{root.name}.tmp", root / ".dvc" / "tmp" / "site"
         temporary.mkdir(exist_ok=True)
@@ -73,7 +75,8 @@ class Run:
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(root / ".cache" / "inductor")  # as the Makefile does
         with self.output.open("w") as file:
             streams: Any = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-            self.process = subprocess.Popen(COMMAND, cwd=root, env=environment, start_new_session=True, **streams)
+            command = COMMANDS.get(jobs, (*WARM, "tools.jobs", "--jobs", str(jobs)))
+            self.process = subprocess.Popen(command, cwd=root, env=environment, start_new_session=True, **streams)
 
     def processes(self) -> list[psutil.Process]:
         """Return what runs of it, the outer process first."""
@@ -133,12 +136,12 @@ def _timeless(value: Any) -> Any:
 class Harness:
     """Trials of one project against an undisturbed run of it."""
 
-    def __init__(self, folder: Path, stages: Sequence[str]) -> None:
-        self.folder, self.counts = folder, Counter[str]()
+    def __init__(self, folder: Path, stages: Sequence[str], jobs: int) -> None:
+        self.folder, self.counts, self.jobs = folder, Counter[str](), jobs
         self.template = make_project(folder / "template", stages)
         self.trials = 0
         started = time.perf_counter()
-        calm = Run(self.fresh(folder))
+        calm = Run(self.fresh(folder))  # by plain DVC, whatever the number of jobs
         if complaint := calm.complaint(True):
             raise SystemExit(f"the undisturbed run: {complaint}\n{calm.output.read_text()}")
         self.seconds = time.perf_counter() - started
@@ -151,7 +154,7 @@ class Harness:
 
     def judge(self, root: Path, complaint: str) -> None:
         """Run again what was disturbed; count what is wrong, and keep the folder then."""
-        again = Run(root)
+        again = Run(root, self.jobs)
         later = again.complaint(True)
         complaint = complaint or later or self._difference(root)
         self.counts[complaint or "as undisturbed"] += 1
@@ -163,6 +166,8 @@ class Harness:
 
     def _difference(self, root: Path) -> str:
         found = outputs(root)
+        if self.jobs > 1 and not _is_clean(root):
+            return "dvc status is not clean"
         temporary = root.parent / f"{root.name}.tmp"
         if found.keys() - self.expected.keys() or any(temporary.iterdir()) or (root / ".git" / "index.lock").exists():
             return f"left behind: {[*found.keys() - self.expected.keys(), *temporary.iterdir()]}"
@@ -171,7 +176,7 @@ class Harness:
 
     def kill_at(self, moment: float, number: signal.Signals) -> None:
         """Kill a run after `moment` seconds: all of it, or its outer process by SIGTERM."""
-        run = Run(self.fresh(self.folder))
+        run = Run(self.fresh(self.folder), self.jobs)
         with contextlib.suppress(subprocess.TimeoutExpired):
             run.process.wait(moment)
         complaint, started = "", run.processes()
@@ -187,7 +192,7 @@ class Harness:
 
     def kill_while_locking(self, place: int) -> None:
         """Kill a run while DVC writes its lock file for the `place`-th time."""
-        run = Run(self.fresh(self.folder))
+        run = Run(self.fresh(self.folder), self.jobs)
         lock, seen, size = run.root / "dvc.lock", 0, -1
         dvc: psutil.Process | None = None
         while run.process.poll() is None and seen < place:
@@ -203,7 +208,7 @@ class Harness:
     def fill_disk(self, share: float) -> None:
         """Give a run a share of the room that it needs; then give it enough."""
         with _disk(self.folder / "disk", _bytes(self.template) + share * (self.size - _bytes(self.template))) as disk:
-            run = Run(self.fresh(disk))
+            run = Run(self.fresh(disk), self.jobs)
             complaint = run.complaint(False)
             self.counts["disks"] += 1
             self.counts["disks that were full"] += run.process.returncode != 0
@@ -211,9 +216,14 @@ class Harness:
             self.judge(run.root, complaint)
 
 
+def _is_clean(root: Path) -> bool:
+    command = [sys.executable, "-m", "tools.dvc", "status"]
+    return "up to date" in subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout
+
+
 def _is_dvc(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.Error):
-        return process.cmdline()[1:3] == ["-m", "tools.dvc"]
+        return process.cmdline()[1:3] in (["-m", "tools.dvc"], ["-m", "tools.jobs"])
     return False
 
 
@@ -231,10 +241,10 @@ def _disk(path: Path, size: float) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
-def harness(kills: int, disks: int, stages: Sequence[str] = STAGES) -> dict[str, int]:
+def harness(kills: int, disks: int, stages: Sequence[str] = STAGES, jobs: int = 1) -> dict[str, int]:
     """Try it and return the counts; every trial has to be `as undisturbed`."""
     with tempfile.TemporaryDirectory() as folder:
-        trials = Harness(Path(folder), stages)
+        trials = Harness(Path(folder), stages, jobs)
         locking = max(kills // 6, min(kills, 1))
         for place in range(locking):
             trials.kill_while_locking(1 + place % len(stages))
@@ -251,9 +261,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--disks", type=int, default=10)
+    parser.add_argument("--jobs", type=int, default=1, help="stages at once")
     arguments = parser.parse_args(argv)
-    counts = harness(arguments.kills, arguments.disks)
-    record("runs", counts)
+    counts = harness(arguments.kills, arguments.disks, jobs=arguments.jobs)
+    record("runs" if arguments.jobs == 1 else "jobs", counts)
     sys.exit(counts["as undisturbed"] != counts["kills"] + counts.get("disks", 0))
 
 
