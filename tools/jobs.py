@@ -7,6 +7,7 @@ stage again elsewhere whose worker died. This process decides what may run, and 
 - `machine`: it times. On a CPU it runs beside nothing else on its machine; with GPUs it has one to itself.
 - `device`: it computes. It gets a GPU if there are any, else as many cores as it would have alone (`runtime.threads`,
   all by default), so that its result does not depend on the number of jobs.
+- `devices`: it trains, in `runtime.processes` processes, each of which takes that.
 - nothing: one core.
 """
 
@@ -31,6 +32,7 @@ from dvc.exceptions import DvcException
 from quantstudy.errors import UserError, run_stage
 from quantstudy.files import write_text
 from quantstudy.params import PARAMS_FILE, load_params
+from quantstudy.params.project import Runtime
 from tools import worker
 from tools.code import CODE_FILE
 from tools.dvc import prepare, project
@@ -71,24 +73,27 @@ class Pool:
     largest: int
     local: bool
 
-    def size(self, takes: object, threads: int | None) -> Size:
-        """Return what a stage occupies that says what it `takes`; `threads` is the param `runtime.threads`."""
-        if takes not in ("machine", "device"):
+    def size(self, takes: object, runtime: Runtime) -> Size:
+        """Return what a stage occupies that says what it `takes`."""
+        if takes not in ("machine", "device", "devices"):
             return Size(1)
+        processes = runtime.processes if takes == "devices" else 1
         if self.gpus:
-            return Size(max(1, self.cores // max(self.gpus, 1)), 1)
+            gpus = min(processes, self.gpus)
+            return Size(max(1, gpus * self.cores // self.gpus), gpus)
         if takes == "machine":
             return Size(self.largest, alone=True, shares=False)
-        return Size(min(threads or self.largest, self.largest), shares=False)
+        cores = self.largest if processes > 1 else runtime.threads or self.largest
+        return Size(min(cores, self.largest), shares=False)
 
 
 class Jobs:
     """One run: what waits, what runs, what has ended."""
 
-    def __init__(self, ledger: Ledger, pool: Pool, jobs: int, board: Board, threads: int | None) -> None:
+    def __init__(self, ledger: Ledger, pool: Pool, jobs: int, board: Board, runtime: Runtime) -> None:
         self.ledger, self.pool, self.most, self.board = ledger, pool, jobs, board
         self.told: list[int] = []  # the signals to end
-        self.sizes = {name: pool.size(ledger.meta(name).get("takes"), threads) for name in ledger.stages}
+        self.sizes = {name: pool.size(ledger.meta(name).get("takes"), runtime) for name in ledger.stages}
         self.waiting = dict.fromkeys(ledger.stages)
         self.running: dict[Any, str] = {}  # Ray's reference of its result -> stage
         self.ended: dict[str, float] = {}  # not yet in dvc.lock -> since when
@@ -350,13 +355,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     params = load_params()
     ledger = Ledger(given.targets)
     pool, jobs = connect(given.address, given.jobs)
-    sys.exit(_run(ledger, pool, jobs, params.runtime.threads))
+    sys.exit(_run(ledger, pool, jobs, params.runtime))
 
 
-def _run(ledger: Ledger, pool: Pool, jobs: int, threads: int | None) -> int:
+def _run(ledger: Ledger, pool: Pool, jobs: int, runtime: Runtime) -> int:
     """Run what has to run and return the exit status."""
     with Board(Path.cwd(), list(ledger.stages), jobs) as board:
-        run = Jobs(ledger, pool, jobs, board, threads)
+        run = Jobs(ledger, pool, jobs, board, runtime)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda number, _: run.told.append(number))

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import yaml
 
+from quantstudy.params.project import Runtime
 from tests.params import TINY_PARAMS
 from tools.jobs import Pool, Size
 
@@ -224,12 +225,14 @@ def test_two_machines_with_folders_of_their_own_finish_though_one_is_killed(tmp_
 
 def test_a_stage_gets_its_gpu_or_as_many_cores_as_it_would_have_alone() -> None:
     box = Pool(cores=16, gpus=8, largest=16, local=True)
-    assert box.size("device", None) == box.size("machine", None) == Size(2, gpus=1)
+    some, four = Runtime(), Runtime(threads=4)
+    assert box.size("device", some) == box.size("machine", some) == Size(2, gpus=1)
+    assert box.size("devices", Runtime(processes=4)) == Size(8, gpus=4)
     plain = Pool(cores=16, gpus=0, largest=16, local=True)
-    assert plain.size("device", None) == Size(16, shares=False)
-    assert plain.size("device", 4) == Size(4, shares=False)
-    assert plain.size("machine", 4) == Size(16, alone=True, shares=False)
-    assert plain.size(None, 4) == Size(1)
+    assert plain.size("device", some) == plain.size("devices", Runtime(processes=2)) == Size(16, shares=False)
+    assert plain.size("device", four) == plain.size("devices", four) == Size(4, shares=False)
+    assert plain.size("machine", four) == Size(16, alone=True, shares=False)
+    assert plain.size(None, four) == Size(1)
 
 
 @pytest.mark.parametrize("arguments", [("--jobs", "0"), ("nothing",)])
