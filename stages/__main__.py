@@ -10,6 +10,7 @@ import os
 import runpy
 import socket
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from quantstudy.errors import run_stage
@@ -17,17 +18,19 @@ from quantstudy.errors import run_stage
 STAGES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
 
 
-def ask(arguments: list[str]) -> int | None:
+def ask(
+    arguments: Sequence[str], folder: Path, environment: Mapping[str, str], files: Sequence[int] = (0, 1, 2)
+) -> int | None:
     """Have a stage run by `tools/warm.py`; return its exit status, or None where no such process is."""
     with socket.socket(socket.AF_UNIX) as connection:
         try:
-            connection.connect("\0" + os.environ["QUANTSTUDY_WARM"])
+            connection.connect("\0" + environment["QUANTSTUDY_WARM"])
         except (KeyError, OSError):
             return None
-        request = {"arguments": arguments, "folder": str(Path.cwd()), "environment": dict(os.environ)}
+        request = {"arguments": list(arguments), "folder": str(folder), "environment": dict(environment)}
         content = json.dumps(request).encode()
         with contextlib.suppress(ConnectionError):
-            socket.send_fds(connection, [len(content).to_bytes(8)], range(3))
+            socket.send_fds(connection, [len(content).to_bytes(8)], files)
             connection.sendall(content)
             if answer := connection.recv(1):
                 return answer[0]
@@ -43,12 +46,20 @@ def code_digest(stage: str) -> str:
 
 
 def run(name: str, arguments: list[str]) -> None:
-    """Run a stage, in a warm process where there is one; leave with its exit status where that is not 0."""
-    if status := ask([name, *arguments]):
+    """Run a stage, in a warm process where there is one; leave with its exit status where that is not 0.
+
+    The warm process comes here too, and checks the code; there is none for it to ask.
+    """
+    if status := ask([name, *arguments], Path.cwd(), os.environ):
         sys.exit(status)
     if status is None:
-        sys.argv = [f"stages/{name}.py", *arguments]
-        runpy.run_module(f"stages.{name}", run_name="__main__", alter_sys=True)
+        (run_checked if "DVC_STAGE" in os.environ else run_here)(name, arguments)
+
+
+def run_here(name: str, arguments: list[str]) -> None:
+    """Run a stage in this process."""
+    sys.argv = [f"stages/{name}.py", *arguments]
+    runpy.run_module(f"stages.{name}", run_name="__main__", alter_sys=True)
 
 
 def run_checked(name: str, arguments: list[str]) -> None:
@@ -56,7 +67,7 @@ def run_checked(name: str, arguments: list[str]) -> None:
     digest, listed = code_digest(name), Path("code.yaml")
     if not listed.is_file() or f"{name}: {digest}" not in listed.read_text(encoding="utf-8").splitlines():
         sys.exit(f"error: code.yaml: {name} is not of this code; use .venv/bin/dvc, or run `python -m tools.code`")
-    run(name, arguments)
+    run_here(name, arguments)
     if code_digest(name) != digest:
         sys.exit(f"error: the code of {name} changed while it ran; run it again")
 
@@ -65,4 +76,4 @@ if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in STAGES:
         sys.exit(f"usage: python -m stages STAGE ...; STAGE is one of {', '.join(STAGES)}")
     stage, *others = sys.argv[1:]
-    run_stage(lambda: (run_checked if "DVC_STAGE" in os.environ else run)(stage, others))
+    run_stage(lambda: run(stage, others))

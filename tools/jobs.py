@@ -14,7 +14,6 @@ stage again elsewhere whose worker died. This process decides what may run, and 
 import argparse
 import collections
 import contextlib
-import hashlib
 import logging
 import os
 import secrets
@@ -23,7 +22,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,53 +36,15 @@ from tools.code import CODE_FILE
 from tools.dvc import prepare, project
 from tools.ledger import RESTORED, TO_RUN, UNCHANGED, Ledger
 from tools.live import Board
+from tools.pool import Pool, connect, scratch
 from tools.repair import keep_lock_file
 
 TRIES = 3
 """How often a stage is tried whose worker or process is killed."""
-RECORD_SECONDS = 10.0
-"""How long a stage that has ended may wait to be written down while others run."""
+RECORD_SECONDS = 20.0
+"""How long stages that have ended may wait to be written down, so that one write does for several."""
 RECORD_SHARE = 0.2
 """The share of this process's time that writing dvc.lock may take while others run."""
-OBJECT_STORE = 2**27
-"""Bytes; what travels between the processes is small."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """What a stage occupies.
-
-    `alone` says that it may run beside nothing else on its machine, `shares` that it has to be kept to its cores: by
-    itself it would use all, or as many as `runtime.threads` says.
-    """
-
-    cores: int
-    gpus: int = 0
-    alone: bool = False
-    shares: bool = True
-
-
-@dataclass(frozen=True)
-class Pool:
-    """What all machines together have, and the largest of them has."""
-
-    cores: int
-    gpus: int
-    largest: int
-    local: bool
-
-    def size(self, takes: object, runtime: Runtime) -> Size:
-        """Return what a stage occupies that says what it `takes`."""
-        if takes not in ("machine", "device", "devices"):
-            return Size(1)
-        processes = runtime.processes if takes == "devices" else 1
-        if self.gpus:
-            gpus = min(processes, self.gpus)
-            return Size(max(1, gpus * self.cores // self.gpus), gpus)
-        if takes == "machine":
-            return Size(self.largest, alone=True, shares=False)
-        cores = self.largest if processes > 1 else runtime.threads or self.largest
-        return Size(min(cores, self.largest), shares=False)
 
 
 class Jobs:
@@ -184,7 +144,9 @@ class Jobs:
                 size = self.sizes[name]
                 if self.told or len(self.running) >= most or size.cores > cores:
                     break  # a smaller one would keep it waiting
-                if size.gpus > gpus or (size.alone and self._overdue()):
+                if self._crowded and self._overdue():
+                    break  # what has ended is written down first, while nothing else computes
+                if size.gpus > gpus:
                     continue
                 if state := self._begin(name):
                     self._send(name)
@@ -260,15 +222,27 @@ class Jobs:
         self.ended[name] = time.monotonic()
         self.board.end(name, outcome.seconds, "" if self.pool.local else outcome.node)
 
-    def _overdue(self) -> bool:
-        """Return whether something that has ended has long waited to be written down."""
-        return bool(self.ended) and time.monotonic() - min(self.ended.values()) > RECORD_SECONDS
+    @property
+    def _crowded(self) -> bool:
+        """Whether to write dvc.lock would take a core from what computes."""
+        return self.pool.local and not self.pool.gpus
+
+    def _overdue(self, seconds: float = RECORD_SECONDS) -> bool:
+        """Return whether something that has ended has waited so long to be written down."""
+        return bool(self.ended) and time.monotonic() - min(self.ended.values()) > seconds
+
+    def _too_early(self) -> bool:
+        """Return whether what has ended may wait for more, though others run."""
+        written, took = self._recorded
+        if self.apart:
+            return False
+        if self._crowded:
+            return not self._overdue(2 * RECORD_SECONDS)  # beside a stage that takes long it is written all the same
+        return time.monotonic() - written < took / RECORD_SHARE and not self._overdue()
 
     def _record(self) -> None:
         """Write down what has ended, not too often while others run, and never beside something that times here."""
-        written, took = self._recorded
-        early = time.monotonic() - written < took / RECORD_SHARE and not self._overdue() and not self.apart
-        if not self.ended or (early and self.running):
+        if not self.ended or (self.running and self._too_early()):
             return
         began = time.monotonic()
         with worker.timing_lock(self.root, wait=False) as held:
@@ -300,41 +274,6 @@ class Jobs:
                     del self.waiting[other]
                     self.board.drop(other)
                     more = True
-
-
-def scratch() -> Path:
-    """Return where Ray's own files lie while it runs for this project: its sockets need a short path."""
-    digest = hashlib.sha256(str(Path.cwd()).encode()).hexdigest()
-    return Path("/tmp") / f"quantstudy-{os.getuid()}-{digest[:8]}"
-
-
-def connect(address: str | None, jobs: int | None) -> tuple[Pool, int]:
-    """Start Ray on this machine, or join a cluster; return what it has and how many stages may run at once.
-
-    Raises:
-        UserError: Ray is not installed, or no cluster answers.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        import ray
-    except ImportError:
-        raise UserError("--jobs: Ray is not installed; run `pip install '.[ray]'`") from None
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    cores = os.cpu_count() or 1
-    try:
-        if address:
-            ray.init(address, **quiet)
-        else:
-            shutil.rmtree(scratch(), ignore_errors=True)
-            quiet |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE, "_temp_dir": str(scratch())}
-            ray.init("local", num_cpus=cores, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"--address: {address or 'local'}: {str(error).partition(chr(10))[0]}") from error
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    total = [int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU")]
-    pool = Pool(total[0], total[1], int(max(node.get("CPU", 0) for node in nodes)), not address)
-    return pool, jobs or max(pool.cores, pool.gpus)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

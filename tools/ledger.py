@@ -5,6 +5,7 @@ changed, its run cache, and, for stages that have run, `save`, `commit` and one 
 `dvc commit --force` does. Running `dvc` itself for each stage would cost seconds each time.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 
@@ -67,7 +68,8 @@ class Ledger:
     def _using(self, stage: Stage) -> object:
         paths = ([item.fs_path for item in items] for items in (stage.deps, stage.outs))
         hardlink = self.repo.config["core"].get("hardlink_lock", False)
-        return rwlock(self.repo.tmp_dir, self.repo.fs, f"jobs: {stage.addressing}", *paths, hardlink)
+        command = " ".join(sys.argv)  # as in DVC's own locks: what this process does itself is not kept out
+        return rwlock(self.repo.tmp_dir, self.repo.fs, command, *paths, hardlink)
 
     def release(self, name: str) -> None:
         """Let other DVCs touch the files of a stage that `begin` said is to run."""

@@ -10,6 +10,7 @@ import fcntl
 import functools
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import psutil
 
+from stages.__main__ import ask
 from tools.processes import end, end_with_parent
 
 FOLDER_VARIABLE = "QUANTSTUDY_FOLDER"
@@ -137,7 +139,7 @@ def find_folder(root: str, token: str) -> tuple[Path, bool]:
 
 
 def _run_command(order: Order, folder: Path, output: int) -> int:
-    """Run a stage's command in a shell, as DVC does; whatever ends this process ends it too."""
+    """Run a stage's command in a shell, as DVC does, or in the warm process; whatever ends this process ends it too."""
     environment = os.environ | {
         "DVC_ROOT": str(folder),
         "DVC_STAGE": order.name,
@@ -149,6 +151,12 @@ def _run_command(order: Order, folder: Path, output: int) -> int:
         environment["OMP_NUM_THREADS"] = order.threads
     if order.warm:
         environment["QUANTSTUDY_WARM"] = order.warm
+    words = order.command.split()
+    if words[:3] == ["python", "-m", "stages"] and order.command == shlex.join(words):
+        with Path(os.devnull).open() as nothing:
+            status = ask(words[3:], folder, environment, (nothing.fileno(), output, output))
+        if status is not None:
+            return status
     process = subprocess.Popen(
         ["/bin/sh", "-c", order.command],
         cwd=folder,

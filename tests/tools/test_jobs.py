@@ -16,7 +16,7 @@ import yaml
 
 from quantstudy.params.project import Runtime
 from tests.params import TINY_PARAMS
-from tools.jobs import Pool, Size
+from tools.pool import Pool, Size
 
 pytestmark = pytest.mark.slow  # each starts Ray
 

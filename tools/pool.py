@@ -1,0 +1,87 @@
+"""What Ray has for `tools/jobs.py`: the machines' cores and GPUs, and what a stage takes of them."""
+
+import hashlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantstudy.errors import UserError
+from quantstudy.params.project import Runtime
+
+OBJECT_STORE = 2**27
+"""Bytes; what travels between the processes is small."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a stage occupies.
+
+    `alone` says that it may run beside nothing else on its machine, `shares` that it has to be kept to its cores: by
+    itself it would use all, or as many as `runtime.threads` says.
+    """
+
+    cores: int
+    gpus: int = 0
+    alone: bool = False
+    shares: bool = True
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What all machines together have, and the largest of them has."""
+
+    cores: int
+    gpus: int
+    largest: int
+    local: bool
+
+    def size(self, takes: object, runtime: Runtime) -> Size:
+        """Return what a stage occupies that says what it `takes`."""
+        if takes not in ("machine", "device", "devices"):
+            return Size(1)
+        processes = runtime.processes if takes == "devices" else 1
+        if self.gpus:
+            gpus = min(processes, self.gpus)
+            return Size(max(1, gpus * self.cores // self.gpus), gpus)
+        if takes == "machine":
+            return Size(self.largest, alone=True, shares=False)
+        cores = self.largest if processes > 1 else runtime.threads or self.largest
+        return Size(min(cores, self.largest), shares=False)
+
+
+def scratch() -> Path:
+    """Return where Ray's own files lie while it runs for this project: its sockets need a short path."""
+    digest = hashlib.sha256(str(Path.cwd()).encode()).hexdigest()
+    return Path("/tmp") / f"quantstudy-{os.getuid()}-{digest[:8]}"
+
+
+def connect(address: str | None, jobs: int | None) -> tuple[Pool, int]:
+    """Start Ray on this machine, or join a cluster; return what it has and how many stages may run at once.
+
+    Raises:
+        UserError: Ray is not installed, or no cluster answers.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--jobs: Ray is not installed; run `pip install '.[ray]'`") from None
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    cores = os.cpu_count() or 1
+    try:
+        if address:
+            ray.init(address, **quiet)
+        else:
+            shutil.rmtree(scratch(), ignore_errors=True)
+            quiet |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE, "_temp_dir": str(scratch())}
+            ray.init("local", num_cpus=cores, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(f"--address: {address or 'local'}: {str(error).partition(chr(10))[0]}") from error
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    total = [int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU")]
+    pool = Pool(total[0], total[1], int(max(node.get("CPU", 0) for node in nodes)), not address)
+    return pool, jobs or max(pool.cores, pool.gpus)
