@@ -9,6 +9,7 @@ params.yaml runs in every study given. Writes reports/jobs/box.json; `python -m 
 import argparse
 import json
 import os
+import secrets
 import statistics
 import subprocess
 import sys
@@ -78,9 +79,9 @@ def prepare(root: Path, studies: Sequence[str], usual: dict[str, float]) -> dict
     plan = {}
     with Repo(root) as repo:
         for stage in repo.index.stages:
-            kind = stage.addressing.partition("@")[0]
+            kind = stage.name.partition("@")[0]
             seconds = usual.get(kind, usual.get(kind.partition("_")[0] + "_ptq", 1.0))
-            plan[stage.addressing] = (seconds, [str(Path(out.fs_path).relative_to(root)) for out in stage.outs])
+            plan[stage.name] = (seconds, [str(Path(out.fs_path).relative_to(root)) for out in stage.outs])
     (root / "plan.json").write_text(json.dumps(plan))
     return {name: seconds for name, (seconds, _) in plan.items()}
 
@@ -89,6 +90,7 @@ def run_box(root: Path, gpus: int) -> float:
     """Return the seconds that the project takes on a box of so many GPUs."""
     binary, path = Path(sys.executable).parent, os.environ["PATH"]
     environment = os.environ | {"PATH": f"{binary}{os.pathsep}{path}", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     start = [str(binary / "ray"), "start", "--head", f"--port={PORT}", "--include-dashboard=false", "--block"]
     start += [f"--num-gpus={gpus}", f"--num-cpus={gpus * CORES_OF_A_GPU}", f"--temp-dir=/tmp/box{os.getpid()}"]
     quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ def take_over(folder: Path, order: Order) -> None:
     Raises:
         NodeRefused: the clone's code is another, or the remote has not what the stage reads.
     """
+    os.chdir(folder)  # DVC's names of stages are relative to it
     with _alone_in(folder):
         refresh(folder)
         if (folder / CODE_FILE).read_text(encoding="utf-8") != order.texts[str(CODE_FILE)]:

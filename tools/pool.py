@@ -80,7 +80,8 @@ def connect(address: str | None, jobs: int | None) -> tuple[Pool, int]:
             quiet |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE, "_temp_dir": str(scratch())}
             ray.init("local", num_cpus=cores, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"--address: {address or 'local'}: {str(error).partition(chr(10))[0]}") from error
+        hint = "; is RAY_AUTH_MODE set here as where Ray was started?" if address else ""
+        raise UserError(f"--address: {address or 'local'}: {str(error).partition(chr(10))[0]}{hint}") from error
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     total = [int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU")]
     pool = Pool(total[0], total[1], int(max(node.get("CPU", 0) for node in nodes)), not address)

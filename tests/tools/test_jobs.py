@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -200,13 +201,14 @@ def test_two_machines_with_folders_of_their_own_finish_though_one_is_killed(tmp_
     ray = [str(Path(sys.executable).parent / "ray"), "start", "--num-cpus=1", "--disable-usage-stats", "--block"]
     head = [*ray, "--head", "--port=6390", "--include-dashboard=false", f"--temp-dir={temporary}"]
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    nodes = [subprocess.Popen(head, cwd=root, **quiet)]
+    secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    nodes = [subprocess.Popen(head, cwd=root, env=os.environ | secret, **quiet)]
     try:
         time.sleep(8)
-        apart = os.environ | {"QUANTSTUDY_FOLDER": str(clone)}
+        apart = os.environ | secret | {"QUANTSTUDY_FOLDER": str(clone)}
         nodes.append(subprocess.Popen([*ray, "--address=127.0.0.1:6390"], cwd=clone, env=apart, **quiet))
         time.sleep(5)
-        process = start(root, "tools.jobs", "--address", "127.0.0.1:6390")
+        process = start(root, "tools.jobs", "--address", "127.0.0.1:6390", **secret)
         wait_for(lambda: any((clone / f"times-{name}.json").exists() for name in names), 120)
         for child in [*psutil.Process(nodes[1].pid).children(recursive=True), psutil.Process(nodes[1].pid)]:
             child.kill()
