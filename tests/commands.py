@@ -90,6 +90,12 @@ def _pip(words: list[str], folder: Path) -> None:
         assert extra in project["optional-dependencies"], extra
 
 
+def _ray(words: list[str], folder: Path) -> None:
+    from ray.scripts.scripts import cli
+
+    cli.commands[words[0]].make_context(words[0], words[1:])
+
+
 def _plain(words: list[str], folder: Path) -> None:
     """What the shell, git and pytest do is not tested."""
 
@@ -100,7 +106,9 @@ CHECKS: dict[str, Callable[[list[str], Path], None]] = {
     "dvc": _dvc,
     "pip": _pip,
     "torchrun": lambda words, folder: _python(words[words.index("-m") :], folder),
+    "ray": _ray,
     "pytest": _plain,
+    "export": _plain,
     "git": _plain,
     "cd": _plain,
     "source": _plain,
