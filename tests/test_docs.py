@@ -96,7 +96,6 @@ def check_chart(block: Block, folder: Path) -> None:
 
 
 KINDS: dict[str, Callable[[Block, Path], None]] = {
-    "text": lambda block, folder: None,  # a script of another program
     "bash": check_commands,
     "console": check_dialogue,
     "yaml": check_rows,
