@@ -70,7 +70,7 @@ def test_the_facts_of_a_machine_are_no_output_that_another_one_would_skip() -> N
     outs = [yaml.safe_dump(stage) for stage in STAGES.values()]
     assert not any(layout.ENVIRONMENT.as_posix() in text for text in outs)
     assert f"/{layout.ENVIRONMENT.as_posix()}" in (ROOT / ".gitignore").read_text().split()
-    assert "stages diagnose" in (ROOT / "Makefile").read_text()
+    assert "-m stages diagnose" in (ROOT / "quantstudy" / "__main__.py").read_text()  # before anything else runs
 
 
 def test_the_picture_of_the_dag_has_a_box_a_kind_and_no_arrow_that_others_imply() -> None:
