@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from docs.drawing.tiny import Example, figure
 from quantstudy.report import style
 
-RECORD = Path("reports") / "jobs" / "box.json"
+RECORD = Path(__file__).parents[2] / "reports" / "jobs" / "box.json"
 
 
 def box(_: Example) -> Figure:
@@ -22,12 +22,14 @@ def box(_: Example) -> Figure:
     axes.plot(counts, speed, color=style.BLUE, marker="o", label="measured")
     for gpus, found in zip(counts, speed, strict=True):
         label = f"{found:.1f}, {seconds[gpus] / 60:.1f} min"
-        axes.annotate(label, (gpus, found), (4, -12), textcoords="offset points")
+        axes.annotate(label, (gpus, found), (0, 8), textcoords="offset points", ha="center")
     axes.set(
         xlabel="GPUs of the simulated box",
         ylabel="times as fast as one",
         xticks=counts,
         title=f"{record['variants']} variants; one GPU sleeps {record['sum_of_stages'] / 60:.0f} minutes",
     )
+    axes.margins(x=0.15)
+    axes.set_ylim(0, max(counts) * 1.1)
     axes.legend()
     return drawn
