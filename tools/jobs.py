@@ -83,6 +83,10 @@ class Jobs:
         """End all workers, write down what has ended."""
         import ray
 
+        for reference in (
+            ray.wait(list(self.running), num_returns=len(self.running), timeout=0)[0] if self.running else []
+        ):
+            self._take(reference)
         for reference in list(self.running):
             if not self.pool.local:
                 ray.cancel(reference, force=True)

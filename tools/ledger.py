@@ -53,7 +53,7 @@ class Ledger:
         """
         stage = self.stages[name]
         with self.repo.lock:
-            if stage.frozen or not stage.changed():
+            if stage.cmd is None or stage.frozen or not stage.changed():  # without one: a file of `dvc add`
                 return UNCHANGED
             stage.remove_outs()
             try:
@@ -102,6 +102,8 @@ class Ledger:
         """Take the files of a stage that another machine ran and pushed; raise `DvcException` where it cannot."""
         stage = self.stages[name]
         with self.repo.lock:
+            for out in stage.outs:  # DVC would check out the old ones, of which dvc.lock knows
+                out.clear()
             self.repo.stage_cache.pull(None)
             self.repo.stage_cache.restore(stage, pull=True)
 
@@ -110,7 +112,8 @@ class Ledger:
         stage = self.stages[name]
         loose = [out.fs_path for need in self.needs[name] for out in self.stages[need].outs if not out.use_cache]
         reads = any(stage.repo.fs.isin_or_eq(path, dep.fs_path) for path in loose for dep in stage.deps)
-        return reads or not has_run_cache(stage) or bool(self.meta(name).get("here"))
+        makes = any(not out.use_cache for out in stage.outs)  # `dvc push` sends none of these
+        return reads or makes or bool(self.meta(name).get("here"))
 
     def meta(self, name: str) -> dict[str, object]:
         """Return what dvc.yaml says under `meta` of a stage."""

@@ -185,7 +185,7 @@ def _run(request: dict[str, Any], files: Sequence[int], parent: int) -> NoReturn
         os.environ.update(request["environment"])
         del os.environ[VARIABLE]  # the stage is run here
         if threads := os.environ.get("OMP_NUM_THREADS"):  # PyTorch read it when it was imported
-            sys.modules["torch"].set_num_threads(int(threads))
+            sys.modules["torch"].set_num_threads(int(threads.partition(",")[0]))
         os.chdir(request["folder"])
         tempfile.tempdir = None  # the stage's environment says it
         sys.path[0], sys.argv = request["folder"], ["stages", *request["arguments"]]
