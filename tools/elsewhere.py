@@ -7,11 +7,12 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
+from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from quantstudy.files import write_text
 from tools.code import CODE_FILE, refresh
-from tools.ledger import has_run_cache
+from tools.ledger import save
 from tools.worker import STATE, NodeRefused, Order
 
 
@@ -42,9 +43,9 @@ def push(folder: Path, name: str) -> None:
     with _alone_in(folder), Repo(folder) as repo:
         (stage,) = repo.stage.collect(name)
         with repo.lock:
-            stage.save(run_cache=has_run_cache(stage))
-            stage.commit()
-            stage.dvcfile.dump_stages([stage], update_pipeline=False)
+            failed = save([stage])
+        if failed:
+            raise DvcException(failed[name])
         repo.push(targets=[name], run_cache=True)
 
 

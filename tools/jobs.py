@@ -36,7 +36,7 @@ from tools.code import CODE_FILE
 from tools.dvc import prepare, project
 from tools.ledger import RESTORED, TO_RUN, UNCHANGED, Ledger
 from tools.live import Board
-from tools.pool import Pool, connect, scratch
+from tools.pool import Pool, at, connect, scratch
 from tools.repair import keep_lock_file
 
 TRIES = 3
@@ -67,15 +67,12 @@ class Jobs:
 
     def run(self) -> None:
         """Run all stages; return when none can run any more."""
-        import ray
-
         while (self.waiting or self.running or self.ended) and not self.told:
             self._start_what_fits()
             self._record()
             self.board.show(list(self.running.values()), len(self.waiting))
             if self.running:
-                for reference in ray.wait(list(self.running), num_returns=1, timeout=0.5)[0]:
-                    self._take(reference)
+                self._take_ended(0.5)
             elif not self.ended and not self._ready():
                 break
 
@@ -83,10 +80,7 @@ class Jobs:
         """End all workers, write down what has ended."""
         import ray
 
-        for reference in (
-            ray.wait(list(self.running), num_returns=len(self.running), timeout=0)[0] if self.running else []
-        ):
-            self._take(reference)
+        self._take_ended(0)
         for reference in list(self.running):
             if not self.pool.local:
                 ray.cancel(reference, force=True)
@@ -101,11 +95,10 @@ class Jobs:
             UserError: a machine has no folder, or there is no remote.
         """
         import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         asked = [
             ray.remote(worker.find_folder)
-            .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+            .options(num_cpus=0, scheduling_strategy=at(node["NodeID"]))
             .remote(str(self.root), self.token)
             for node in ray.nodes()
             if node["Alive"] and not self.pool.local
@@ -176,14 +169,12 @@ class Jobs:
 
     def _send(self, name: str) -> None:
         import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         size = self.sizes[name]
         order = self.order(name)
         options: dict[str, Any] = {"num_cpus": size.cores, "num_gpus": size.gpus, "name": name}
         if self.apart and self.ledger.stays_here(name):
-            here = ray.get_runtime_context().get_node_id()
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here, soft=False)
+            options["scheduling_strategy"] = at(ray.get_runtime_context().get_node_id())
         task = ray.remote(worker.run).options(**options, max_retries=TRIES - 1, retry_exceptions=[worker.StageKilled])
         self.running[task.remote(order)] = name
         self.board.start(name)
@@ -200,6 +191,15 @@ class Jobs:
         warm = os.environ.get("QUANTSTUDY_WARM", "")
         threads = str(size.cores) if size.shares else os.environ.get("OMP_NUM_THREADS")
         return worker.Order(name, stage.cmd, str(self.root), self.token, threads, size.alone, warm, pulls, texts)
+
+    def _take_ended(self, seconds: float) -> None:
+        """Take the outcomes there are; wait so long for the first."""
+        import ray
+
+        running = list(self.running)
+        if running and ray.wait(running, timeout=seconds)[0]:
+            for reference in ray.wait(running, num_returns=len(running), timeout=0)[0]:
+                self._take(reference)
 
     def _take(self, reference: Any) -> None:
         """Take a stage's outcome."""
@@ -269,15 +269,12 @@ class Jobs:
         self.ledger.release(name)
         self.failed[name] = reason
         self.board.fail(name, reason)
-        dropped, more = {name}, True
-        while more:
-            more = False
-            for other in list(self.waiting):
-                if self.ledger.needs[other] & dropped:
-                    dropped.add(other)
-                    del self.waiting[other]
-                    self.board.drop(other)
-                    more = True
+        dropped = {name}
+        for other in list(self.waiting):  # each after those it needs
+            if self.ledger.needs[other] & dropped:
+                dropped.add(other)
+                del self.waiting[other]
+                self.board.drop(other)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -6,11 +6,13 @@ changed, its run cache, and, for stages that have run, `save`, `commit` and one 
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
+from dvc.repo.reproduce import plan_repro
 from dvc.rwlock import rwlock
 from dvc.stage import Stage
 from dvc.stage.cache import RunCacheNotFoundError
@@ -38,10 +40,9 @@ class Ledger:
                 asked = [stage for target in targets for stage in self.repo.stage.collect(target)]
         except DvcException as error:
             raise UserError(f"DVC: {error}") from error
-        needs = {stage: set(graph.successors(stage)) for stage in graph}
-        self.stages = {stage.addressing: stage for stage in _closure(asked or list(needs), needs)}
+        self.stages = {stage.addressing: stage for stage in plan_repro(graph, asked)}
         """By name, each after those it needs."""
-        self.needs = {name: {found.addressing for found in needs[stage]} for name, stage in self.stages.items()}
+        self.needs = {name: {need.addressing for need in graph.successors(of)} for name, of in self.stages.items()}
         """Stage -> the stages whose files it reads."""
         self._in_use: dict[str, ExitStack] = {}
 
@@ -78,21 +79,8 @@ class Ledger:
 
     def record(self, names: Iterable[str]) -> dict[str, str]:
         """Put what stages have made into DVC's cache and write dvc.lock once; return what failed, and why."""
-        failed: dict[str, str] = {}
-        saved: dict[object, list[Stage]] = {}
         with self.repo.lock, self.repo.scm_context():
-            for name in names:
-                stage = self.stages[name]
-                try:
-                    stage.save(run_cache=has_run_cache(stage))
-                    stage.commit()
-                except DvcException as error:
-                    failed[name] = str(error)
-                else:
-                    saved.setdefault(stage.dvcfile, []).append(stage)
-            for file, stages in saved.items():
-                file.dump_stages(stages, update_pipeline=False)  # type: ignore[attr-defined]
-        return failed
+            return save([self.stages[name] for name in names])
 
     def push(self, names: Iterable[str]) -> None:
         """Send the files of stages to DVC's default remote."""
@@ -120,21 +108,21 @@ class Ledger:
         return self.stages[name].meta or {}
 
 
-def has_run_cache(stage: Stage) -> bool:
-    """Return whether DVC's run cache keeps what a stage has made, by DVC's own rule."""
-    return all(out.use_cache or out.is_metric or out.is_plot for out in stage.outs)
+def save(stages: Iterable[Stage]) -> dict[str, str]:
+    """Do what `dvc commit --force` does, and as `dvc repro` keep what it may in the run cache.
 
-
-def _closure(asked: Sequence[Stage], needs: dict[Stage, set[Stage]]) -> Iterator[Stage]:
-    """Yield stages and all they need, each after what it needs."""
-    seen: set[Stage] = set()
-
-    def visit(stage: Stage) -> Iterator[Stage]:
-        if stage not in seen:
-            seen.add(stage)
-            for need in sorted(needs[stage], key=lambda found: found.addressing):
-                yield from visit(need)
-            yield stage
-
-    for stage in asked:
-        yield from visit(stage)
+    The lock of their repository is held. Returns the names of those that failed, and why.
+    """
+    failed: dict[str, str] = {}
+    saved: dict[Any, list[Stage]] = {}
+    for stage in stages:
+        try:
+            stage.save(run_cache=all(out.use_cache or out.is_metric or out.is_plot for out in stage.outs))
+            stage.commit()
+        except DvcException as error:
+            failed[stage.addressing] = str(error)
+        else:
+            saved.setdefault(stage.dvcfile, []).append(stage)
+    for file, of in saved.items():
+        file.dump_stages(of, update_pipeline=False)
+    return failed

@@ -51,6 +51,13 @@ class Pool:
         return Size(min(cores, self.largest), shares=False)
 
 
+def at(node: str) -> Any:
+    """Return Ray's option that places a task on one node, by its ID, and nowhere else."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node, soft=False)
+
+
 def scratch() -> Path:
     """Return where Ray's own files lie while it runs for this project: its sockets need a short path."""
     digest = hashlib.sha256(str(Path.cwd()).encode()).hexdigest()
