@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("check", help="check params.yaml, and that what its studies name is there; runs nothing")
     running = commands.add_parser("repro", help="run what changed of the studies in `run`, or of the targets")
-    running.add_argument("--jobs", type=_positive, default=1, help="stages at once, by Ray (%(default)s: plain DVC)")
+    running.add_argument("--jobs", type=_positive, help="stages at once, by Ray; without it, or with 1, plain DVC")
     running.add_argument("--address", help="of a Ray cluster to run them on; auto: the one that runs here")
     running.add_argument("targets", nargs="*", help="stages; with what they need they are all that runs")
     commands.add_parser("results", help="print the tables of the studies in `run`")
@@ -64,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def reproduce(arguments: argparse.Namespace) -> NoReturn:
     """Become the program that checks the params and runs what changed: DVC, or several stages at once."""
     command = ["tools.dvc", "repro"]
-    if arguments.address or arguments.jobs > 1:
+    if arguments.address or (arguments.jobs or 1) > 1:
         command = ["tools.jobs"]
-        command += ["--jobs", str(arguments.jobs)] if arguments.jobs > 1 else []
+        command += ["--jobs", str(arguments.jobs)] if arguments.jobs else []
         command += ["--address", arguments.address] if arguments.address else []
     script = '"$0" -m quantstudy check && "$0" -m stages diagnose > /dev/null && exec "$0" -m "$@"'
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

@@ -23,10 +23,8 @@ def take_over(folder: Path, order: Order) -> None:
         NodeRefused: the clone's code is another, or the remote has not what the stage reads.
     """
     os.chdir(folder)  # DVC's names of stages are relative to it
+    check_code(folder, order.texts[str(CODE_FILE)])
     with _alone_in(folder):
-        refresh(folder)
-        if (folder / CODE_FILE).read_text(encoding="utf-8") != order.texts[str(CODE_FILE)]:
-            raise NodeRefused(f"{platform.node()}: {folder} has other code than the driver; check out the same commit")
         for name, text in order.texts.items():
             if name != str(CODE_FILE):
                 write_text(folder / name, text)
@@ -36,6 +34,18 @@ def take_over(folder: Path, order: Order) -> None:
             (stage,) = repo.stage.collect(order.name)
             with repo.lock:
                 stage.remove_outs()
+
+
+def check_code(folder: Path, code: str) -> None:
+    """Compare a clone's code.yaml, which is brought up to date, with the driver's.
+
+    Raises:
+        NodeRefused: they differ.
+    """
+    with _alone_in(folder):
+        refresh(folder)
+        if (folder / CODE_FILE).read_text(encoding="utf-8") != code:
+            raise NodeRefused(f"{platform.node()}: {folder} has other code than the driver; check out the same commit")
 
 
 def push(folder: Path, name: str) -> None:

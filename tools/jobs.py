@@ -14,6 +14,7 @@ stage again elsewhere whose worker died. This process decides what may run, and 
 import argparse
 import collections
 import contextlib
+import fcntl
 import logging
 import os
 import secrets
@@ -21,11 +22,13 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
 from dvc.exceptions import DvcException
+from dvc.lock import LockError
 
 from quantstudy.errors import UserError, run_stage
 from quantstudy.files import write_text
@@ -37,10 +40,15 @@ from tools.dvc import prepare, project
 from tools.ledger import RESTORED, TO_RUN, UNCHANGED, Ledger
 from tools.live import Board
 from tools.pool import Pool, at, connect, scratch
+from tools.processes import end
 from tools.repair import keep_lock_file
 
 TRIES = 3
-"""How often a stage is tried whose worker or process is killed."""
+"""How often a stage is tried whose worker or process is killed, or whose machine cannot run it."""
+PATIENCE = 1.0
+"""Seconds that Ray's processes have to end after a signal, before they are killed."""
+LAST_TRIES = 10
+"""How often the end of a run asks for DVC's lock, 3 seconds each time."""
 RECORD_SECONDS = 20.0
 """How long stages that have ended may wait to be written down, so that one write does for several."""
 RECORD_SHARE = 0.2
@@ -68,11 +76,13 @@ class Jobs:
     def run(self) -> None:
         """Run all stages; return when none can run any more."""
         while (self.waiting or self.running or self.ended) and not self.told:
-            self._start_what_fits()
-            self._record()
+            with self._unless_locked():
+                self._start_what_fits()
+                self._record()
             self.board.show(list(self.running.values()), len(self.waiting))
             if self.running:
-                self._take_ended(0.5)
+                with self._unless_locked():
+                    self._take_ended(0.5)
             elif not self.ended and not self._ready():
                 break
 
@@ -80,38 +90,61 @@ class Jobs:
         """End all workers, write down what has ended."""
         import ray
 
-        self._take_ended(0)
+        with self._unless_locked():
+            self._take_ended(0)
         for reference in list(self.running):
             if not self.pool.local:
                 ray.cancel(reference, force=True)
             self.ledger.release(self.running.pop(reference))
-        ray.shutdown()  # what runs on this machine ends with it
-        self._record()
+        started = psutil.Process().children(recursive=True) if self.pool.local else []
+        ray.shutdown()
+        end(started, PATIENCE)
+        for _ in range(LAST_TRIES):
+            with self._unless_locked():
+                self._record(at_last=True)
+        if self.ended:
+            self.board.say(f"DVC's lock was not to be had; these run again next time: {', '.join(self.ended)}")
+
+    @contextlib.contextmanager
+    def _unless_locked(self) -> Iterator[None]:
+        """Put off what another DVC command keeps from being done now."""
+        try:
+            yield
+        except LockError:
+            self.board.say("another DVC command works in this folder; waiting for it")
 
     def _ask_nodes(self) -> bool:
         """Return whether any machine has a folder of its own, so that files have to go through DVC's remote.
 
+        What has been made so far is sent there then.
+
         Raises:
-            UserError: a machine has no folder, or there is no remote.
+            UserError: a machine has no folder or other code, or there is no remote, or it takes nothing.
         """
         import ray
 
+        code = (self.root / CODE_FILE).read_text(encoding="utf-8")
         asked = [
-            ray.remote(worker.find_folder)
+            ray.remote(worker.shares_folder)
             .options(num_cpus=0, scheduling_strategy=at(node["NodeID"]))
-            .remote(str(self.root), self.token)
+            .remote(str(self.root), self.token, code)
             for node in ray.nodes()
             if node["Alive"] and not self.pool.local
         ]
         try:
-            apart = not all(shared for _, shared in ray.get(asked))
+            if all(ray.get(asked)):
+                return False
         except ray.exceptions.RayTaskError as error:
             raise UserError(f"--address: {error.cause}") from error
-        if apart and not self.ledger.repo.config["core"].get("remote"):
+        if not self.ledger.repo.config["core"].get("remote"):
             raise UserError(
                 "--address: machines with folders of their own need a DVC remote: dvc remote add -d NAME URL"
             )
-        return apart
+        try:
+            self.ledger.push()
+        except DvcException as error:
+            raise UserError(f"--address: DVC's remote takes no files: {error}") from error
+        return True
 
     def _by_urgency(self) -> list[str]:
         """Return the stages, first those that the longest chain of others waits for; those that time come last."""
@@ -145,6 +178,8 @@ class Jobs:
                     break  # what has ended is written down first, while nothing else computes
                 if size.gpus > gpus:
                     continue
+                if size.alone and not self.running:
+                    self._record()  # beside it there would be no time to
                 if state := self._begin(name):
                     self._send(name)
                     cores, gpus = cores - size.cores, gpus - size.gpus
@@ -152,13 +187,20 @@ class Jobs:
             self._record()
 
     def _begin(self, name: str) -> bool:
-        """Return whether a stage has to run; count it as done, failed or restored if not."""
-        del self.waiting[name]
+        """Return whether a stage has to run; count it as done, failed or restored if not.
+
+        Raises:
+            LockError: another DVC command is at work; the stage still waits.
+        """
         try:
             state = self.ledger.begin(name)
+        except LockError:
+            raise
         except DvcException as error:
+            del self.waiting[name]
             self._fail(name, str(error).partition("\n")[0])
             return False
+        del self.waiting[name]
         if state == UNCHANGED:
             self.done.add(name)
             self.board.unchanged(name)
@@ -175,7 +217,8 @@ class Jobs:
         options: dict[str, Any] = {"num_cpus": size.cores, "num_gpus": size.gpus, "name": name}
         if self.apart and self.ledger.stays_here(name):
             options["scheduling_strategy"] = at(ray.get_runtime_context().get_node_id())
-        task = ray.remote(worker.run).options(**options, max_retries=TRIES - 1, retry_exceptions=[worker.StageKilled])
+        again: list[type[Exception]] = [worker.StageKilled, worker.NodeRefused]
+        task = ray.remote(worker.run).options(**options, max_retries=TRIES - 1, retry_exceptions=again)
         self.running[task.remote(order)] = name
         self.board.start(name)
 
@@ -189,7 +232,7 @@ class Jobs:
         produced = {out.fs_path for need in self.ledger.needs[name] for out in self.ledger.stages[need].outs}
         pulls = tuple(str(Path(dep.fs_path).relative_to(self.root)) for dep in stage.deps if dep.fs_path in produced)
         warm = os.environ.get("QUANTSTUDY_WARM", "")
-        threads = str(size.cores) if size.shares else os.environ.get("OMP_NUM_THREADS")
+        threads = str(size.threads) if size.threads else os.environ.get("OMP_NUM_THREADS")
         return worker.Order(name, stage.cmd, str(self.root), self.token, threads, size.alone, warm, pulls, texts)
 
     def _take_ended(self, seconds: float) -> None:
@@ -202,7 +245,11 @@ class Jobs:
                 self._take(reference)
 
     def _take(self, reference: Any) -> None:
-        """Take a stage's outcome."""
+        """Take a stage's outcome.
+
+        Raises:
+            LockError: another DVC command is at work; it counts as running still.
+        """
         import ray
 
         name = self.running.pop(reference)
@@ -221,6 +268,9 @@ class Jobs:
         try:
             if not outcome.shared:
                 self.ledger.fetch(name)
+        except LockError:
+            self.running[reference] = name  # it is taken later
+            raise
         except DvcException as error:
             return self._fail(name, f"{outcome.node} ran it, but its files did not come: {error}")
         self.ended[name] = time.monotonic()
@@ -244,19 +294,23 @@ class Jobs:
             return not self._overdue(2 * RECORD_SECONDS)  # beside a stage that takes long it is written all the same
         return time.monotonic() - written < took / RECORD_SHARE and not self._overdue()
 
-    def _record(self) -> None:
-        """Write down what has ended, not too often while others run, and never beside something that times here."""
+    def _record(self, at_last: bool = False) -> None:
+        """Write down what has ended, not too often while others run, and never beside something that times here.
+
+        Raises:
+            LockError: another DVC command is at work; it all waits on.
+        """
         if not self.ended or (self.running and self._too_early()):
             return
         began = time.monotonic()
         with worker.timing_lock(self.root, wait=False) as held:
-            if not held:
+            if not held and not at_last:
                 return
             names = list(self.ended)
             failed = self.ledger.record(names)
             keep_lock_file(self.root)
             if self.apart and (good := [name for name in names if name not in failed]):
-                self.ledger.push(good)
+                failed |= self._push(good)
         self._recorded = time.monotonic(), time.monotonic() - began
         self.ended.clear()
         for name in names:
@@ -264,6 +318,16 @@ class Jobs:
                 self._fail(name, failed[name])
             else:
                 self.done.add(name)
+
+    def _push(self, names: Sequence[str]) -> dict[str, str]:
+        """Send what stages made to the remote; return what failed, and why."""
+        try:
+            self.ledger.push(names)
+        except LockError:
+            raise
+        except DvcException as error:
+            return dict.fromkeys(names, f"DVC's remote did not take its files: {error}")
+        return {}
 
     def _fail(self, name: str, reason: str) -> None:
         self.ledger.release(name)
@@ -293,9 +357,27 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     os.chdir(root)
     prepare(root)
     params = load_params()
-    ledger = Ledger(given.targets)
-    pool, jobs = connect(given.address, given.jobs)
-    sys.exit(_run(ledger, pool, jobs, params.runtime))
+    with _only_run(root):
+        ledger = Ledger(given.targets)
+        pool, jobs = connect(given.address, given.jobs)
+        status = _run(ledger, pool, jobs, params.runtime)
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def _only_run(root: Path) -> Iterator[None]:
+    """Keep other runs of this program out of a folder.
+
+    Raises:
+        UserError: one is at work there.
+    """
+    (root / worker.STATE).mkdir(parents=True, exist_ok=True)
+    with (root / worker.STATE / "run").open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError("--jobs: another run with --jobs works in this folder; wait for it or end it") from None
+        yield
 
 
 def _run(ledger: Ledger, pool: Pool, jobs: int, runtime: Runtime) -> int:

@@ -6,7 +6,7 @@ changed, its run cache, and, for stages that have run, `save`, `commit` and one 
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -79,12 +79,13 @@ class Ledger:
 
     def record(self, names: Iterable[str]) -> dict[str, str]:
         """Put what stages have made into DVC's cache and write dvc.lock once; return what failed, and why."""
+        read = {need for name in self._in_use for need in self.needs[name]}
         with self.repo.lock, self.repo.scm_context():
-            return save([self.stages[name] for name in names])
+            return save([self.stages[name] for name in names], read)
 
-    def push(self, names: Iterable[str]) -> None:
-        """Send the files of stages to DVC's default remote."""
-        self.repo.push(targets=list(names))
+    def push(self, names: Iterable[str] = ()) -> None:
+        """Send the files of stages, or of all, to DVC's default remote; raise `DvcException` where it cannot."""
+        self.repo.push(targets=list(names) or None)
 
     def fetch(self, name: str) -> None:
         """Take the files of a stage that another machine ran and pushed; raise `DvcException` where it cannot."""
@@ -108,17 +109,18 @@ class Ledger:
         return self.stages[name].meta or {}
 
 
-def save(stages: Iterable[Stage]) -> dict[str, str]:
+def save(stages: Iterable[Stage], read: Collection[str] = ()) -> dict[str, str]:
     """Do what `dvc commit --force` does, and as `dvc repro` keep what it may in the run cache.
 
-    The lock of their repository is held. Returns the names of those that failed, and why.
+    The lock of their repository is held. The files of those whose names are in `read` are being read: they are not
+    replaced by links to the cache. Returns the names of those that failed, and why.
     """
     failed: dict[str, str] = {}
     saved: dict[Any, list[Stage]] = {}
     for stage in stages:
         try:
             stage.save(run_cache=all(out.use_cache or out.is_metric or out.is_plot for out in stage.outs))
-            stage.commit()
+            stage.commit(relink=stage.addressing not in read)
         except DvcException as error:
             failed[stage.addressing] = str(error)
         else:

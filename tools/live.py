@@ -26,6 +26,7 @@ class Board:
         self.root, self.total, self.jobs = root, len(names), jobs
         self.progress = Progress(names, known_seconds(root))
         self.started: dict[str, float] = {}
+        self._said = ""
         self.counts = dict.fromkeys(("ran", "restored", "unchanged", "failed", "not run"), 0)
         self.console = Console(stderr=True)
         self.live = Live(console=self.console, refresh_per_second=2) if self.console.is_terminal else None
@@ -64,6 +65,12 @@ class Board:
     def drop(self, name: str) -> None:
         """A stage cannot run, because one that it needs has failed."""
         self._leave(name, "not run")
+
+    def say(self, text: str) -> None:
+        """Print a line, once where it would come again and again."""
+        if text != self._said:
+            self._say(text)
+        self._said = text
 
     def show(self, running: Sequence[str], waiting: int) -> None:
         """Bring the table up to date."""

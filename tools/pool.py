@@ -18,37 +18,53 @@ OBJECT_STORE = 2**27
 class Size:
     """What a stage occupies.
 
-    `alone` says that it may run beside nothing else on its machine, `shares` that it has to be kept to its cores: by
-    itself it would use all, or as many as `runtime.threads` says.
+    `alone` says that it may run beside nothing else on its machine. `threads` is what each of its processes is kept to;
+    None leaves it to the stage, which then uses all cores, or as many as `runtime.threads` says.
     """
 
     cores: int
     gpus: int = 0
     alone: bool = False
-    shares: bool = True
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
 class Pool:
-    """What all machines together have, and the largest of them has."""
+    """The cores and GPUs of each machine, and whether the only one is this, without a cluster."""
 
-    cores: int
-    gpus: int
-    largest: int
+    machines: tuple[tuple[int, int], ...]
     local: bool
 
+    @property
+    def cores(self) -> int:
+        """Of all machines."""
+        return sum(cores for cores, _ in self.machines)
+
+    @property
+    def gpus(self) -> int:
+        """Of all machines."""
+        return sum(gpus for _, gpus in self.machines)
+
     def size(self, takes: object, runtime: Runtime) -> Size:
-        """Return what a stage occupies that says what it `takes`."""
+        """Return what a stage occupies that says what it `takes`: no more than some machine has.
+
+        Raises:
+            UserError: no machine has as many GPUs as a stage has processes.
+        """
         if takes not in ("machine", "device", "devices"):
-            return Size(1)
+            return Size(1, threads=1)
         processes = runtime.processes if takes == "devices" else 1
         if self.gpus:
-            gpus = min(processes, self.gpus)
-            return Size(max(1, gpus * self.cores // self.gpus), gpus)
+            fit = [(cores, gpus) for cores, gpus in self.machines if gpus >= processes]
+            if not fit:
+                most = max(gpus for _, gpus in self.machines)
+                raise UserError(f"runtime.processes: {processes} is more than the {most} GPUs that a machine here has")
+            share = max(1, min(cores // gpus for cores, gpus in fit))  # so it fits any of them
+            return Size(min(processes * share, *(cores for cores, _ in fit)), processes, threads=share)
+        largest = max(cores for cores, _ in self.machines)
         if takes == "machine":
-            return Size(self.largest, alone=True, shares=False)
-        cores = self.largest if processes > 1 else runtime.threads or self.largest
-        return Size(min(cores, self.largest), shares=False)
+            return Size(largest, alone=True)
+        return Size(largest if processes > 1 else min(runtime.threads or largest, largest))
 
 
 def at(node: str) -> Any:
@@ -89,7 +105,6 @@ def connect(address: str | None, jobs: int | None) -> tuple[Pool, int]:
     except (ConnectionError, ValueError, RuntimeError) as error:
         hint = "; is RAY_AUTH_MODE set here as where Ray was started?" if address else ""
         raise UserError(f"--address: {address or 'local'}: {str(error).partition(chr(10))[0]}{hint}") from error
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    total = [int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU")]
-    pool = Pool(total[0], total[1], int(max(node.get("CPU", 0) for node in nodes)), not address)
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    pool = Pool(tuple((int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in found), not address)
     return pool, jobs or max(pool.cores, pool.gpus)

@@ -13,8 +13,8 @@ PATIENCE = 10.0
 """Seconds that a process has to end by itself."""
 
 
-def end(processes: Iterable[psutil.Process]) -> None:
-    """Ask processes and all that they started to end, wait, and kill those that do not."""
+def end(processes: Iterable[psutil.Process], patience: float = PATIENCE) -> None:
+    """Ask processes and all that they started to end, wait for `patience` seconds, and kill those that do not."""
     told = []
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -22,7 +22,7 @@ def end(processes: Iterable[psutil.Process]) -> None:
     for process in told:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    for process in psutil.wait_procs(told, PATIENCE)[1]:
+    for process in psutil.wait_procs(told, patience)[1]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(told, PATIENCE)

@@ -117,6 +117,8 @@ def _serve_stages(listener: socket.socket, report: int, parent: int) -> NoReturn
                     listener.close()
                     _attend(connection, report, own)
     finally:
+        with contextlib.suppress(BaseException):
+            end(psutil.Process().children())  # those who attend to stages end these; the prompt comes back after them
         os._exit(0)
 
 

@@ -111,7 +111,7 @@ def timing_lock(folder: Path, wait: bool = True) -> Iterator[bool]:
     Yields whether it is held; without `wait` it may not be.
     """
     (folder / STATE).mkdir(parents=True, exist_ok=True)
-    with (folder / STATE / "timing").open("wb") as file:
+    with (folder / STATE / f"timing-{platform.node()}").open("wb") as file:  # machines may share the folder
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -136,6 +136,20 @@ def find_folder(root: str, token: str) -> tuple[Path, bool]:
             f"set {FOLDER_VARIABLE} to a clone where `ray start` runs"
         )
     return folder, False
+
+
+def shares_folder(root: str, token: str, code: str) -> bool:
+    """Return whether this machine sees the driver's folder, whose code.yaml is `code`.
+
+    Raises:
+        NodeRefused: it does not, and has no clone of the same code either.
+    """
+    folder, shared = find_folder(root, token)
+    if not shared:
+        from tools.elsewhere import check_code
+
+        check_code(folder, code)
+    return shared
 
 
 def _run_command(order: Order, folder: Path, output: int) -> int:

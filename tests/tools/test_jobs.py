@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 
+from quantstudy.errors import UserError
 from quantstudy.params.project import Runtime
 from tests.params import TINY_PARAMS
 from tools.pool import Pool, Size
@@ -157,8 +158,30 @@ def test_a_signal_ends_all_within_five_seconds_and_loses_nothing(tmp_path: Path,
     process.send_signal(number)
     process.communicate(timeout=5)
     assert process.returncode == 128 + number
-    assert not psutil.wait_procs(started, timeout=2)[1]
+    assert not psutil.wait_procs(started, timeout=0)[1]
     assert list(lock(root)) == ["quick"]
+
+
+def test_a_second_run_in_a_folder_is_refused_and_does_not_disturb_the_first(tmp_path: Path) -> None:
+    root = make(tmp_path / "project", {"long": stage("long", 8, [])})
+    first = start(root)
+    wait_for(lambda: any("stage.py" in word for found in _commands(first.pid) for word in found))
+    assert "error: --jobs: another run" in run(root, status=1)
+    assert "1 ran" in first.communicate(timeout=60)[0]
+
+
+def test_a_run_waits_for_another_dvc_command(project: Path) -> None:
+    hold = "import time; from dvc.repo import Repo; repo = Repo(); repo.lock.lock(); open('held', 'w'); time.sleep(25)"
+    process = start(project)
+    wait_for((project / "first.txt").exists)
+    with subprocess.Popen([sys.executable, "-c", hold], cwd=project) as other:
+        wait_for((project / "held").exists)
+        time.sleep(10)
+        assert process.poll() is None
+        other.kill()
+    output = process.communicate(timeout=120)[0]
+    assert "4 ran" in output and output.count("another DVC command works") == 1
+    assert is_clean(project)
 
 
 def _commands(pid: int) -> list[list[str]]:
@@ -197,6 +220,7 @@ def test_two_machines_with_folders_of_their_own_finish_though_one_is_killed(tmp_
     subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"], cwd=root, check=True)
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "-q", str(root), str(clone)], check=True)
+    run(root, "tools.jobs", "--jobs", "1", "first")  # the remote does not have it
     temporary = Path("/tmp") / f"qs{os.getpid()}"
     ray = [str(Path(sys.executable).parent / "ray"), "start", "--num-cpus=1", "--disable-usage-stats", "--block"]
     head = [*ray, "--head", "--port=6390", "--include-dashboard=false", f"--temp-dir={temporary}"]
@@ -208,6 +232,11 @@ def test_two_machines_with_folders_of_their_own_finish_though_one_is_killed(tmp_
         apart = os.environ | secret | {"QUANTSTUDY_FOLDER": str(clone)}
         nodes.append(subprocess.Popen([*ray, "--address=127.0.0.1:6390"], cwd=clone, env=apart, **quiet))
         time.sleep(5)
+        (clone / "stages").mkdir(exist_ok=True)
+        (clone / "stages" / "more.py").write_text("MORE = 1\n")
+        refused = start(root, "tools.jobs", "--address", "127.0.0.1:6390", **secret)
+        assert f"{clone} has other code than the driver" in refused.communicate(timeout=120)[0]
+        (clone / "stages" / "more.py").unlink()
         process = start(root, "tools.jobs", "--address", "127.0.0.1:6390", **secret)
         wait_for(lambda: any((clone / f"times-{name}.json").exists() for name in names), 120)
         for child in [*psutil.Process(nodes[1].pid).children(recursive=True), psutil.Process(nodes[1].pid)]:
@@ -226,15 +255,25 @@ def test_two_machines_with_folders_of_their_own_finish_though_one_is_killed(tmp_
 
 
 def test_a_stage_gets_its_gpu_or_as_many_cores_as_it_would_have_alone() -> None:
-    box = Pool(cores=16, gpus=8, largest=16, local=True)
+    box = Pool(machines=((16, 8),), local=True)
     some, four = Runtime(), Runtime(threads=4)
-    assert box.size("device", some) == box.size("machine", some) == Size(2, gpus=1)
-    assert box.size("devices", Runtime(processes=4)) == Size(8, gpus=4)
-    plain = Pool(cores=16, gpus=0, largest=16, local=True)
-    assert plain.size("device", some) == plain.size("devices", Runtime(processes=2)) == Size(16, shares=False)
-    assert plain.size("device", four) == plain.size("devices", four) == Size(4, shares=False)
-    assert plain.size("machine", four) == Size(16, alone=True, shares=False)
-    assert plain.size(None, four) == Size(1)
+    assert box.size("device", some) == box.size("machine", some) == Size(2, gpus=1, threads=2)
+    assert box.size("devices", Runtime(processes=4)) == Size(8, gpus=4, threads=2)
+    plain = Pool(machines=((16, 0),), local=True)
+    assert plain.size("device", some) == plain.size("devices", Runtime(processes=2)) == Size(16)
+    assert plain.size("device", four) == plain.size("devices", four) == Size(4)
+    assert plain.size("machine", four) == Size(16, alone=True)
+    assert plain.size(None, four) == Size(1, threads=1)
+
+
+def test_on_unlike_machines_no_stage_asks_for_more_than_one_of_them_has() -> None:
+    unlike = Pool(machines=((64, 0), (12, 4), (16, 2)), local=False)
+    assert unlike.size("device", Runtime()) == Size(3, gpus=1, threads=3)
+    assert unlike.size("devices", Runtime(processes=4)) == Size(12, gpus=4, threads=3)
+    assert unlike.size("devices", Runtime(processes=2)) == Size(6, gpus=2, threads=3)
+    with pytest.raises(UserError, match="processes: 5 is more than the 4 GPUs that a machine"):
+        unlike.size("devices", Runtime(processes=5))
+    assert Pool(machines=((4, 0), (32, 0)), local=False).size("device", Runtime(threads=64)) == Size(32)
 
 
 @pytest.mark.parametrize("arguments", [("--jobs", "0"), ("nothing",)])
