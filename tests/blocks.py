@@ -7,6 +7,8 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/**/*.md"))
+SHOWN = [ROOT / name for name in ("README.md", "docs/ship.md", "docs/experiments.md")]
+"""Pages whose outputs are checked, and whose Python runs, in `test_readme`."""
 COMMAND = re.compile(r"dvc |(make|pip|pytest|torchrun|python -m)( |$)")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 

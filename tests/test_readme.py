@@ -1,6 +1,7 @@
 """README keeps what it says: its generated parts are those of the committed reports, its outputs are true."""
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -27,10 +28,10 @@ from quantstudy.report.documents import filled, pages, read_utf8
 from quantstudy.runtimes.onnx_graph import network_graph
 from quantstudy.runtimes.onnx_model import described, save_onnx, to_onnx
 from quantstudy.runtimes.sessions import why_missing
-from tests.blocks import Block, blocks, dialogues
+from tests.blocks import SHOWN, Block, blocks, dialogues
 from tests.conftest import ROOT
 
-BLOCKS = [block for block in blocks() if block.page == ROOT / "README.md"]
+BLOCKS = [block for block in blocks() if block.page in SHOWN]
 DIALOGUES = [dialogue for block in BLOCKS if block.kind == "console" for dialogue in dialogues(block)]
 MEASURED = re.compile(r"(?<=on )\d+\.\d\d(?= %)|(?<=SQNR )\d+\.\d")
 """Numbers of an output that another checkpoint and other images change."""
@@ -65,6 +66,13 @@ def test_a_table_has_the_rows_that_are_asked_for_and_a_place_needs_its_report(
     start, end = "<!-- results: s bf16 fp32 -->\n", "<!-- end -->"
     found = filled(Path("README.md"), f"a\n{start}old\n{end}\nb", lambda path: table)
     assert found == f"a\n{start}| variant | top-1 |\n|---|---|\n| fp32 | 9 |\n| bf16 | 7 |\n\nA note.\n{end}\nb"
+    figures = {"top1_drop": 1.5, "top1_drop_p": 0.25, "compression": 4.0, "speedup_b1": 2.0, "speedup_b16": None}
+    start = "<!-- decision: s\nA small file = int8\nSpeed = int4\n-->\n"
+    found = filled(Path("README.md"), f"{start}{end}", lambda path: json.dumps(figures | {"speedup_b1": path.stem}))
+    assert re.findall(r"\| (.*?) +\| `(\w+)` \| \+1.50 \(0.250\)", found) == [
+        ("A small file", "int8"),
+        ("Speed", "int4"),
+    ]
     with pytest.raises(UserError, match="'int8' is unknown"):
         filled(Path("README.md"), f"<!-- results: s int8 -->\n{end}", lambda path: table)
 

@@ -4,6 +4,7 @@ A page marks a place with `<!-- <kind>: <study> -->` and `<!-- end -->`, and wha
 number there is typed by hand. The kinds are
 
 - `results`: the study's result table;
+- `decision`: for each line `<what a user wants> = <variant>` of the mark, what that variant costs and buys;
 - `peers`: the comparison with other tools (`benchmarks/peers.py`);
 - `ablation`: what each technique adds (`benchmarks/ablation.py`);
 - `front`: accuracy against size for budgets of bits (`benchmarks/budget_front.py`);
@@ -21,13 +22,14 @@ from typing import Any
 
 from quantstudy import layout
 from quantstudy.errors import UserError, unknown
-from quantstudy.report.tables import markdown_table, p_value, signed
+from quantstudy.report.tables import NOTHING, markdown_table, number, p_value, signed
 
 README, DOCS = Path("README.md"), Path("docs")
-KINDS = "results|peers|ablation|front|reliability"
-PLACE = re.compile(rf"(<!-- ({KINDS}): (\w+)((?: \w+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
+KINDS = "results|decision|peers|ablation|front|reliability"
+PLACE = re.compile(rf"(<!-- ({KINDS}): (\w+)((?: \w+)*|(?:\n[^\n]+ = \w+)+\n) ?-->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
     "results": "dvc repro",
+    "decision": "dvc repro",
     "peers": "make peers",
     "ablation": "python -m benchmarks.ablation",
     "front": "make front",
@@ -58,6 +60,8 @@ def filled(page: Path, text: str, read: Read = read_utf8) -> str:
     def place(found: re.Match[str]) -> str:
         start, kind, study, names, end = found.groups()
         try:
+            if kind == "decision":
+                return f"{start}{decision(study, names.strip().splitlines(), read)}{end}"
             return f"{start}{content(kind, study, names.split(), page, read)}{end}"
         except FileNotFoundError as error:
             raise UserError(f"{page}: no file {error.filename}; run `{COMMANDS[kind]}` first") from None
@@ -83,6 +87,23 @@ def with_rows(table: str, wanted: Sequence[str], where: str) -> str:
         if name not in names.values():
             raise unknown(where, name, list(dict.fromkeys(names.values())))
     return "".join(line for line in lines if line not in names or names[line] in wanted)
+
+
+def decision(study: str, wishes: Sequence[str], read: Read) -> str:
+    """Return a table of what is wanted, the variant that gives it, and that variant's figures.
+
+    `wishes` are lines `<what is wanted> = <variant>`.
+    """
+    rows = []
+    for wish in wishes:
+        wanted, _, variant = wish.rpartition(" = ")
+        found = json.loads(read(layout.metrics(study, variant)))
+        speedups = [found[f"speedup_b{batch}"] for batch in (1, 16)]
+        faster = NOTHING if None in speedups else " / ".join(number(speedup, 2) for speedup in speedups)
+        drop = f"{signed(found['top1_drop'])} ({p_value(found['top1_drop_p'])})"
+        rows.append([wanted, f"`{variant}`", drop, number(found["compression"], 1), faster])
+    header = ("You want", "Method", "points lost (p)", "× smaller", "× faster, batch 1 / 16")  # noqa: RUF001
+    return markdown_table([header, *rows], words=2)
 
 
 def front(study: str, page: Path, read: Read) -> str:
