@@ -39,6 +39,14 @@ def test_every_method_that_is_made_is_measured() -> None:
         assert STAGES[stage]["matrix"] == axes == STAGES[f"evaluate_{stage}"]["matrix"]
 
 
+def test_what_a_study_ships_can_be_got_by_name() -> None:
+    found = yaml.safe_load((ROOT / "dvc.yaml").read_text())["artifacts"]
+    studies = yaml.safe_load((ROOT / "params.yaml").read_text())["studies"]
+    assert {name: row["path"] for name, row in found.items()} == {
+        study.replace("_", "-"): layout.ship(study).as_posix() for study in studies
+    }
+
+
 @pytest.mark.parametrize("raw", [yaml.safe_load((ROOT / "params.yaml").read_text()), TINY_PARAMS], ids=["own", "tests"])
 def test_params_that_stages_track_exist(raw: dict[str, Any]) -> None:
     for stage in STAGES.values():
