@@ -1,1 +1,1 @@
-"""What the figures of `docs/` show, each a function of a trained `tiny.Example`, drawn with the project's own code."""
+"""The figures of `docs/`. Each is a function of a trained `tiny.Example` and is drawn with the project's own code."""

@@ -1,4 +1,4 @@
-"""`python -m docs.drawing [name ...]`: draw the figures of `docs/` into `docs/figures/`, all of them or those named."""
+"""`python -m docs.drawing [name ...]` draws the named figures, or all figures, of `docs/` into `docs/figures/`."""
 
 import argparse
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""The figure of what `benchmarks/jobs.py` measured: a study on a simulated box of GPUs."""
+"""The figure of the results of `benchmarks/jobs.py`: studies on a simulated box of GPUs."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ RECORD = Path(__file__).parents[2] / "reports" / "jobs" / "box.json"
 
 
 def box(_: Example) -> Figure:
-    """Draw how many times as fast as one GPU each box was, beside what it would be at best."""
+    """Draw the speed-up of each box over one GPU, and the best possible speed-up."""
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     seconds = {int(gpus): taken for gpus, taken in record["boxes"].items()}
     counts = sorted(seconds)

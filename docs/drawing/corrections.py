@@ -28,7 +28,7 @@ MEANS_OF = "4"
 
 
 def weights_of(bits: int, **keys: Any) -> P.WeightOnly:
-    """Return the row of a weight-only method with scales by channel."""
+    """Return the row of a weight-only method with one scale per channel."""
     return P.WeightOnly(kind="weight_only", weight_bits=bits, fragile_bits=None, **keys)
 
 
@@ -42,7 +42,7 @@ def gptq(example: Example) -> Figure:
 
 
 def adaround(example: Example) -> Figure:
-    """Draw what pulls the rounding to 0 or 1, and the error of each layer with learned rounding."""
+    """Draw the penalty that pulls the rounding to 0 or 1, and the error of each layer with learned rounding."""
     drawn, (left, right) = figure(1, 2, width_ratios=(2, 3))
     soft = SoftRounding(torch.zeros(1, 201), WeightScheme(4))
     soft.v.data = torch.linspace(-4, 4, 201).view(1, 1, -1)
@@ -58,7 +58,7 @@ def adaround(example: Example) -> Figure:
 
 
 def equalization(example: Example) -> Figure:
-    """Draw the weight range of each channel on both sides of a pair, before and after."""
+    """Draw the weight range of each channel in both layers of a pair, before and after equalization."""
     pair = next(pair for pair in find_pairs(example.calibration.graph) if pair.first.endswith("body.0"))
     drawn, (left, right) = figure(1, 2)
     networks = (("before", example.model, style.SKY, "o"), ("after", equalize(example.model), style.VERMILLION, "s"))
@@ -73,7 +73,7 @@ def equalization(example: Example) -> Figure:
 
 
 def bias_correction(example: Example) -> Figure:
-    """Draw the mean error of each channel of a layer where the ReLU behind it lets it through, as corrected."""
+    """Draw the mean error of a layer's channels where the ReLU behind it lets them through, with correction or not."""
     drawn, axes = figure(1, 1)
     looks: tuple[tuple[Any, str, str, str], ...] = (
         (False, style.SKY, "o", "rounded to nearest"),
@@ -95,7 +95,7 @@ def bias_correction(example: Example) -> Figure:
 
 
 def gain_correction(example: Example) -> Figure:
-    """Draw the gains of each layer's channels by the range of the weights, and what correcting them does."""
+    """Draw the gains of each layer's channels for each rule of the weight range, and the effect of correcting them."""
     drawn, (left, right) = figure(1, 2)
     looks = (("minmax", style.BLUE, "o"), ("mse", style.VERMILLION, "s"))
     moments = input_moments(example.model, example.calibration.images)
@@ -150,7 +150,7 @@ def joint(example: Example) -> Figure:
 
 
 def layer_errors(example: Example, row: P.WeightOnly) -> dict[str, float]:
-    """Return |y - y_q|² / |y|² of every layer's output, its input being fp32's, on calibration images."""
+    """Return |y - y_q|² / |y|² of every layer's output on calibration images; each layer gets fp32's input."""
     variant = quantize(example.model, example.calibration, row)
     layers, found = dict(quantizable_layers(example.model)), {}
     for name, quantized in quantized_layers(variant.network).items():

@@ -23,7 +23,7 @@ PERCENTILE = 99.0
 
 
 def rounding(example: Example) -> Figure:
-    """Draw the weights of one channel on a grid of 3 bits, and their error by the scale."""
+    """Draw the weights of one channel on a grid of 3 bits, and their error at each scale."""
     weight = example.model.get_submodule(LAYER).weight[:1].detach()  # type: ignore[operator,union-attr,index]
     drawn, (left, right) = figure(1, 2)
     values = weight.flatten()
@@ -82,7 +82,7 @@ def ranges(example: Example) -> Figure:
 
 
 def schemes(example: Example) -> Figure:
-    """Draw the SQNR of the logits of each scheme by bits."""
+    """Draw the SQNR of the logits of each scheme over the number of bits."""
     drawn, axes = figure(1, 1)
     widths = range(2, 9)
     rows: dict[str, Any] = {
@@ -122,7 +122,7 @@ def casts(example: Example) -> Figure:
 
 
 def saturation(example: Example) -> Figure:
-    """Draw the codes of neighbours in one layer, free and limited, and what each way costs each layer's weight."""
+    """Draw the codes of neighbours in one layer, free and limited, and the SQNR of every layer's weight by limit."""
     schemes = {
         "8 bits, may saturate": (WeightScheme(8), style.SKY, "o"),
         "8 bits, saturation-free": (WeightScheme(8, limit="pairs"), style.BLUE, "s"),

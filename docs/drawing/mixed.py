@@ -21,10 +21,10 @@ INT4 = 4
 
 
 def mixed_precision(example: Example) -> Figure:
-    """Draw the bits that a budget gives each layer, and what each choice of bits has at its size."""
+    """Draw the bits that a budget gives each layer, and the SQNR of each choice of bits over its size."""
     layers: dict[str, Any] = quantizable_layers(example.model)
     batches = list(zip(example.calibration.images, example.train[1].split(64), strict=False))
-    macs = dict.fromkeys(layers, 0)  # the budgets here are of size
+    macs = dict.fromkeys(layers, 0)  # these budgets limit the size only
     rows = measure_layers(example.model, example.calibration, batches, P.Sensitivity(bits=WIDTHS), macs)
     table = quantized_table(example.model, example.calibration, _budget(SHOWN), WIDTHS[:-1])
     divergence = divergence_from(example.model, table, example.calibration.images)

@@ -81,7 +81,7 @@ def _network() -> nn.Sequential:
 
 @cache
 def example() -> Example:
-    """Train the network, the same each time on one machine; returns it in eval mode."""
+    """Train the network, with the same result each time on one machine; return it in eval mode."""
     torch.manual_seed(0)
     (images, labels), test = (_pixels(split) for split in store(digits(), SEEN))
     network = _network()
@@ -93,7 +93,7 @@ def example() -> Example:
 
 
 def figure(rows: int, columns: int, height: float = 3.0, **ratios: Any) -> tuple[Figure, Any]:
-    """Return an empty figure and its axes, one for a single panel, else an array."""
+    """Return an empty figure and its axes: one object for a single panel, else an array."""
     drawn = Figure(figsize=(8.0 if columns > 1 else 6.0, height), layout="constrained")
     return drawn, drawn.subplots(rows, columns, **ratios)
 

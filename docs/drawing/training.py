@@ -19,7 +19,7 @@ WIDTHS = (2, 3, 4)
 
 
 def straight_through(example: Example) -> Figure:
-    """Draw what rounding does to a weight in the forward pass, and the gradient that passes back."""
+    """Draw the rounding of a weight in the forward pass, and the gradient that passes back."""
     drawn, (left, right) = figure(1, 2)
     weight = torch.linspace(-1, 1, 1001).view(1, -1).requires_grad_(True)
     rounded = WeightScheme(3).fake_quantize(weight)
