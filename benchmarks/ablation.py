@@ -3,11 +3,12 @@
     python -m benchmarks.ablation --study mobilenetv2_food101_64px
     python -m benchmarks.ablation --study mobilenetv2_food101_64px --schemes W4A8 --seeds 3
 
-Starts from models/<study>/fp32.pth. Calibration images are drawn from the training part of the training split, by
-seed, `--images` a draw; `--seeds` draws for the last row of a scheme, one for the rows before it. Top-1 is on the whole
-test split, simulated in eager mode.
-Writes reports/<study>/ablation.json and .md; rows that are there already are kept, so that a run can be continued or
-extended; delete the file to begin anew.
+The benchmark starts from models/<study>/fp32.pth. It draws calibration images by seed from the training part of the
+training split, `--images` per draw. The last row of a scheme gets `--seeds` draws, each row before it one. Top-1 is
+measured on the whole test split, simulated in eager mode.
+
+The benchmark writes reports/<study>/ablation.json and .md. It keeps rows that are already there, so you can continue or
+extend a run. Delete ablation.json to start again.
 """
 
 import argparse
@@ -47,7 +48,7 @@ Row = dict[str, Any]
 CPU = torch.device("cpu")
 BATCH = 64
 _ALIKE = {"fragile_bits": None}
-"""Every layer in the same bits, so that a table says what each technique adds to them."""
+"""All layers have the same bits: the table then shows what each technique adds."""
 SCHEMES: dict[str, dict[str, Any]] = {
     "W8A8": {"kind": "static", "weight_bits": 8, "activation_bits": 8},
     "W4A8": {"kind": "static", **_ALIKE, "weight_bits": 4, "activation_bits": 8},
@@ -82,7 +83,7 @@ class Subject:
     """Whether each test image is predicted correctly, by scheme and techniques; fp32's at ()."""
 
     def calibration(self, seed: int) -> Calibration:
-        """Draw calibration images from what the fp32 model was trained on, never from the validation part."""
+        """Draw calibration images from the images that trained the fp32 model, never from the validation part."""
         kept, _ = validation_indices(self.train.labels, 0.1, self.seed)
         order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))
         drawn = self.train.subset(kept[order[: self.images]])
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     file = layout.report(arguments.study) / "ablation.json"
     rows: list[Row] = read_json(file) if file.is_file() else []
     for scheme in arguments.schemes:
-        known = P.METHOD_ROWS[SCHEMES[scheme]["kind"]].model_fields  # without quantized activations they need no range
+        known = P.METHOD_ROWS[SCHEMES[scheme]["kind"]].model_fields  # weight-only rows have no activation range
         possible = [step for step, keys in STEPS.items() if keys.keys() <= known.keys()]
         steps = [step for step in possible if step not in arguments.without]
         for number in range(1, len(steps) + 1):
@@ -148,9 +149,9 @@ def _facts(images: int, variant: nn.Module, path: Path, seconds: float) -> dict[
 def _put(
     rows: list[Row], subject: Subject, facts: dict[str, Any], correct: list[np.ndarray], more: dict[str, Any]
 ) -> None:
-    """Add a row, in the place of one of the same scheme and techniques.
+    """Add a row, or replace the row of the same scheme and techniques.
 
-    Its p-value is against the row without the last technique, above it, if that was measured in the same run.
+    Its p-value compares it with the row above, which lacks the last technique, if the same run measured that row.
     """
     fp32, name = subject.right[()], (facts["scheme"], *facts["techniques"])
     drops = [100 * float(fp32.mean() - found.mean()) for found in correct]

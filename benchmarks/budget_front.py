@@ -1,11 +1,11 @@
 """Accuracy against size for budgets from 2 to 8 bits: `python -m benchmarks.budget_front --study mobilenetv2_digits`.
 
-Every point has the rounding and the corrections of one method of kind mixed_budget and 16-bit floats beside its
-integers, so that only the choice of bits differs: within a budget at the size of each uniform width and half-way
-between, uniform, by the rule of linear layers, by the rule of lowest variance with more and more layers in int4.
-Sizes are those of the files; accuracy is that of the stored weights in float32 arithmetic, which a CPU without 16-bit
-matrices computes faster. The stage `sensitivity` has to have run: its calibration images choose, the test images only
-report.
+All points have the rounding and the corrections of one method of kind mixed_budget, and keep the other parameters in
+16-bit floats. Only the choice of bits differs: within a budget (at the size of each uniform width, and half-way between
+two), uniform, by the rule of linear layers, or by the rule of lowest variance with more and more layers in int4. Sizes
+are file sizes. Accuracy is measured with the stored weights in float32 arithmetic, which is faster on a CPU without
+16-bit matrix instructions. Run the stage `sensitivity` first: its calibration images choose the bits, the test images
+only report.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from quantstudy.report.front import plot_budget_front
 UNIFORM = range(2, 9)
 INT4 = 4
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
-"""Shares of layers in int4 at which the rule of lowest variance is drawn, beside those of matching size."""
+"""The shares of layers in int4 at which the rule of lowest variance is drawn; `compare` picks one of matching size."""
 EAGER_BATCH = 64
 
 
@@ -66,7 +66,7 @@ class Front:
         return dict(self.calibration.replaceable)
 
     def mean_bits(self, bits: Allocation) -> float:
-        """Return the stored bits a weight, scales included."""
+        """Return the stored bits per weight, scales included."""
         return mean_bits(self.layers, bits, self.settings.group_size)
 
     def uniform(self, width: int) -> Allocation:
@@ -74,7 +74,7 @@ class Front:
         return dict.fromkeys(self.layers, width)
 
     def budget(self, size: float) -> Allocation:
-        """Return what `mixed_budget` chooses at a size, in bits a weight."""
+        """Return the bits that `mixed_budget` chooses for a size, in bits per weight."""
         settings = self.settings.model_copy(update={"mean_bits": size, "bit_operations": None})
         return min(allocations_within(self.layers, self.rows, settings), key=self.divergence)
 
@@ -125,7 +125,7 @@ def accuracy(logits: np.ndarray, test: Split) -> Row:
 
 
 def compare(front: Front, size: float, label: str) -> Row:
-    """Return mixed_budget at a size beside uniform W4 and both rules at the size nearest to it."""
+    """Return mixed_budget at a size, compared with uniform W4, lowest variance at the nearest size, and linear W4."""
     labels = front.test.labels.numpy()
     own, logits = front.measure("mixed_budget", label, front.budget(size))
     by_variance = [front.by_variance(count) for count in range(1, len(front.layers))]

@@ -1,12 +1,12 @@
-"""What int8 buys in time on this CPU, and what it costs to prepare: every runtime of one network, side by side.
+"""How much faster int8 is on this CPU, and how long it takes to prepare: every runtime of one network, side by side.
 
 Rows: fp32 eager, the int8 network of eager mode (static and run-time ranges), fp32 and int8 static on ONNX Runtime
-(tuned for it) and OpenVINO, and compiled by inductor with frozen weights. The network has random weights with BatchNorm
-folded, and ranges from one random batch: timings need no training. Weights are such that sums saturate on no CPU.
+(tuned for it) and on OpenVINO, and both compiled by inductor with frozen weights. The network has random weights with
+BatchNorm folded, and ranges from one random batch: timings need no training. Its int8 sums saturate on no CPU.
 
-Method: all runtimes in one process, in turns of three timed calls after one that is not (`measure.latency`). The table
-gives the median milliseconds with their quartiles, how many times faster than each fp32 that is, and the seconds that
-preparing the runtime took, its export and its first call included.
+Method: all runtimes run in one process, in turns of three timed calls after one untimed call (`measure.latency`). The
+table gives the median milliseconds with their quartiles, the speed-up over each fp32 runtime, and the seconds that the
+runtime took to prepare, with its export and its first call.
 
     python -m benchmarks.int8_runtimes --architecture mobilenet_v2 --pixels 32 224 --batch 1 16
 """

@@ -1,9 +1,9 @@
-"""Stages side by side on a box of GPUs that is not there: `python -m benchmarks.jobs --seconds .cache/seconds.json`.
+"""Run stages side by side on a simulated box of GPUs: `python -m benchmarks.jobs --seconds .cache/seconds.json`.
 
-The DAG, the params, Ray, DVC and its lock file are real. Each stage's command is replaced by one that sleeps for as
-long as a stage of its kind took in a real run, by the file that `make repro` keeps, and writes the stage's outputs. Ray
-is told that the machine has as many GPUs and cores as the simulated one; the sleeping needs neither. Every method of
-params.yaml runs in every study given. Writes reports/jobs/box.json; `python -m docs.drawing box` draws it.
+The DAG, the params, Ray, DVC and its lock file are real. A stage's command is replaced by one that writes the stage's
+outputs after a sleep. The sleep is as long as a stage of its kind took in a real run, from the file that `make repro`
+keeps. Ray is told that the machine has the GPUs and cores of the simulated box; sleeping needs neither. Every method of
+params.yaml runs in every given study. The result is reports/jobs/box.json; `python -m docs.drawing box` draws it.
 """
 
 import argparse
@@ -53,7 +53,7 @@ for out in map(pathlib.Path, outs):
 
 
 def usual_seconds(path: Path) -> dict[str, float]:
-    """Return what a stage of each kind takes: the median over the stages of a real run."""
+    """Return how many seconds a stage of each kind takes: the median over the stages of a real run."""
     kinds: dict[str, list[float]] = {}
     for name, seconds in json.loads(path.read_text()).items():
         kinds.setdefault(name.partition("@")[0], []).append(seconds)
@@ -87,7 +87,7 @@ def prepare(root: Path, studies: Sequence[str], usual: dict[str, float]) -> dict
 
 
 def run_box(root: Path, gpus: int) -> float:
-    """Return the seconds that the project takes on a box of so many GPUs."""
+    """Return the seconds that the project takes on a box with `gpus` GPUs."""
     binary, path = Path(sys.executable).parent, os.environ["PATH"]
     environment = os.environ | {"PATH": f"{binary}{os.pathsep}{path}", "RAY_USAGE_STATS_ENABLED": "0"}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}

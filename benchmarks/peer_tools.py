@@ -1,7 +1,7 @@
-"""The tools that `benchmarks/peers.py` compares: what each is given, and how it makes a quantized model of it.
+"""The tools that `benchmarks/peers.py` compares: what each tool gets, and how it makes quantized models.
 
-A tool is a function from a `Subject` to its `Candidate`s, in the settings its documentation recommends for a CPU. On a
-CPU without VNNI, where int8 sums saturate, that is also what it offers against that.
+A tool is a function from a `Subject` to its `Candidate`s. It uses the settings that its documentation recommends for a
+CPU. On a CPU without VNNI, where int8 sums saturate, it also uses the settings that it offers against saturation.
 """
 
 import copy
@@ -40,7 +40,7 @@ ADAROUND_ITERATIONS = 500
 
 @dataclass
 class Candidate:
-    """A quantized model ready to run, and what it took to make."""
+    """A quantized model ready to run, and the seconds that it took to make."""
 
     tool: str
     method: str
@@ -50,7 +50,7 @@ class Candidate:
     quantize_s: float
     memory_format: torch.memory_format = torch.contiguous_format
     is_simulated: bool = False
-    """Whether it rounds in float32 arithmetic, so that its latency would say nothing."""
+    """Whether it rounds in float32 arithmetic; its latency would then say nothing."""
     logits: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     """Of the test images, [N, classes]."""
     right: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
@@ -65,7 +65,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Subject:
-    """What every tool is given."""
+    """What every tool gets."""
 
     name: str
     params: Params
@@ -110,7 +110,7 @@ def quantstudy(subject: Subject) -> Iterator[Candidate]:
             yield Candidate("quantstudy", method, runtime, run, exported.stat().st_size / 1e6, taken)
         if settings.kind in ("static", "dynamic"):
             eager = build_executable(variant, "eager", CPU)
-            simulated = bool(quantized_layers(eager.run))  # not all of them became kernels
+            simulated = bool(quantized_layers(eager.run))  # some did not become kernels
             yield Candidate("quantstudy", method, "eager", eager.run, size, taken, eager.memory_format, simulated)
         if settings.kind == "static":
             run = build_executable(load_variant(path), "inductor", CPU).run
@@ -121,8 +121,8 @@ def quantstudy(subject: Subject) -> Iterator[Candidate]:
 def nncf(subject: Subject) -> Iterator[Candidate]:
     """NNCF's post-training quantization of the OpenVINO model, with both of its presets.
 
-    OpenVINO converts the PyTorch network itself, as its documentation has it: by way of ONNX each bias stands behind a
-    Reshape, and NNCF's bias correction finds none.
+    OpenVINO converts the PyTorch network directly, as its documentation recommends. In a model from ONNX each bias
+    stands behind a Reshape, and NNCF's bias correction finds none.
     """
     import openvino
     from nncf import AdvancedQuantizationParameters, Dataset, OverflowFix, QuantizationPreset, quantize
@@ -223,7 +223,7 @@ def brevitas(subject: Subject) -> Iterator[Candidate]:
 
 
 def aimet(subject: Subject) -> Iterator[Candidate]:
-    """AIMET's AdaRound, with fewer iterations a layer than its documentation has (15,000 take hours on a CPU)."""
+    """AIMET's AdaRound, with fewer iterations per layer than its documentation uses (15,000 take hours on a CPU)."""
     from aimet_torch.adaround.adaround_weight import Adaround, AdaroundParameters
     from aimet_torch.common.defs import QuantScheme
     from aimet_torch.common.quantsim_config import utils

@@ -3,16 +3,15 @@
     make peers STUDY=mobilenetv2_food10_224px
 
 Tools: NNCF (post-training, on OpenVINO), ONNX Runtime's `quantize_static` (QDQ, per channel, min-max), torchao's PT2E
-with `X86InductorQuantizer` (compiled by inductor), torchao's `quantize_` (linear layers, eager), Brevitas's GPTQ and
-AIMET's AdaRound with 4-bit weights and 8-bit activations (simulated, so not timed), and this project's methods on its
-runtimes. All start from models/<study>/fp32.pth, see the same calibration images and are measured on the same test
-images; each with the settings its documentation recommends for a CPU, OpenVINO always in float32 where it does not
-compute in int8.
+with `X86InductorQuantizer` (compiled by inductor), Brevitas's GPTQ and AIMET's AdaRound with 4-bit weights and 8-bit
+activations (simulated, so not timed), and this project's methods on its runtimes. All start from
+models/<study>/fp32.pth, see the same calibration images and are measured on the same test images. Each tool has the
+settings that its documentation recommends for a CPU. OpenVINO computes in float32 wherever it does not compute in int8.
 
-All candidates are loaded in one process and take turns; that is done three times for each batch size, and a latency is
-the median of the three medians. The ratio of an int8 method of this project, on its fastest runtime, to the fastest
-int8 model of another tool is given with its extremes over the three. Models are quantized with all cores and timed with
-`measure.threads` of them.
+All candidates are loaded in one process and take turns. This is repeated three times for each batch size, and a latency
+is the median of the three medians. The report gives the latency of an int8 method of this project, on its fastest
+runtime, as a ratio to the fastest int8 model of another tool, with the smallest and largest of the three ratios. Models
+are quantized with all cores and timed with `measure.threads` of them.
 """
 
 import argparse
@@ -45,13 +44,13 @@ from quantstudy.report.tables import p_value
 
 RUNS = 3
 COMPARED = ("int8_static", "int8_gptq", "w4a8_finetuned")
-"""This project's best int8 and 4-bit methods, which are held against each other tool."""
+"""This project's best int8 and 4-bit methods, which are compared with each other tool."""
 INT8 = COMPARED[:2]
 METHODS = [*INT8, "int8_dynamic", "int8_weight_only", "int4_weight_only", "int4_gptq", "int4_finetuned"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write reports/peers/<study>.{json,md,png}, on a CPU without VNNI <study>_without_vnni."""
+    """Write reports/peers/<study>.{json,md,png}; on a CPU without VNNI, <study>_without_vnni."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", required=True, help="a row of studies whose fp32 model, data and graph are there")
     seconds = "of timing, for each run and batch size; 0 measures accuracy alone"
@@ -155,7 +154,7 @@ def _ratio(candidates: list[Candidate], method: str, batch: int) -> str:
 
 
 def _accuracy(candidates: list[Candidate]) -> list[str]:
-    """Compare the top-1 of `COMPARED` with that of each other tool, image by image."""
+    """Compare the top-1 of `COMPARED` with each other tool's, image by image."""
     lines = []
     for method in COMPARED:
         own = [c for c in candidates if (c.tool, c.method) == ("quantstudy", method)]
@@ -171,7 +170,7 @@ def _accuracy(candidates: list[Candidate]) -> list[str]:
 
 
 def _faithfulness(candidates: list[Candidate]) -> list[str]:
-    """Compare logits with fp32's: a measure that a few hundred images settle, as they do not settle top-1."""
+    """Compare logits with fp32's: a few hundred images are enough for this measure, but not for top-1."""
     reference = next(c.logits for c in candidates if c.method == "fp32")
     found = []
     for c in candidates:

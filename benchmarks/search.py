@@ -1,13 +1,13 @@
-"""The search to a goal, beside NNCF's quantization with accuracy control, on the same model, images and machine.
+"""Compare the search to a goal with NNCF's quantization with accuracy control, on the same model, images and machine.
 
     python -m benchmarks.search --study mobilenetv2_food101_64px --drops 0.5 1 2
     .venv-peers/bin/python -m benchmarks.search --study mobilenetv2_food101_64px --drops 0.5 1 2 --tools nncf
 
-NNCF judges on the validation images that the search has, and calibrates on the same images. What each ends with is then
-run on the whole test split, on OpenVINO as both are timed there, in turns with fp32. Candidates that a search has made
-are kept for the next drop; their seconds count each time.
+NNCF judges on the same validation images as the search, and calibrates on the same calibration images. The model that
+each ends with then runs on the whole test split on OpenVINO, and is timed there in turns with fp32. Candidates that a
+search has made are kept for the next drop; their seconds count each time.
 
-Writes reports/peers/<study>_search.json and .md; rows of a tool and a goal that are there already are replaced.
+The benchmark writes reports/peers/<study>_search.json and .md. It replaces existing rows of the same tool and goal.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def quantstudy(shop: Workshop, test: Split) -> Iterable[Row]:
-    """Yield what this project's search ends with."""
+    """Yield the row of this project's search."""
     found = search(shop)
     row = _row("quantstudy", shop.goal) | {"seconds": found.seconds, "variant": found.best and found.best.name}
     if not found.best:
@@ -86,10 +86,10 @@ def quantstudy(shop: Workshop, test: Split) -> Iterable[Row]:
 
 
 def nncf(shop: Workshop, test: Split) -> Iterable[Row]:
-    """Yield what `nncf.quantize_with_accuracy_control` ends with; it has no other aim than int8 within the drop.
+    """Yield the row of `nncf.quantize_with_accuracy_control`; its only aim is int8 within the drop.
 
-    As "Quantizing with Accuracy Control" in OpenVINO's documentation has it: the OpenVINO model in fp32, a calibration
-    and a validation set, the accuracy as a function.
+    The call follows "Quantizing with Accuracy Control" in OpenVINO's documentation: it gets the OpenVINO model in fp32,
+    a calibration and a validation set, and a function that returns the accuracy.
     """
     import nncf as tool
     import openvino

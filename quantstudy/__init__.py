@@ -1,7 +1,8 @@
-"""Quantize a vision model every way worth trying and measure what each way costs and buys.
+"""Quantize a vision model in every way worth trying, and measure what each way costs and saves.
 
-The names below are for use from Python (`docs/library.md`). They are imported when they are first asked for, by a name
-that no `import` statement has, so that a stage depends on the rooms that it uses alone.
+The names below are the interface for Python code (`docs/library.md`). `__getattr__` imports their module on first use,
+by a string and not by an `import` statement. A stage that imports quantstudy thus depends only on the modules that it
+uses.
 """
 
 import importlib

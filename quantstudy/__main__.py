@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def reproduce(arguments: argparse.Namespace) -> NoReturn:
-    """Become the program that checks the params and runs what changed: DVC, or several stages at once."""
+    """Check the params and run what changed, by DVC or `tools.jobs`; `exec` replaces this process."""
     command = ["tools.dvc", "repro"]
     if arguments.address or (arguments.jobs or 1) > 1:
         command = ["tools.jobs"]
@@ -75,10 +75,10 @@ def reproduce(arguments: argparse.Namespace) -> NoReturn:
 
 
 def check() -> None:
-    """Check the params, and that the networks, sets and files are there that the studies in `run` name.
+    """Check the params, and that each network, data set and file that a study in `run` names exists.
 
     Raises:
-        UserError: it has a line for each mistake.
+        UserError: with one line for each mistake.
     """
     from quantstudy.params.checks import at, names_at
     from quantstudy.params.reading import read_params
@@ -100,7 +100,7 @@ def check() -> None:
                 check_dataset(dataset, f"{key}.data.dataset")
         for place in (("model", "weights"), ("data", "path"), ("calibration", "path")):
             path = at(row, str, *place)
-            with contextlib.suppress(OSError):  # of a name that no file can have, which load_params says
+            with contextlib.suppress(OSError):  # no file can have this name; load_params reports it
                 if path not in ("", "imagenet") and not Path(path).exists():
                     lines.append(f"{key}.{'.'.join(place)}: {shown(path)}: no such file; put or link it there")
     if params is None or lines:
@@ -110,7 +110,7 @@ def check() -> None:
 
 @contextlib.contextmanager
 def _kept(lines: list[str]) -> Iterator[None]:
-    """Keep the lines of an error in `lines` instead of raising it; one that ends in a checksum stays whole."""
+    """Add the lines of a `UserError` to `lines` instead of raising it; a line with a checksum is not cut."""
     try:
         yield
     except UserError as error:
@@ -151,7 +151,7 @@ def _whole(text: str, least: int, most: int) -> int:
 
 
 def print_comparison(before: str, after: str, page: Path | None) -> None:
-    """Print two revisions side by side, Markdown, and write the `page` of the second one with what moved."""
+    """Print two revisions side by side, as Markdown; write the second one's HTML report to `page` if there is one."""
     from quantstudy.files import write_text
     from quantstudy.report.comparison import compare, to_markdown, to_record
     from quantstudy.report.revisions import Revision
@@ -186,7 +186,7 @@ def print_results(params: Params, study: str) -> None:
 
 
 def fill_pages() -> None:
-    """Put the reports' tables into README.md and the pages of docs/; none is written if one lacks a report."""
+    """Put the reports' tables into README.md and the pages of docs/; write no page if a report is missing."""
     from quantstudy.files import write_text
     from quantstudy.report import documents
 

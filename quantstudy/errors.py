@@ -1,9 +1,9 @@
 """One line for a user's mistake, and the wrapper that prints it.
 
-Every mistake a user can make (a wrong key, a missing file, a full disk) ends as a `UserError`, whose
-message names the key or file, the value found and the choices. A stage script ends with
-`run_stage(main)`, which prints that line and exits with status 1. A traceback never reaches the terminal: it
-is written down, and the line says where.
+Every mistake that a user can make, such as a wrong key or a missing file, is a `UserError`. Its message names the key
+or the file, the value found and the choices. A stage script ends with `run_stage(main)`, which prints that line and
+exits with status 1; a full disk gets one line too. No traceback reaches the terminal. `run_stage` writes the traceback
+of any other error to a log file, and the line names that file.
 """
 
 import difflib
@@ -21,14 +21,14 @@ from typing import NoReturn
 
 LOGS = Path(".cache") / "logs"
 MOST_TEXT = 4000
-"""Characters that an error line has at most."""
+"""The most characters of an error line."""
 
 LONGEST = 190
-"""Characters of a line that shows what a user wrote."""
+"""The most characters of an error line that quotes what the user wrote."""
 
 
 class UserError(Exception):
-    """A mistake of the user's; its text is one line. Several mistakes are an argument and a line each."""
+    """A mistake of the user. Each argument is one mistake, written as one line."""
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.args))
@@ -45,32 +45,32 @@ def unknown(key: str, value: object, choices: Iterable[str]) -> UserError:
 
 
 def shown(value: object) -> str:
-    """Return what a user wrote as an error shows it: 60 characters of its repr, however large it is."""
+    """Return what a user wrote, in the form that errors show: its repr, cut to 60 characters."""
     short = reprlib.Repr()
     short.maxlevel, short.maxstring, short.maxother = 2, 60, 60
     try:
         return cut(short.repr(value), 60)
-    except ValueError:  # Python writes out no number of more than 4300 digits
+    except ValueError:  # Python refuses to print a number of more than 4300 digits
         return "a number of thousands of digits"
 
 
 def cut(text: str, most: int = LONGEST) -> str:
-    """Return a text in one line of at most `most` characters."""
+    """Return a text as one line of at most `most` characters."""
     line = " ".join(text.split())
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def one_line(error: BaseException, line: int = 0) -> str:
-    """Return the type and one line, the first, of an exception that is reported, not raised; some have no text."""
+    """Return an exception's type and one line of its text, by default the first; `-` if it has no text."""
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[line][:200]}"
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage's `main`; whatever ends it is one line and status 1, or a shell's status for a signal.
+    """Run a stage's `main`; any error prints one line and exits with status 1, a signal with the shell's status for it.
 
-    SIGTERM ends it as an exception does, so that temporary files and processes of its own go with it.
+    SIGTERM raises `SystemExit`, so temporary files are deleted and the stage's own processes end.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # an ASCII terminal gets what it lacks as escapes
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an ASCII terminal shows other characters as escapes
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if threading.current_thread() is threading.main_thread():
@@ -97,13 +97,13 @@ def _fail(*mistakes: str) -> NoReturn:
 
 
 def _disk_is_full(error: OSError) -> bool:
-    """NumPy says only how many items it has written."""
+    """Whether an error means a full disk; NumPy gives no errno, only the number of items that it has written."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return full or (error.errno is None and "requested and" in str(error))
 
 
 def _written_down(error: Exception) -> str:
-    """Write the traceback to a log file; return the words that name it, none where it cannot be written."""
+    """Write the traceback to a log file; return words that name the file, or none if it cannot be written."""
     script = Path(sys.argv[0])
     path = LOGS / f"{script.parent.name if script.stem == '__main__' else script.stem}.log"
     try:

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 PARTIAL = ".partial-"
-"""What the name of a file begins with while it is written; .dvcignore names it, so that no stage hashes such a file."""
+"""The prefix of a file's name while it is written; .dvcignore lists it, so no stage hashes an unfinished file."""
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; move it there on success, delete it on any error.
+    """Yield a temporary path in the folder of `path`; move it to `path` on success, delete it on any error.
 
-    A temporary file is locked while its writer lives. Those that a killed writer left in the folder are deleted first.
+    A writer holds a lock on its temporary file. Files that a killed writer left in the folder are deleted first.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def _locked(path: Path) -> tuple[int, Path]:
-    """Make a temporary file beside `path`; return it open and locked, and its path."""
+    """Make a temporary file in the folder of `path`; return its open, locked file descriptor and its path."""
     while True:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL, suffix=path.suffix)
         with contextlib.suppress(OSError):  # some file systems have no locks
@@ -72,7 +72,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write `rows` as CSV with a header of `columns`, atomically; null and what a row lacks are empty cells."""
+    """Write `rows` as CSV with a header of `columns`, atomically; None and missing values become empty cells."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -92,10 +92,10 @@ def save_tensors(path: Path, content: Any) -> None:
 
 
 def write_tensors(path: Path, content: Any) -> None:
-    """Write tensors and plain values over an own file.
+    """Write tensors and plain values to `path`, not atomically.
 
-    Given a path, `torch.save` would write the temporary file's name into the archive, and report a full disk as a
-    `RuntimeError`; given an open file it does neither, once the error behind its own is raised.
+    `torch.save` gets an open file: given a path, it would write the temporary file's name into the archive. It also
+    reports a full disk as a `RuntimeError`; here the `OSError` behind it is raised instead.
     """
     import torch
 
@@ -109,7 +109,7 @@ def write_tensors(path: Path, content: Any) -> None:
 
 
 def check_records(path: Path) -> None:
-    """Raise `BadZipFile` unless each record of a file of `torch.save` has its CRC-32; an unchanged one is read once."""
+    """Raise `BadZipFile` unless each record of a `torch.save` file has its CRC-32; an unchanged file is read once."""
     status = path.stat()
     _check_records(path.resolve(), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
@@ -126,12 +126,12 @@ def _check_records(path: Path, *status: int) -> None:
 
 
 def seal(content: bytes, what: str) -> str:
-    """Return the SHA-256 of a file's content and of what it is, as 64 hexadecimal digits."""
+    """Return the SHA-256 of a file's content together with `what` it is, as 64 hexadecimal digits."""
     return hashlib.sha256(f"{what}\0".encode() + content).hexdigest()
 
 
 def save_array(path: Path, array: "np.ndarray", what: str) -> None:
-    """Write an array, which is `what`, atomically as .npy, and behind it the seal, which `np.load` does not read."""
+    """Write an array, which is `what`, atomically as .npy; a seal follows, which `np.load` ignores."""
     import numpy as np
 
     stream = io.BytesIO()
@@ -144,7 +144,7 @@ def save_array(path: Path, array: "np.ndarray", what: str) -> None:
 def load_array(content: bytes, path: Path, what: str) -> "np.ndarray":
     """Return the array in the content of a .npy file; raise `UserError`, naming `path`, unless it is whole and finite.
 
-    A file without a seal, of `np.save`, ends with its array.
+    A file of `np.save` has no seal and is accepted too.
     """
     import numpy as np
 
@@ -153,7 +153,7 @@ def load_array(content: bytes, path: Path, what: str) -> "np.ndarray":
         array = np.load(stream, allow_pickle=False)
         end = stream.tell()
         is_whole = content[end:] in (b"", seal(content[:end], what).encode()) and bool(np.isfinite(array).all())
-    except Exception:  # whatever numpy makes of damaged bytes
+    except Exception:  # numpy may raise anything for damaged bytes
         is_whole = False
     if not is_whole:
         raise UserError(f"{path}: damaged, not finite, or not {what}; run evaluate again")

@@ -1,7 +1,7 @@
-"""`python -m stages ptq --study ...` runs `stages/ptq.py`, in a warm process where there is one.
+"""`python -m stages ptq --study ...` runs `stages/ptq.py`, in a warm process (`tools/warm.py`) if there is one.
 
-DVC runs stages this way. One whose code is not what code.yaml says is refused then, and one whose code changed while it
-ran fails: DVC would write down that it ran other code than it did.
+DVC runs stages this way. Under DVC a stage is refused if its code does not match code.yaml, and it fails if its code
+changes while it runs: DVC would record other code than it ran.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ STAGES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
 def ask(
     arguments: Sequence[str], folder: Path, environment: Mapping[str, str], files: Sequence[int] = (0, 1, 2)
 ) -> int | None:
-    """Have a stage run by `tools/warm.py`; return its exit status, or None where no such process is."""
+    """Let the process of `tools/warm.py` run a stage; return its exit status, or None if there is no such process."""
     with socket.socket(socket.AF_UNIX) as connection:
         try:
             connection.connect("\0" + environment["QUANTSTUDY_WARM"])
@@ -46,9 +46,9 @@ def code_digest(stage: str) -> str:
 
 
 def run(name: str, arguments: list[str]) -> None:
-    """Run a stage, in a warm process where there is one; leave with its exit status where that is not 0.
+    """Run a stage, in a warm process if there is one; exit with the stage's status if that is not 0.
 
-    The warm process comes here too, and checks the code; there is none for it to ask.
+    The warm process calls this function too. It has no other process to ask, so it checks the code and runs the stage.
     """
     if status := ask([name, *arguments], Path.cwd(), os.environ):
         sys.exit(status)
@@ -63,7 +63,7 @@ def run_here(name: str, arguments: list[str]) -> None:
 
 
 def run_checked(name: str, arguments: list[str]) -> None:
-    """Run a stage; exit with one line when its code is not the one of code.yaml, before and after."""
+    """Run a stage; exit with one line if its code does not match code.yaml, or changes while the stage runs."""
     digest, listed = code_digest(name), Path("code.yaml")
     if not listed.is_file() or f"{name}: {digest}" not in listed.read_text(encoding="utf-8").splitlines():
         sys.exit(f"error: code.yaml: {name} is not of this code; use .venv/bin/dvc, or run `python -m tools.code`")

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _start(study: P.Study, name: str, classes: int, shape: tuple[int, int, int]) -> tuple[nn.Module, LoadReport]:
-    """Build the study's network and load the weights that its training starts from, or keeps."""
+    """Build the study's network, and load the weights that its training starts from or keeps."""
     key = f"studies.{name}.model"
     check_architecture(study.model.architecture, study.model.code_sha256, key)
     model = build(study.model.architecture, classes, shape, f"{key}.architecture")

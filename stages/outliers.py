@@ -1,4 +1,4 @@
-"""Show the outliers of every layer's input: statistics, histograms and the clipping thresholds on them."""
+"""Show the outliers of every layer's input: statistics, and histograms with the clipping thresholds."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Gather what the HTML report shows of a study."""
+"""Gather the data that the HTML report shows for a study."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Build the HTML report: one page, every script inlined, of the studies in `run`."""
+"""Build the HTML report of the studies in `run`: one page with every script inlined."""
 
 import argparse
 from collections.abc import Sequence

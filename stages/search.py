@@ -1,4 +1,4 @@
-"""Search a study's smallest or fastest variant that loses no more than its goal allows, and make it ready to ship."""
+"""Search for a study's smallest or fastest variant that loses no more than its goal allows; make it ready to ship."""
 
 from collections.abc import Sequence
 

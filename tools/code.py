@@ -1,7 +1,8 @@
 """Write code.yaml: for each stage's script, the SHA-256 of all code that it runs.
 
-DVC reads it as params, `params: [code.yaml: [ptq]]`, so that a stage runs again when its code does something else, and
-not for a comment. `python -m tools.dvc`, which is `dvc` in the virtual environment, writes it before DVC reads it.
+DVC reads the file as params, `params: [code.yaml: [ptq]]`. So a stage runs again when its code does something else, but
+not when only a comment changes. `python -m tools.dvc`, which is `dvc` in the virtual environment, writes the file
+before DVC reads it.
 """
 
 import sys
@@ -15,7 +16,7 @@ HEADER = "# SHA-256 of the code that each stage runs. `dvc` of the virtual envir
 
 
 def refresh(root: Path, write: bool = True) -> bool:
-    """Bring code.yaml of the project at `root` up to date where `write`; return whether it was."""
+    """Return whether code.yaml of the project at `root` was up to date; if it was not and `write` is set, update it."""
     scripts = sorted(path.relative_to(root) for path in root.glob("stages/[!_]*.py"))
     lines = (f"{script.stem}: {digest}\n" for script, digest in scripts_sha256(scripts, root).items())
     path, text = root / CODE_FILE, HEADER + "".join(lines)

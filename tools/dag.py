@@ -1,4 +1,4 @@
-"""Print the DAG of the params as they are, one box a kind of stage, as a Mermaid flowchart."""
+"""Print the DAG of the present params as a Mermaid flowchart, with one box per kind of stage."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -9,9 +9,9 @@ from dvc.repo import Repo
 
 
 def flowchart(stages: Iterable[Any], edges: Iterable[tuple[Any, Any]]) -> str:
-    """Return the picture of stages and of edges that lead from a stage to one that it reads from.
+    """Return the flowchart of stages and edges; an edge leads from a stage to a stage that it reads from.
 
-    A box has the number of its stages where there are several. An arrow that a longer way implies is left out.
+    A box shows the number of its stages if there are several. An arrow that a longer path implies is left out.
     """
     cells = Counter(map(_kind, stages))
     kinds = networkx.DiGraph((_kind(read), _kind(stage)) for stage, read in edges)

@@ -1,8 +1,8 @@
-"""DVC, with code.yaml up to date: `python -m tools.dvc status` is `dvc status` that knows what the code does now.
+"""Run DVC with code.yaml up to date: `python -m tools.dvc status` is `dvc status` for the code as it is now.
 
-`repro` first reports all mistakes in params.yaml. What a killed run left of DVC's files is mended first
-(tools/repair.py), and what it started ends when it is told to end. `make setup` has the virtual environment's `dvc` run
-this. `python -m dvc` is DVC itself.
+`repro` first reports all mistakes in params.yaml. Before DVC starts, its files are repaired if a killed run damaged
+them (tools/repair.py). When this process is told to end, the processes that it started end too. `make setup` makes the
+virtual environment's `dvc` run this module. `python -m dvc` is DVC itself.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ def project() -> Path | None:
 
 
 def run() -> None:
-    """Run DVC with the arguments of this process; leave with its exit status."""
+    """Run DVC with the arguments of this process; exit with DVC's status."""
     told: list[int] = []
 
     def stop(number: int, _: object) -> NoReturn:
@@ -54,10 +54,10 @@ def run() -> None:
             load_params(root / PARAMS_FILE)
     progress = count_stages(root) if root and sys.argv[1:] == ["repro"] else None
     gc.freeze()
-    gc.set_threshold(100_000)  # DVC reads its lock file anew after each stage: a million objects, no cycles among them
+    gc.set_threshold(100_000)  # DVC reads its lock file again after each stage: a million objects without cycles
     status = main(sys.argv[1:])
     if root and progress:
-        if not status:  # the last stage has ended, and not failed
+        if not status:  # the last stage has ended and did not fail
             progress.end()
         with contextlib.suppress(OSError):
             save_seconds(root, progress)
@@ -68,7 +68,7 @@ def run() -> None:
 
 
 def count_stages(root: Path) -> Progress | None:
-    """Have DVC's messages say how far a run of all stages is; None where DVC cannot read the project."""
+    """Let DVC's messages say how far a run of all stages is; return None if DVC cannot read the project."""
     try:
         with Repo(root) as repo:
             names = [stage.addressing for stage in repo.index.graph.nodes]
@@ -81,7 +81,7 @@ def count_stages(root: Path) -> Progress | None:
 
 
 def prepare(root: Path) -> None:
-    """Mend DVC's files unless another DVC runs here, tell others until the end that this one does, write code.yaml."""
+    """Repair DVC's files unless another DVC runs here, hold a lock until the process ends, and write code.yaml."""
     if (root / ".dvc").is_dir():
         guard = os.open(root / ".dvc", os.O_RDONLY)  # open until the process ends, however it ends
         try:

@@ -1,7 +1,8 @@
-"""How far a run of DVC is: 'stage 12 of 118, about 6 minutes left', from what each stage took when it last ran.
+"""Show how far a run of DVC is, '[12 of 118, about 6 minutes left]', from the time each stage took when it last ran.
 
-DVC says of each stage that it runs it, or that it did not change. These messages are counted. Whether a later stage
-will run is not known before, so the time left is of all that are left, and at most that.
+DVC logs for each stage that it runs it, or that the stage did not change. These messages are counted. It is not known
+in advance whether a later stage will run. So the time left counts all stages that are left, and the run takes at most
+that long.
 """
 
 import json
@@ -13,17 +14,17 @@ from pathlib import Path
 from quantstudy.files import write_text
 
 SECONDS = Path(".cache") / "seconds.json"
-"""What each stage took when it last ran, by its name."""
+"""The file of the seconds that each stage took when it last ran, by its name."""
 _RUNS = "Running stage '%s':"
 _DONE = ("Stage '%s' didn't change, skipping", "Stage '%s' is cached - skipping run, checking out outputs")
 
 
 class Progress(logging.Filter):
-    """Counts the stages that DVC logs and puts how far it is before each.
+    """Count the stages that DVC logs, and put the progress before the message of each.
 
     Args:
-        stages: the names of all that DVC may run.
-        seconds: what each took when it last ran, where that is known.
+        stages: the names of all stages that DVC may run.
+        seconds: how long each stage took when it last ran, if that is known.
     """
 
     def __init__(self, stages: Sequence[str], seconds: dict[str, float]) -> None:
@@ -32,7 +33,7 @@ class Progress(logging.Filter):
         self._running: tuple[str, float] | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Change a message of a stage; let every message through."""
+        """Change the message of a stage; let every message through."""
         if record.msg in (_RUNS, *_DONE) and isinstance(record.args, tuple) and len(record.args) == 1:
             name = str(record.args[0])
             self.end()
@@ -44,7 +45,7 @@ class Progress(logging.Filter):
         return True
 
     def remaining(self, running: str | None = None, at_once: int = 1) -> str:
-        """Return the time left in words, that of the `running` stage included, where `at_once` stages run."""
+        """Return the time left in words, with the `running` stage, if `at_once` stages run at the same time."""
         kinds: dict[str, list[float]] = {}
         for name, taken in self.seconds.items():
             kinds.setdefault(name.partition("@")[0], []).append(taken)
@@ -58,14 +59,14 @@ class Progress(logging.Filter):
         return f"about {minutes} minute{'s' * (minutes != 1)} left" if minutes else "less than a minute left"
 
     def end(self) -> None:
-        """Note what the stage took that ran until now."""
+        """Note how long the stage took that ran until now."""
         if self._running:
             name, started = self._running
             self.seconds[name], self._running = time.monotonic() - started, None
 
 
 def known_seconds(root: Path) -> dict[str, float]:
-    """Return what each stage of a project took when it last ran; nothing where no file says it."""
+    """Return how many seconds each stage of a project took when it last ran; empty if no file says it."""
     try:
         found = json.loads((root / SECONDS).read_text(encoding="utf-8"))
         return {str(name): float(taken) for name, taken in found.items()}

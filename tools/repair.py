@@ -1,8 +1,8 @@
-"""Mend what a killed run or a full disk leaves of DVC's own files, so that the next run needs no hand.
+"""Repair DVC's own files after a killed run or a full disk, so the next run starts without help.
 
-DVC writes `dvc.lock` and `.dvc/tmp/rwlock` in place: a run that ends meanwhile leaves them empty or cut, and DVC then
-refuses to start. A copy of the lock file is kept while it is whole. What a restored one does not know, DVC finds in its
-run cache. The index of git, into which DVC adds what it wrote, can stay locked.
+DVC writes `dvc.lock` and `.dvc/tmp/rwlock` in place. A run that ends in the middle leaves them empty or cut off, and
+DVC then refuses to start. So a copy of `dvc.lock` is kept whenever it is whole. If a restored copy lacks a stage, DVC
+finds the stage in its run cache. DVC also adds the files that it writes to git's index, which can stay locked.
 """
 
 import re
@@ -20,7 +20,7 @@ GIT_SECONDS = 2.0
 
 
 def repair(root: Path) -> None:
-    """Mend the files of the project at `root`; no other DVC may run there meanwhile."""
+    """Repair the files of the project at `root`; no other DVC may run there meanwhile."""
     _restore_lock_file(root)
     keep_lock_file(root)
     _remove_rwlock(root / ".dvc" / "tmp" / "rwlock")
@@ -28,7 +28,7 @@ def repair(root: Path) -> None:
 
 
 def keep_lock_file(root: Path) -> None:
-    """Copy `dvc.lock` beside DVC's temporary files if it is whole and another one than the copy."""
+    """Copy `dvc.lock` to DVC's temporary files if it is whole and differs from the copy there."""
     content, copy = _read(root / "dvc.lock"), _copy(root)
     if content and content != _read(copy) and _is_whole(content):
         _write(copy, content)
@@ -37,7 +37,7 @@ def keep_lock_file(root: Path) -> None:
 def _restore_lock_file(root: Path) -> None:
     path, kept = root / "dvc.lock", _read(_copy(root)) or b""
     content = _read(path)
-    if content is None or b"<<<<<<<" in content:  # not there, or a merge that is the user's to end
+    if content is None or b"<<<<<<<" in content:  # missing, or in a merge that the user must end
         return
     if content and (content == kept or (not kept.startswith(content) and _is_whole(content))):
         return
@@ -51,13 +51,13 @@ def _restore_lock_file(root: Path) -> None:
 
 
 def _is_whole(content: bytes) -> bool:
-    """Return whether a lock file is one that DVC reads, with its last line ended."""
+    """Return whether DVC can read a lock file, and its last line is complete."""
     from dvc.schema import COMPILED_LOCKFILE_SCHEMA
     from dvc.utils.serialize import parse_yaml
 
     try:
         COMPILED_LOCKFILE_SCHEMA(parse_yaml(content.decode(), "dvc.lock"))
-    except Exception:  # of the text, the YAML or the schema: each means that DVC cannot read it
+    except Exception:  # in the text, the YAML or the schema: DVC cannot read it
         return False
     return content.endswith(b"\n")
 
@@ -79,7 +79,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _git(folder: Path, *arguments: str) -> bytes:
-    """Return what git prints; nothing where there is no git or no repository."""
+    """Return what git prints; nothing if there is no git or no repository."""
     try:
         return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
@@ -91,7 +91,7 @@ def _committed(path: Path) -> bytes:
 
 
 def _remove_rwlock(path: Path) -> None:
-    """Remove DVC's list of files in use unless a process that it names has run since before it was written."""
+    """Remove DVC's list of files in use, unless a process that it names still runs and is older than the list."""
     content = _read(path)
     if content is not None and not any(_ran(int(pid), path) for pid in re.findall(rb'"pid": (\d+)', content)):
         path.unlink()
@@ -105,7 +105,7 @@ def _ran(pid: int, path: Path) -> bool:
 
 
 def _unlock_index(root: Path) -> None:
-    """Remove the lock of git's index that lies there for longer than a program takes, while no git works here."""
+    """Remove the lock of git's index if it is older than any program needs, and no git process works here."""
     name = _git(root, "rev-parse", "--git-path", "index.lock").decode().strip()
     path = root / name
     if not name or not path.exists():

@@ -1,7 +1,8 @@
-"""`make ship`: run the search of one study as a DVC experiment, with the goal that is given.
+"""`make ship`: run the search of one study as a DVC experiment, with the goal that you give.
 
-`python -m tools.ship --study X --max-drop 0.5` adds the study to `ship`, and to `run` where it is not there, sets what
-is given of its goal, and has `dvc exp run` run what the search needs. Params stay as the experiment left them.
+`python -m tools.ship --study X --max-drop 0.5` adds the study to the lists `ship` and `run` if it is not there, and
+sets the keys of its goal that you give. Then `dvc exp run` runs everything that the search needs. The changes to the
+params stay.
 """
 
 import argparse
@@ -14,13 +15,13 @@ from quantstudy.params import load_params
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Become `dvc exp run` of the search."""
+    """Replace this process by `dvc exp run` of the search."""
     arguments = arguments_of(argv)
     os.execvp(sys.executable, [sys.executable, "-m", "tools.dvc", *arguments])
 
 
 def arguments_of(argv: Sequence[str] | None = None) -> list[str]:
-    """Return DVC's arguments; raise `UserError` for a study that is none."""
+    """Return DVC's arguments; raise `UserError` for an unknown study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
     parser.add_argument("--max-drop", type=float, help="percentage points; without it the goal's own")

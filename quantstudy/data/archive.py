@@ -1,9 +1,9 @@
 """The files of an archive or a folder, read in memory.
 
-Nothing is extracted, so no member can be written outside a folder; a member whose path would escape, or that is
-a link, is refused all the same, since the archive is not what it says. A compressed tar is decompressed once,
-into an unnamed temporary file, so that its members can be read in any order and from threads. What would unpack to far
-more than images are, what loops, and what is neither a file nor a folder is refused too.
+Nothing is extracted, so no member can be written outside a folder. A member that is a link, or whose path would escape,
+is refused all the same: such an archive cannot be trusted. A compressed tar is decompressed once, into an unnamed
+temporary file, so that threads can read its members in any order. Archives that unpack to far more than images would,
+folders that loop, and entries that are neither a file nor a folder are refused too.
 """
 
 import bz2
@@ -30,10 +30,10 @@ _DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {
 }
 _SUFFIXES = (".tar", *_DECOMPRESSORS, ".zip")
 _LARGEST = 2**29
-"""Bytes of one image file at most."""
+"""The most bytes of one image file."""
 _MOST_FOLDERS = 10**5
 _SWOLLEN, _RATIO = 2**30, 100
-"""A compressed tar may unpack to so many bytes, or to so many times its own; images hardly compress."""
+"""A compressed tar may unpack to this many bytes, or to this many times its own size; images hardly compress."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ def _archive(path: Path) -> Files:
         raise UserError(f"{path}: not an archive that can be read; use a folder or one of {', '.join(_SUFFIXES)}")
     try:
         return _zip(path) if suffix == ".zip" else _tar(path, _uncompressed(path, suffix))
-    except Exception as error:  # what the libraries raise for damaged bytes is not documented
+    except Exception as error:  # the libraries may raise anything for damaged bytes
         raise _damaged(path, error) from None
 
 

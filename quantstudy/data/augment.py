@@ -1,7 +1,7 @@
 """Augmentation of whole batches on their device.
 
 Every function takes images as [B, C, H, W] and draws its random numbers from a CPU generator, so that a
-seed gives the same images on every device. Padding is black, put in before normalization.
+seed gives the same images on every device. Padding is black, added before normalization.
 """
 
 import math
@@ -55,7 +55,7 @@ def resized_crop(images: Tensor, size: tuple[int, int], generator: torch.Generat
 def augment(
     images: Tensor, preprocessing: Preprocessing, augmentation: Augmentation, generator: torch.Generator
 ) -> Tensor:
-    """Return the batch in the size that the model sees and augmented, uint8 or float32 in 0 to 255."""
+    """Return the batch augmented, in the size that the model sees: uint8 or float32, from 0 to 255."""
     height, width = preprocessing.size
     if images.shape[-2] * width != images.shape[-1] * height:  # no window of it has the model's aspect ratio
         images = fit(images, preprocessing)

@@ -30,9 +30,9 @@ class Batches:
     images: the number of images; `len()` is the number of batches.
     seconds_waiting: time that consumers have spent waiting for a batch, in all iterations so far.
 
-    `share` (part, parts) makes this one of several that share out each batch of a shuffled epoch among them.
+    `share` (part, parts): each batch of a shuffled epoch is divided into `parts`, and this object yields one `part`.
 
-    Without shuffling, all batches but the last have `batch_size` images. With it, the batches are as equal as
+    Without shuffling, all batches but the last have `batch_size` images. With shuffling, the batches are as equal as
     possible, and have two images or more for each part, which batch normalization needs.
     """
 
@@ -131,7 +131,7 @@ def _room(device: torch.device) -> float:
 
 
 def images_of(split: Split, preprocessing: Preprocessing, batch_size: int) -> list[Tensor]:
-    """Return the images of a split as the network sees them, float32 [N, C, H, W] a batch, on the CPU."""
+    """Return the images of a split as the network sees them, in batches of float32 [N, C, H, W], on the CPU."""
     return [images for images, _ in Batches(split, preprocessing, batch_size, "cpu")]
 
 
@@ -144,12 +144,12 @@ def run_on_split(
     device: torch.device,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> np.ndarray:
-    """Return what `run` makes of a split's images, in its order, as float32 [images, ...].
+    """Return the outputs of `run` for a split's images, in the split's order, as float32 [images, ...].
 
     Every batch has `batch_size` images: the last one is filled up with its last image.
 
     Raises:
-        UserError: some of it is not finite.
+        UserError: some of the outputs are not finite.
     """
     found = []
     for images, _ in Batches(split, preprocessing, batch_size, device):

@@ -27,8 +27,8 @@ _VERSION = 2
 class Split:
     """Images of one split, either decoded or encoded, with their labels.
 
-    labels: int64 [N], indices into `classes`; -1 for an image of none of them, to calibrate on.
-    preprocessing: what the model is to see.
+    labels: int64 [N], indices into `classes`; -1 for a calibration image of no class.
+    preprocessing: what the model sees of the images.
     images: uint8 [N, channels, height, width], when decoded: as the model sees them, or smaller.
     encoded, offsets: uint8 [bytes] and int64 [N + 1], when encoded; image i is `encoded[offsets[i]:offsets[i + 1]]`.
     """
@@ -95,7 +95,7 @@ def _place(path: Path) -> str:
 
 
 def load_split(path: Path) -> Split:
-    """Map a split from `path`; raise `UserError` when it is missing, truncated, corrupt, or that of another place."""
+    """Map a split from `path`; raise `UserError` if it is missing, truncated, corrupt, or the file of another path."""
     again = "run the stage `download` again"
     if not path.is_file():
         raise UserError(f"{path}: no such file; run the stage `download`, which writes it")
@@ -110,6 +110,6 @@ def load_split(path: Path) -> Split:
         return Split(**{**content, "classes": tuple(content["classes"]), "preprocessing": preprocessing})
     except zipfile.BadZipFile as error:
         raise UserError(f"{path}: not a whole split file ({error}); {again}") from None
-    except Exception as error:  # what is in it may be anything
+    except Exception as error:  # the file may hold anything
         reason = f" ({error})" if type(error) is ValueError else ""
         raise UserError(f"{path}: not a split file of this study{reason}; {again}") from None

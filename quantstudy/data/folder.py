@@ -1,8 +1,9 @@
 """An image-folder tree, `train/<class>/<file>` and `test/<class>/<file>`, or an archive of one.
 
-There may be no train/, and classes that only test/ has: what trains refuses that. With `test_fraction` the tree is
-`<class>/<file>`, and the test split is drawn. One folder may wrap it all. Hidden files and folders are left out, and so
-is what lies beside the class folders.
+train/ may be missing, and test/ may have classes that train/ lacks; stages that train refuse that. With `test_fraction`
+the
+tree is `<class>/<file>`, and the test split is drawn. A single folder may wrap the whole tree. Hidden files and folders
+are left out, and so are files outside the class folders.
 """
 
 import hashlib
@@ -61,7 +62,7 @@ def images_below(path: Path, files: Files, key: str) -> list[str]:
 def calibration_images(calibration: Calibration, classes: Sequence[str], key: str) -> ImageList | None:
     """List the images of `calibration.path`, None without one; `key` is where `calibration` lies in the params.
 
-    The label of an image is its folder, where that is named as one of `classes`, else -1.
+    The label of an image is the class that its folder is named after, or -1 if there is no such class.
     Raise `UserError` for a path whose SHA-256 is not `calibration.sha256`, or that has no images.
     """
     if calibration.path is None:
@@ -85,14 +86,14 @@ def _checked_files(path: Path, expected: str | None, key: str) -> Files:
 
 
 def tree_sha256(files: Files) -> str:
-    """Return the SHA-256 of a tree: that of the lines `<SHA-256>  <path>`, one a visible file, sorted by path."""
+    """Return the SHA-256 of a tree: of the lines `<SHA-256>  <path>`, one per visible file, sorted by path."""
     names = [name for name in sorted(files.names) if _is_visible(name)]
     lines = [f"{hashlib.sha256(files.read(name)).hexdigest()}  {name}\n" for name in names]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _root(path: Path, files: Files) -> tuple[PurePosixPath, list[str]]:
-    """Return the folder that holds the splits or classes, the top or the only folder there, and what is in it."""
+    """Return the folder that holds the splits or classes, the top or its only folder, and the names in that folder."""
     names = [PurePosixPath(name) for name in (*files.names, *files.folders) if _is_visible(name)]
     tops = sorted({name.parts[0] for name in names if name.parts})
     if len(tops) == 1 and tops[0] not in _SPLITS:

@@ -1,12 +1,12 @@
-"""From images as a source has them to the form a split stores.
+"""Turn the images of a source into the form that a split stores.
 
-All splits of a study take the same form, by these rules, and none loses what the model would have seen:
+All splits of a study take the same form, by these rules. None loses what the model would have seen:
 
-- A set whose images all have one size, smaller than what the model sees and resized to no less, is stored decoded in
-  that size, as uint8 (CIFAR at 224 stays 32 pixels and is enlarged on the device).
-- Any other set is stored decoded as the model sees it when it is up to 64 pixels a side, or up to 256 MiB in all, or
-  its files are larger than that on average, or it has no files.
-- What is left keeps the bytes of its files, which are decoded, resized and cropped when batches are made.
+- If all images have one size that is smaller than what the model sees, and resizing shrinks neither side, they are
+  stored decoded in that size, as uint8 (CIFAR at 224 stays 32 pixels and is enlarged on the device).
+- Any other set is stored decoded as the model sees it, if that is up to 64 pixels a side or up to 256 MiB in all, if
+  its files are larger than that on average, or if it has no files.
+- All other sets keep the bytes of their files, which are decoded, resized and cropped when batches are made.
 """
 
 import math
@@ -38,7 +38,7 @@ _PEEKED = 256
 
 @dataclass(frozen=True, eq=False)
 class ImageList:
-    """Images of one split where their source has them.
+    """The images of one split, still in their source.
 
     labels: int64 [N]. names: what to call each image in an error. read: image i, as the bytes of its file or as
     a PIL image; called from threads.
@@ -56,7 +56,7 @@ class ImageList:
 
 
 def store(lists: Sequence[ImageList], preprocessing: Preprocessing) -> list[Split]:
-    """Read every image of the lists into a split each; raise `UserError` naming the first that does not decode."""
+    """Read the images of each list into a split; raise `UserError`, naming the first image that does not decode."""
     size, bytes_each = _peek(lists, preprocessing, _PEEKED)
     if size is not None and _is_enlarged(size, preprocessing):
         size, bytes_each = _peek(lists, preprocessing)
@@ -70,7 +70,7 @@ def store(lists: Sequence[ImageList], preprocessing: Preprocessing) -> list[Spli
 
 
 def _is_enlarged(size: tuple[int, int], preprocessing: Preprocessing) -> bool:
-    """Whether images of this height and width are smaller than what the model sees, which is made by enlarging."""
+    """Whether images of this size are smaller than what the model sees, and resizing shrinks neither side."""
     resized = resized_size(preprocessing, *size)
     is_smaller = math.prod(size) < math.prod(preprocessing.size)
     return is_smaller and all(after >= before for after, before in zip(resized, size, strict=True))
@@ -136,7 +136,7 @@ def _peek(
 ) -> tuple[tuple[int, int] | None, float | None]:
     """Return the height and width of all images, None if they differ, and the mean bytes of a file, None without files.
 
-    Both are taken of about `number` images spread evenly over each list, of all for None.
+    Both come from about `number` images, spread evenly over each list; None: from all images.
     """
 
     def look(source: "bytes | Image") -> tuple[tuple[int, int], int | None]:

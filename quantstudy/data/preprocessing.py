@@ -1,8 +1,8 @@
-"""What a model sees of an image: the one place that does what a row `Preprocessing` says.
+"""Prepare an image for a model: the one place that does what a row `Preprocessing` says.
 
-Decode, turn by EXIF if asked, resize, cut out the centre: as torchvision does with its weights' `transforms()` on PIL
-images, to the pixel (https://docs.pytorch.org/vision/stable/models.html). As in torchvision's ImageFolder, transparency
-is dropped. What is smaller than its crop is padded with black.
+The steps are: decode, turn by EXIF if asked, resize, cut out the centre. The `transforms()` of torchvision's weights
+give the same pixels for PIL images (https://docs.pytorch.org/vision/stable/models.html). As in torchvision's
+ImageFolder, transparency is dropped. An image smaller than its crop is padded with black.
 
 Images that are stored smaller than the model sees them are enlarged on the device, by the same rule, in float32.
 """
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 _FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""What Pillow itself decodes; it hands others, EPS for one, to programs outside."""
+"""The formats that Pillow itself decodes; it hands others, EPS for example, to outside programs."""
 
 
 def opened(source: "bytes | Image") -> "Image":
-    """Read an image's header, so that its size is known; an image that is open already stays as it is."""
+    """Read an image's header, which has its size; an image that is already open stays as it is."""
     from PIL import Image
 
     return Image.open(io.BytesIO(source), formats=_FORMATS) if isinstance(source, bytes) else source
@@ -73,7 +73,7 @@ def pixels(source: "bytes | Image", preprocessing: Preprocessing) -> NDArray[np.
 
 
 def fit(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Bring images of any size to what the model sees, where they lie.
+    """Bring images of any size to what the model sees, on their device.
 
     Args:
         images: [N, channels, h, w], pixels from 0 to 255.
@@ -95,7 +95,7 @@ def fit(images: Tensor, preprocessing: Preprocessing) -> Tensor:
             images = images.round().clamp(0, 255) if overshoots else images
     top, left = _corner(target, preprocessing)
     bottom, right = top + preprocessing.size[0] - target[0], left + preprocessing.size[1] - target[1]
-    return functional.pad(images, (-left, right, -top, bottom))  # what is negative cuts
+    return functional.pad(images, (-left, right, -top, bottom))  # negative padding cuts
 
 
 def resized_size(preprocessing: Preprocessing, height: int, width: int) -> tuple[int, int]:
@@ -109,7 +109,7 @@ def resized_size(preprocessing: Preprocessing, height: int, width: int) -> tuple
 
 
 def _corner(resized: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
-    """Return the top and left of the centre crop; below 0 where the image is smaller, as black goes around it."""
+    """Return the top and left of the centre crop; below 0 if the image is smaller and black goes around it."""
     # torchvision rounds halves to even numbers where it cuts, and down where it pads
     top, left = (
         round((length - side) / 2) if length >= side else -((side - length) // 2)

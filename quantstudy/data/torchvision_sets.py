@@ -1,7 +1,7 @@
 """Classification sets that torchvision downloads, checks and reads itself.
 
-They are kept under `data/external/<dataset>`. A download goes to a folder beside it and moves there once it is
-whole. An archive that was put there by hand is used instead of a download.
+They are kept under `data/external/<dataset>`. A download goes to a temporary folder next to it, and moves there once it
+is whole. If you put an archive there by hand, it is used instead of a download.
 """
 
 import errno
@@ -31,7 +31,7 @@ _SPLIT_ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     **dict.fromkeys(("FGVCAircraft", "OxfordIIITPet"), ({"split": "trainval"}, {"split": "test"})),
     "Imagenette": ({"split": "train"}, {"split": "val"}),
 }
-"""What torchvision calls the training and the test split of each set."""
+"""torchvision's arguments for the training and the test split of each set."""
 
 
 def torchvision_set(data: Data, key: str) -> tuple[ImageList, ImageList]:
@@ -68,7 +68,7 @@ def _download(name: str, root: Path) -> None:
 
 
 def _open(name: str, root: Path, arguments: dict[str, Any]) -> Any:
-    """Construct the torchvision set; one that reads files is made to return their paths, not images."""
+    """Construct the torchvision set; a set that reads files returns their paths, not images."""
     import inspect
 
     from torchvision import datasets

@@ -22,7 +22,7 @@ def pick_device() -> torch.device:
 def set_up(seed: int, threads: int | None = None, *, tf32: bool = False) -> torch.device:
     """Seed every generator, fix the number of CPU threads and return the device to run on.
 
-    Without `tf32` float32 is float32 on a GPU too, where PyTorch lets convolutions round their operands to TF32.
+    Without `tf32`, float32 convolutions stay float32 on a GPU too; PyTorch would round their operands to TF32.
     """
     random.seed(seed)
     np.random.seed(seed)
@@ -36,9 +36,9 @@ def set_up(seed: int, threads: int | None = None, *, tf32: bool = False) -> torc
 class RoundedOperands(TorchFunctionMode):
     """Mixed precision for a CPU that does not multiply 16-bit matrices: float32 arithmetic on rounded operands.
 
-    The input and the weight of every convolution and linear layer are rounded to `dtype`, and so are the gradients
-    that flow back to them; sums are float32, as in a tensor core. A float16 convolution's gradient has no fast
-    kernel on a CPU.
+    The input and the weight of every 2d convolution and linear layer are rounded to `dtype`, and so are the gradients
+    that flow back to them; sums are float32, as in a tensor core. On a CPU, the gradient of a float16 convolution has
+    no fast kernel.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:

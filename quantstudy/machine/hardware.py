@@ -1,7 +1,7 @@
 """What this machine's processors can do: instruction sets, and which float types they compute in natively.
 
-A 16-bit type that the hardware lacks is emulated: correct, but several times slower than float32. Its accuracy
-is then worth reporting and its latency only with that remark.
+A 16-bit type that the hardware lacks is emulated: correct, but several times slower than float32. Its accuracy is worth
+reporting; its latency is worth reporting only with that remark.
 """
 
 import functools
@@ -17,7 +17,7 @@ INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "VNNI": ("avx512_vnni", "avx_vnni"),
     **{name: (name.lower(),) for name in ("AVX512_BF16", "AVX512_FP16", "AMX_INT8", "AMX_BF16", "AMX_FP16")},
 }
-"""Instruction sets that matter to low-bit arithmetic, and the Linux flags of which any one means it is there."""
+"""Instruction sets that matter to low-bit arithmetic, each with its Linux flags: any one of them means it is there."""
 
 _NATIVE: dict[str, tuple[str, ...]] = {
     "bfloat16": ("avx512_bf16", "amx_bf16", "bf16"),
@@ -33,7 +33,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def cpu_model() -> str:
-    """Return the CPU's name, or its architecture where the system does not tell."""
+    """Return the CPU's name, or its architecture if the system does not tell."""
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
@@ -56,7 +56,7 @@ def instruction_sets() -> dict[str, bool]:
 def int8_sums_saturate() -> bool:
     """Return whether int8 kernels here add two products of uint8 and int8 in 16 bits: on an x86 CPU without VNNI.
 
-    `vpmaddubsw` then gives 32767 for 255 * 127 + 255 * 127; which weights are safe `quantization.saturation` says. See
+    `vpmaddubsw` then gives 32767 for 255 * 127 + 255 * 127; `quantization.saturation` says which weights are safe. See
     https://oneapi-src.github.io/oneDNN/dev_guide_int8_computations.html.
     """
     return is_x86() and not instruction_sets()["VNNI"]
@@ -68,9 +68,9 @@ def is_x86() -> bool:
 
 
 def arithmetic_is_native(dtype: str, device: str) -> bool:
-    """Return whether the hardware multiplies in `dtype`, or PyTorch emulates it through float32.
+    """Return whether the hardware multiplies in `dtype`; if not, PyTorch emulates it through float32.
 
-    `device` is `cpu` or `cuda`, where float16 is always native, bfloat16 from compute capability 8.0.
+    `device` is `cpu` or `cuda`. On `cuda`, float16 is always native, bfloat16 from compute capability 8.0.
 
     Raises:
         ValueError: `dtype` is not float32, float16 or bfloat16.
@@ -89,7 +89,7 @@ def arithmetic_is_native(dtype: str, device: str) -> bool:
 
 
 def remarks(has_gpu: bool, native_on_cpu: Mapping[str, bool], saturates: bool) -> list[str]:
-    """Return sentences that a reader of figures measured here has to know.
+    """Return the remarks that a reader of figures measured here has to know.
 
     `native_on_cpu` is `arithmetic_is_native` on the CPU, by dtype; `saturates` is `int8_sums_saturate` here.
     """

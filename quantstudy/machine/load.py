@@ -1,4 +1,4 @@
-"""How busy the machine is with other work: a latency that was taken beside it is not the model's."""
+"""How busy the machine is with other work: a latency measured during that work is not the model's own."""
 
 import time
 
@@ -6,13 +6,13 @@ import psutil
 
 PROBE_SECONDS = 0.25
 RESOLUTION = 0.03
-"""CPU seconds by which the system's own counts are off: they come in hundredths, one for each processor."""
+"""CPU seconds by which the system's own counts may be off: each processor's count comes in hundredths."""
 TOLERANCE = 0.1
-"""Processors, for each thread of ours, that others may take."""
+"""How many processors others may take for each thread of ours."""
 
 
 class Others:
-    """Counts from its making on how many processors all other processes keep busy, or the host of this one takes."""
+    """Counts, from its creation on, how many processors other processes keep busy or the host of this machine takes."""
 
     def __init__(self) -> None:
         self._start, self._seconds = time.perf_counter(), _seconds_of_others()
@@ -31,12 +31,12 @@ def others_now() -> float:
 
 
 def leaves_room(others: float, threads: int) -> bool:
-    """Return whether the processors that `others` leave are enough for `threads` of ours."""
+    """Return whether `others` leave enough processors for `threads` of ours."""
     processors = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
     return others <= max(processors - threads, 0) + TOLERANCE * threads
 
 
 def _seconds_of_others() -> float:
     counts = psutil.cpu_times()._asdict()
-    idle = sum(counts.get(kind, 0.0) for kind in ("idle", "iowait", "guest", "guest_nice"))  # user has the guests'
+    idle = sum(counts.get(kind, 0.0) for kind in ("idle", "iowait", "guest", "guest_nice"))  # user includes the guests'
     return sum(counts.values()) - idle - time.process_time()

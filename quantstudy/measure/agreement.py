@@ -1,11 +1,13 @@
-"""Judge an exported model by the logits that every installed runtime makes of it, against eager PyTorch's.
+"""Judge an exported model: compare its logits on every installed runtime with those of eager PyTorch.
 
-On each runtime it is the form that is timed there; where that is tuned, the file as it is exported is judged too. The
-error may be a thousandth, 60 dB, and twice what rounding explains: how far eager mode lies from the same
-weights in float64 with activations that are not rounded. So weights alone are held to 60 dB, and of an integer network
-values may fall on the other side of a code's half. Judged is what differs between images; where rounding moves
-logits by more than they differ, the whole logits are, and a remark says so. A form that may saturate on this CPU is
-compared and named, not judged.
+Each runtime runs the form that is timed there. If this form is tuned, the file as exported is judged too. The allowed
+error is a thousandth (60 dB) plus twice the error that rounding explains: the distance between eager mode and the same
+weights in float64 with activations that are not rounded. So a variant with quantized weights alone must reach 60 dB,
+while in an integer network values may fall on the other side of a code's half.
+
+The check judges the part of the logits that differs between images. If rounding moves the logits by more than this
+part, the check judges the whole logits, and a remark says so. A form that may saturate on this CPU is compared and
+reported, but not judged.
 """
 
 import copy
@@ -29,9 +31,9 @@ from quantstudy.runtimes.onnx_tuning import AS_EXPORTED, form_of, may_saturate, 
 from quantstudy.runtimes.sessions import open_session, why_missing
 
 WANTED_AGREEMENT = 99.5
-"""Percent of the test images; what is below is explained."""
+"""Percent of the test images. A remark explains an agreement below it."""
 NOISE_DB, MANY = 3.0, 8
-"""Where noise begins, and how many images tell what all share."""
+"""The SQNR below which logits are noise, and the number of images whose mean tells what all logits share."""
 _BATCH = 32
 _CPU = torch.device("cpu")
 
@@ -43,22 +45,22 @@ def check(
     test: Split,
     preprocessing: Preprocessing,
 ) -> dict[str, Any]:
-    """Return how exported models agree with `model` in eager mode, by runtime, and where that is less, why.
+    """Return by runtime how exported models agree with `model` in eager mode, and remarks on every low agreement.
 
-    All see the same batches, since a range found at run time depends on them. `agreement`, the percent of equal
-    classes, and `sqnr_db`, of the logits, are of the form that `exported` names; with `_as_exported` they are of
-    `plain` on the runtimes that another form is timed on. `least_sqnr_db` is what each has to have. A runtime that is
-    not installed, or cannot run the model, is named in `unavailable` with the reason.
+    All runtimes see the same batches, since a range found at run time depends on them. `agreement` (the percent of
+    equal classes) and `sqnr_db` (of the logits) are of the form that `exported` names. The same keys with
+    `_as_exported` are of `plain`, on runtimes where another form is timed. `least_sqnr_db` is what each form must
+    reach. `unavailable` names each runtime that is not installed or cannot run the model, with the reason.
 
     Args:
-        model: it is used up.
-        plain: the exported model as its file holds it.
-        timed: by runtime, what is timed there (`onnx_tuning.exported_model`).
+        model: this function changes it; do not use it again.
+        plain: the exported model as in its file.
+        timed: by runtime, the form that is timed there (`onnx_tuning.exported_model`).
         test: the images.
-        preprocessing: what the model wants them to be.
+        preprocessing: the preprocessing that the model expects.
 
     Raises:
-        UserError: a runtime computes something else.
+        UserError: a runtime, or an int8 kernel of eager mode, computes something else.
     """
     facts: dict[str, Any] = {"agreement": {}, "agreement_as_exported": {}, "sqnr_db": {}, "sqnr_db_as_exported": {}}
     facts |= {"exported": {}, "unavailable": {}}
@@ -79,14 +81,14 @@ def check(
             found = {key: _logits(exported, runtime, test, preprocessing) for key, exported in forms.items()}
         except UserError:
             raise
-        except Exception as error:  # whatever a runtime raises at an operator it lacks
+        except Exception as error:  # a runtime that lacks an operator may raise anything
             facts["unavailable"][runtime] = one_line(error, -1)  # OpenVINO's first line is a place in its source
             continue
         facts["exported"][runtime] = form_of(tuned)
         for key, logits in found.items():
             facts[key][runtime] = percent_equal(logits, expected)
             sqnr = measure(expected, logits)
-            facts[key.replace("agreement", "sqnr_db")][runtime] = round(sqnr, 2)  # more digits are the threads' number
+            facts[key.replace("agreement", "sqnr_db")][runtime] = round(sqnr, 2)  # more digits depend on the threads
             if sqnr < least and not (int8_sums_saturate() and may_saturate(forms[key])):
                 what = f"{runtime} makes logits of it, {form_of(forms[key])}, at {sqnr:.1f} dB of eager PyTorch's"
                 raise UserError(f"export: {what}, less than {least:.1f}; nothing is written")
@@ -98,7 +100,7 @@ def check(
 
 
 def centered_sqnr_db(reference: np.ndarray, other: np.ndarray) -> float:
-    """Return the SQNR of logits in what differs between images: a bias that all share hides errors."""
+    """Return the SQNR of the part of the logits that differs between images: a shared bias would hide errors."""
     mean = reference.mean(0, dtype=np.float64) if len(reference) >= MANY else 0.0
     return sqnr_db(reference - mean, other - mean)
 
@@ -106,10 +108,10 @@ def centered_sqnr_db(reference: np.ndarray, other: np.ndarray) -> float:
 def _bound(
     model: nn.Module, expected: np.ndarray, test: Split, preprocessing: Preprocessing
 ) -> tuple[Callable[[np.ndarray, np.ndarray], float], float]:
-    """Return a measure, and what logits of an exported model need to have of it against `expected`, eager mode's.
+    """Return a measure, and the least value that an exported model's logits must reach against eager mode's `expected`.
 
-    The first images of `test` run through `model`, simulated, and through its weights in float64 without rounded
-    activations.
+    To find it, the first images of `test` run through the simulated `model`, and through the same weights in float64
+    with activations that are not rounded.
 
     Raises:
         UserError: eager mode's kernels compute something else than the simulation.
@@ -135,7 +137,7 @@ def _logits(exported: onnx.ModelProto, runtime: str, test: Split, preprocessing:
 
 
 def _cause(exported: onnx.ModelProto) -> str:
-    """Say what makes a runtime's arithmetic differ; nothing is known where no input is quantized."""
+    """Say why a runtime's arithmetic differs; if no input is quantized, the cause is not known."""
     if int8_sums_saturate() and may_saturate(exported):
         return ": this CPU has no VNNI, so that sums of these weights saturate; those of saturation_free do not"
     halves = ": codes that fall on the other side of a half in another order of sums"
@@ -143,7 +145,7 @@ def _cause(exported: onnx.ModelProto) -> str:
 
 
 def _difference(logits: np.ndarray, expected: np.ndarray) -> str:
-    """Say how close the two best classes are on the images that are predicted otherwise."""
+    """Say how close the two best classes are on the images whose predictions differ."""
     differs = logits.argmax(1) != expected
     margins = np.diff(np.sort(logits, axis=1)[:, -2:])[:, 0]
     return (

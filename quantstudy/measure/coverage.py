@@ -1,7 +1,8 @@
-"""How much of a model is stored in low bits: the layers that are, and whatever is not.
+"""How much of a model is stored in low bits: the quantized layers, and everything else.
 
-Quantized are the weights of convolutions and linear layers. Normalization, embeddings and scales have few parameters
-and keep their float type, and so does a layer whose weight another module reads, as `nn.MultiheadAttention` does.
+The methods quantize the weights of convolutions and linear layers. Normalization, embeddings and scales have few
+parameters and keep their float type. A layer also keeps it if another module reads its weight, as
+`nn.MultiheadAttention` does.
 """
 
 from collections import Counter
@@ -17,7 +18,7 @@ from quantstudy.quantization.variant import Variant
 
 
 def stored(model: nn.Module) -> dict[str, float]:
-    """Count the layers of an fp32 network or a frozen `Variant`, and the mean bits that a weight of theirs takes."""
+    """Count the layers of an fp32 network or a frozen `Variant`, and return the mean stored bits of a weight."""
     storage = weight_storage(model)
     bits = 8 * sum(size for size, _ in storage.values())
     rest_is_16_bit = isinstance(model, Variant) and model.dtype.itemsize < 4
@@ -32,8 +33,8 @@ def not_quantized(model: nn.Module) -> dict[str, Any]:
     """Return what an integer variant left in float; nothing for fp32 and 16-bit networks.
 
     `layers`: the convolutions and linear layers by name, unless the variant stores these in 16 bits; `parameters`: how
-    many parameters lie outside such layers, by the type of their module; `attention`: modules with products of
-    activations.
+    many parameters lie outside such layers, by the type of their module; `attention`: the number of attention modules
+    whose products are not quantized.
     """
     if not isinstance(model, Variant) or not quantized_layers(model):
         return {}
@@ -52,7 +53,7 @@ def not_quantized(model: nn.Module) -> dict[str, Any]:
 
 
 def remark(left: dict[str, Any]) -> list[str]:
-    """Return in words what `not_quantized` has beside layers, at most one line; none where there is nothing."""
+    """Return in words what `not_quantized` found outside layers: one line, or none if it found nothing."""
     parts = []
     if left.get("parameters"):
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in left["parameters"].items())

@@ -1,6 +1,6 @@
 """The machine as facts: what a result was measured on, what is missing here and what that disables.
 
-The facts hold nothing that changes between two runs on one machine, so that a second run changes no file.
+Nothing in the facts changes between two runs on one machine, so a second run changes no file.
 """
 
 import importlib.metadata
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "torchvision", "torchao", "dvc")
 
 
 def environment() -> dict[str, Any]:
-    """Return every fact as plain JSON values; `missing` says what is not here and what that disables."""
+    """Return every fact as plain JSON values; `missing` lists what is not here and what that disables."""
     facts: dict[str, Any] = {"gpu": gpu(), "cpu": cpu(), "software": software()}
     facts["native_arithmetic"] = {
         device: {dtype: arithmetic_is_native(dtype, device) for dtype in ("float16", "bfloat16")}
@@ -77,7 +77,7 @@ def software() -> dict[str, str | None]:
 
 
 def missing(facts: dict[str, Any]) -> list[dict[str, str]]:
-    """Return a row `what`, `disables`, `how_to_get` for everything useful that `facts` say is not here."""
+    """Return a row `what`, `disables`, `how_to_get` for each useful thing that `facts` show to be missing."""
     rows = (
         (
             facts["gpu"]["available"],

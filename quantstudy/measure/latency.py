@@ -4,10 +4,10 @@ Machines drift (clocks, neighbours), so the fp32 model and the variant take turn
 of its own calls. A turn starts with a call that is not timed: the threads of another runtime may still be waiting for
 work on the same cores, and its weights fill the caches. On CUDA the clock is a pair of events around the call.
 
-A timing is busy where other processes took processors that it needed, or where its quartiles lie too far apart. What is
-busy is timed again, a few times; what stays so is marked and gives no speed-up.
+A timing is busy if other processes took processors that it needed, or if its quartiles lie too far apart. A busy timing
+is repeated a few times. If it stays busy, it is marked and gives no speed-up.
 
-The fastest runtime of a variant is the one that is reported, and a speed-up only of kernels that are real.
+The fastest runtime of a variant is reported. Only real kernels get a speed-up.
 """
 
 import statistics
@@ -24,19 +24,19 @@ MINIMUM_ROUNDS = 3
 CALLS_A_TURN = 3
 ATTEMPTS = 3
 WIDEST_SPREAD = 0.5
-"""Distance of the quartiles, as a share of the median, of a timing that can be trusted."""
+"""The largest distance of the quartiles, as a share of the median, of a timing that can be trusted."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a batch: the median, the quartiles, and how many calls they are of."""
+    """Milliseconds per batch: the median, the quartiles, and the number of timed calls."""
 
     median_ms: float
     lower_quartile_ms: float
     upper_quartile_ms: float
     calls: int
     busy: bool = False
-    """Whether it cannot be trusted."""
+    """Whether the timing cannot be trusted."""
 
     @property
     def spread(self) -> float:
@@ -46,7 +46,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Load:
-    """How many processors other processes kept busy while something was timed, and whether they left enough."""
+    """How many processors other processes kept busy before and during a timing; `busy` if they left too few."""
 
     before: float
     during: float
@@ -61,7 +61,7 @@ Timings = Mapping[int, Mapping[str, Timing]]
 def time_alternately(
     calls: Mapping[str, Callable[[], object]], seconds: float, *, on_cuda: bool = False
 ) -> dict[str, Timing]:
-    """Time each of `calls`, after two to warm up, taking turns of 3 for about `seconds` in all, or 3 rounds."""
+    """Warm up each of `calls` twice, then time it in turns of 3, for about `seconds` in all and at least 3 rounds."""
     for call in calls.values():
         for _ in range(2):
             call()
@@ -78,7 +78,7 @@ def time_alternately(
 def time_calmly(
     calls: Mapping[str, Callable[[], object]], seconds: float, *, on_cuda: bool = False
 ) -> tuple[dict[str, Timing], Load]:
-    """Return what `time_alternately` does, and the load: of the first attempt that is not busy, or of the calmest."""
+    """Return the timings of `time_alternately`, and the load, of the first attempt not busy or else of the calmest."""
     taken: list[tuple[dict[str, Timing], Load]] = []
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -95,7 +95,7 @@ def time_calmly(
 
 
 def fastest(variant: str, executables: Sequence[Executable], timings: Timings) -> Executable:
-    """Return the executable with the smallest sum of medians, of those whose kernels are real where there are any."""
+    """Return the executable with the smallest sum of medians; only real kernels count, if there are any."""
     real = [executable for executable in executables if executable.real] or executables
     return min(real, key=lambda e: sum(timing[f"{variant} {e.runtime}"].median_ms for timing in timings.values()))
 
@@ -103,7 +103,7 @@ def fastest(variant: str, executables: Sequence[Executable], timings: Timings) -
 def latencies(variant: str, chosen: Executable, timings: Timings) -> dict[str, float | None]:
     """Return the median of each batch size on the chosen runtime, and how many times faster that is than fp32's best.
 
-    A speed-up is None where a kernel is simulated, fp32 was not timed, or one of both timings is busy.
+    A speed-up is None if a kernel is simulated, if fp32 was not timed, or if either timing is busy.
     """
     found: dict[str, float | None] = {}
     busy = busy_sizes(variant, chosen, timings)
@@ -121,7 +121,7 @@ def busy_sizes(variant: str, chosen: Executable, timings: Timings) -> list[int]:
 
 
 def _fp32(timing: Mapping[str, Timing]) -> Timing | None:
-    """Return fp32's quickest timing."""
+    """Return fp32's fastest timing."""
     found = [timed for name, timed in timing.items() if name.startswith("fp32 ")]
     return min(found, key=lambda timed: timed.median_ms, default=None)
 

@@ -1,7 +1,7 @@
 """Peak memory of loading a model and running one batch.
 
-On CUDA it is the allocator's peak. On a CPU it is the growth of the peak resident memory, which Linux lets a process
-reset (`man proc_pid_clear_refs`), so that the libraries imported before are not counted.
+On CUDA this is the allocator's peak. On a CPU it is the growth of the peak resident memory. Linux lets a process reset
+that peak (`man proc_pid_clear_refs`), so the libraries imported before are not counted.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ PROCESS = Path("/proc/self")
 
 
 def with_peak_memory_mb(work: Callable[[], T], device: torch.device) -> tuple[T, float | None]:
-    """Return what `work` returns and the peak megabytes (1e6 bytes) it took; None where the system does not tell.
+    """Return the result of `work` and its peak megabytes (1e6 bytes), or None if the system does not tell them.
 
     Memory that was freed before the call and is used again is not counted, so call it early in a fresh process.
     """

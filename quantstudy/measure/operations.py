@@ -19,8 +19,8 @@ from quantstudy.runtimes.executables import network_of
 def layer_bits(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return the bits of the weights and of the input of every Conv2d and Linear by name, as their schemes state them.
 
-    What is not quantized has those of the network's float type, 16 or 32. They say what a method does, whatever the
-    runtime, its kernels and the CPU.
+    A layer that is not quantized has the bits of the network's float type, 16 or 32. The bits describe the method,
+    whatever the runtime, its kernels and the CPU.
     """
     network, dtype = network_of(model)
     layers, width = quantized_layers(network), 8 * dtype.itemsize
@@ -39,7 +39,7 @@ def tera_bit_operations(macs: Mapping[str, int], bits: Mapping[str, tuple[int, i
 
     Args:
         macs: multiply-accumulates per layer, from `count_macs`.
-        bits: those of its weights and its input, from `layer_bits`.
+        bits: the bits of each layer's weights and input, from `layer_bits`.
 
     Raises:
         KeyError: a layer of `macs` has no bits.

@@ -1,4 +1,4 @@
-"""What each layer costs and loses: the bytes that its weights are stored in, and how far its output is from fp32's."""
+"""What each layer costs and loses: the stored bytes of its weights, and the distance of its output from fp32's."""
 
 import contextlib
 import functools
@@ -14,7 +14,7 @@ from quantstudy.quantization.sqnr import sqnr_db
 from quantstudy.runtimes.executables import network_of
 
 LAYER_IMAGES = 16
-"""Test images that the outputs of the layers are compared on."""
+"""The number of test images for comparing the outputs of layers."""
 
 
 def weight_storage(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -35,7 +35,7 @@ def layer_sqnr_db(reference: nn.Module, model: nn.Module, images: Tensor) -> dic
     Both models run in eager mode, so a quantized layer simulates its arithmetic in floating point.
 
     Args:
-        reference: the fp32 model, BatchNorm folded, so that its layers compute what the variant's do.
+        reference: the fp32 model with BatchNorm folded: its layers compute the same as the variant's.
         model: a variant of it.
         images: float32 [N, 3, S, S], on the models' device; all layers' outputs on them are held in memory.
     """

@@ -1,7 +1,7 @@
 """Quantize one model file with one method, for people who want no pipeline.
 
-The file is this project's `fp32.pth`, which says what it holds, or a state_dict, whose architecture and preprocessing
-are given. The images need no labels: some calibrate, the others say how far the result agrees with the fp32 model.
+The file is this project's `fp32.pth`, which names its architecture and preprocessing, or a state_dict, for which you
+give both. The images need no labels: some calibrate, the others measure how far the result agrees with the fp32 model.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from quantstudy.runtimes.library import Model
 
 OUTPUTS = (".onnx", ".pth")
 _OPTIONS = ("architecture", "preprocessing", "image_size", "mean", "std", "weights_key")
-"""What a state_dict does not say."""
+"""The options for facts that a state_dict does not hold."""
 _CPU = torch.device("cpu")
 
 
 def quantize(arguments: argparse.Namespace) -> None:
-    """Write the quantized model to `arguments.out` and print what became of it.
+    """Write the quantized model to `arguments.out` and print its layers, size and agreement.
 
     Raises:
         UserError: a path, a method, an architecture or an image cannot be used.
@@ -63,7 +63,7 @@ def quantize(arguments: argparse.Namespace) -> None:
 
 
 def _fp32(source: Path, arguments: argparse.Namespace) -> Model:
-    """Load the fp32 model: a file of this project, or a state_dict of what the options say."""
+    """Load the fp32 model: a file of this project, or a state_dict that the options describe."""
     content = load_tensors(source)
     given = {key: found for key in _OPTIONS if (found := getattr(arguments, key)) is not None}
     if isinstance(content, dict) and content.get("format") == FORMAT:
@@ -83,9 +83,9 @@ def _fp32(source: Path, arguments: argparse.Namespace) -> Model:
 
 
 def _images(path: Path, preprocessing: Preprocessing, arguments: argparse.Namespace) -> tuple[Split, Split, str]:
-    """Return the images to calibrate on and those to compare on, drawn by seed, and how many the former are in words.
+    """Return the images to calibrate on, the images to compare on, and words that say what the former are.
 
-    They are the same where there are no others.
+    The images are drawn by seed. If all of them calibrate, the same images compare.
     """
     files = open_files(path)
     names = images_below(path, files, "--images")
@@ -99,7 +99,7 @@ def _images(path: Path, preprocessing: Preprocessing, arguments: argparse.Namesp
 
 
 def _write(out: Path, model: Model, test: Split) -> list[str]:
-    """Write a variant in the form that the suffix of `out` says; return what to tell about an ONNX file."""
+    """Write a variant as .pth or .onnx, by the suffix of `out`; return lines to print about an ONNX file."""
     if out.suffix == ".pth":
         library.save(model, out)
         return []

@@ -1,17 +1,17 @@
-"""Whether a variant loses no more than a limit, decided on as few images as that takes.
+"""Decide on as few images as possible whether a variant loses no more than a limit.
 
-Variant and fp32 predict the same images, in an order that a seed drew. After each of `LOOKS` equal parts of them the
-test asks how far the drop is below the limit (accepted), or above it (rejected), and stops when that is sure. Looking
-often makes it easier to be wrong once, so each look may use up only a part of the error that is allowed in all: after a
-share t of the images a share t of it (Lan and DeMets, *Discrete Sequential Boundaries for Clinical Trials*, Biometrika
-70 (1983), with the spending function alpha·t of Kim and DeMets, Biometrika 74 (1987)). Where no look is sure, it ends
-undecided, which is no acceptance.
+The variant and fp32 predict the same images, in an order drawn by seed. The test looks after each of `LOOKS` equal
+parts of the images. It stops as soon as it is sure that the drop is below the limit (accepted) or above it (rejected).
+Each look is another chance to be wrong, so each may spend only a part of the allowed error: after a share t of the
+images, a share t of the error (Lan and DeMets, *Discrete Sequential Boundaries for Clinical Trials*, Biometrika 70
+(1983), with the spending function alpha·t of Kim and DeMets, Biometrika 74 (1987)). If no look is sure, the test ends
+undecided. That is not an acceptance.
 
-At a look the statistic is the score of Tango, *Equivalence Test and Confidence Interval for the Difference in
-Proportions for the Paired-Sample Design*, Statistics in Medicine 17 (1998): its variance is that of the likeliest pair
-of proportions whose difference is the limit, so that it holds for few images that only one of both gets right, and for
-none. Scores at several looks have, for many images, the correlations of sums of independent steps, from which
-`boundaries` are computed.
+The statistic of a look is the score of Tango, *Equivalence Test and Confidence Interval for the Difference in
+Proportions for the Paired-Sample Design*, Statistics in Medicine 17 (1998). Its variance is computed from the likeliest
+pair of proportions whose difference is the limit. So the score holds even if the two models differ on few images, or on
+none. For many images, the scores of several looks correlate like sums of independent steps. `boundaries` are computed
+from that.
 """
 
 import functools
@@ -24,19 +24,19 @@ from numpy.typing import NDArray
 
 LOOKS = 20
 SPENT = 0.8
-"""The share of the allowed error that is spent: the scores of few images are not quite normal."""
+"""The share of the allowed error that the looks spend, with a margin: scores of few images are not quite normal."""
 Verdict = Literal["accepted", "rejected", "undecided"]
 _GRID = 2001
-"""Points at which the density of the sum is held, from -8 to 8 standard deviations of the whole."""
+"""The number of points at which the density of the sum is kept, from -8 to 8 standard deviations of the whole."""
 
 
 def score(only_fp32: int, only_variant: int, images: int, limit: float) -> float:
-    """Return Tango's score, in standard deviations, of a drop against `limit`; negative where it is smaller.
+    """Return Tango's score, in standard deviations, of a drop against `limit`; negative if the drop is smaller.
 
     Args:
         only_fp32: images that fp32 alone gets right.
         only_variant: images that the variant alone gets right.
-        images: all of them, at least one.
+        images: the number of all images, at least one.
         limit: the drop as a share, between 0 and 1.
     """
     a = 2 * images
@@ -49,10 +49,10 @@ def score(only_fp32: int, only_variant: int, images: int, limit: float) -> float
 
 @functools.cache
 def boundaries(error: float, looks: int = LOOKS) -> tuple[float, ...]:
-    """Return how many standard deviations a look needs, so that all looks together are wrong at most `error` often.
+    """Return how many standard deviations each look needs for an error of at most `error` over all looks.
 
-    The density of the sum of the steps that no look has stopped is carried from look to look (Armitage, McPherson and
-    Rowe, *Repeated Significance Tests on Accumulating Data*, JRSS A 132 (1969)).
+    The density of the sum of steps is carried from look to look, without the part that a look has stopped (Armitage,
+    McPherson and Rowe, *Repeated Significance Tests on Accumulating Data*, JRSS A 132 (1969)).
     """
     points = np.linspace(-8, 8, _GRID)  # of the sum, whose standard deviation after all looks is 1
     width, step = points[1] - points[0], 1 / looks
@@ -64,14 +64,14 @@ def boundaries(error: float, looks: int = LOOKS) -> tuple[float, ...]:
         beyond = np.cumsum(density[::-1])[::-1]
         place = int(np.argmax(beyond <= error * step))
         above, below = beyond[place], beyond[place - 1]
-        share = (below - error * step) / max(below - above, 1e-300)  # between two points
+        share = (below - error * step) / max(below - above, 1e-300)  # interpolates between two points
         found.append((points[place - 1] + share * width - width / 2) / math.sqrt(look * step))
         density[place:] = 0.0
     return tuple(found)
 
 
 def images_needed(max_drop: float, error: float) -> int:
-    """Return on how many images a variant can be accepted at all: one that is right where fp32 is."""
+    """Return how many images it takes to accept a variant that is right on exactly the images where fp32 is."""
     limit, boundary = max_drop / 100, boundaries(SPENT * error)[-1]
     return math.ceil(boundary**2 * (1 - limit) / limit)
 
@@ -81,27 +81,27 @@ class PairedTest:
 
     Args:
         max_drop: the limit, in percentage points of top-1.
-        images: how many there are at most.
-        error: how often a drop at the limit may be accepted, a share; 1 less the confidence.
+        images: how many images there are at most.
+        error: the allowed probability of accepting a drop at the limit: 1 minus the confidence.
     """
 
     def __init__(self, max_drop: float, images: int, error: float) -> None:
         self.limit, self.boundaries = max_drop / 100, boundaries(SPENT * error, min(LOOKS, images))
         self.ends = [math.ceil(images * look / len(self.boundaries)) for look in range(1, len(self.boundaries) + 1)]
-        """After how many images it looks."""
+        """The numbers of images after which the test looks."""
         self.seen = self.only_fp32 = self.only_variant = 0
         self.verdict: Verdict | None = None
 
     @property
     def drop(self) -> float:
-        """The drop so far, percentage points."""
+        """The drop so far, in percentage points."""
         return 100 * (self.only_fp32 - self.only_variant) / max(self.seen, 1)
 
     def look(self, fp32_right: Sequence[bool] | NDArray[np.bool_], right: Sequence[bool] | NDArray[np.bool_]) -> None:
-        """Take the images up to the next of `ends`, whether fp32 and the variant get them right; set `verdict`.
+        """Take whether fp32 and the variant get the images up to the next of `ends` right; set `verdict` if sure.
 
         Raises:
-            ValueError: it has ended, or they are not so many images.
+            ValueError: the test has ended, or the number of images is wrong.
         """
         before, after = np.asarray(fp32_right, dtype=bool), np.asarray(right, dtype=bool)
         number = self.ends.index(self.seen) + 1 if self.seen else 0

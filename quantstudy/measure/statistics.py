@@ -1,6 +1,7 @@
-"""How sure an accuracy is: a proportion of a finite test split.
+"""How sure an accuracy is: it is a proportion on a finite test split.
 
-Wilson's interval says how far it can be trusted, McNemar's exact test whether two variants differ on the same images.
+Wilson's interval says how far you can trust it. McNemar's exact test says whether two variants differ on the same
+images.
 """
 
 import math
@@ -16,7 +17,7 @@ def wilson_interval(correct: int, images: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of `correct` out of `images`, both ends in percent.
 
     Wilson, *Probable inference, the law of succession, and statistical inference*, JASA 22 (1927). Unlike the
-    normal interval it stays inside 0 to 100 and has a width at 0 % and 100 %.
+    normal interval it stays inside 0 to 100 and keeps a width at 0 % and 100 %.
 
     Raises:
         ValueError: `images` is not positive, or `correct` is not between 0 and `images`.
@@ -61,9 +62,9 @@ def mcnemar_exact_p(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) 
 def paired_drop_half_width(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) -> float:
     """Return half the width of the 95 % interval of the difference of two accuracies on the same images, in points.
 
-    Only the images that exactly one of the two gets right vary, so it is much narrower than either model's own
-    interval. The adjusted Wald interval of Bonett and Price, *Journal of Educational and Behavioral Statistics* 37
-    (2012): one image is added to both kinds of disagreement, so it has a width where there is none.
+    Only the images that exactly one of the two gets right vary, so this interval is much narrower than either model's
+    own. It is the adjusted Wald interval of Bonett and Price, *Journal of Educational and Behavioral Statistics* 37
+    (2012): one image is added to both kinds of disagreement, so the interval has a width even without disagreement.
 
     Args:
         correct_a: bool [images], whether model a is right.
@@ -79,7 +80,7 @@ def paired_drop_half_width(correct_a: NDArray[np.bool_], correct_b: NDArray[np.b
 
 
 def _disagreements(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) -> tuple[int, int]:
-    """Count the images that only a, and that only b gets right."""
+    """Count the images that only a gets right, and those that only b gets right."""
     a, b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
     if a.shape != b.shape:
         raise ValueError(f"correct_a has shape {a.shape}, correct_b {b.shape}; they must be the same images")

@@ -1,11 +1,11 @@
-"""Which layer gets how many bits: an integer program, solved exactly.
+"""Choose the bits of each layer: an integer program, solved exactly.
 
-For each layer one width is chosen so that the sum of the losses is least and every budget holds:
+Each layer gets one width, such that the sum of the losses is smallest and every budget holds:
 
     minimize Σ loss[l, b] x[l, b]   subject to   Σ_b x[l, b] = 1,   Σ cost[l, b] x[l, b] <= limit,   x binary.
 
 HAWQ-V3 (Yao et al., *HAWQ-V3: Dyadic Neural Network Quantization*, ICML 2021, section 3.4) allocates bits in the same
-way; here branch and bound is scipy's `milp`, that is HiGHS, run to a gap of zero.
+way. Here scipy's `milp`, the solver HiGHS, does the branch and bound, down to a relative gap of zero.
 """
 
 import math
@@ -22,7 +22,7 @@ from quantstudy.quantization.schemes import WeightScheme
 HALF = 16
 """Bits of a layer that is not quantized but cast to a 16-bit float type."""
 _LARGEST_LOSS = 1e4
-"""Losses are scaled to this, far above the solver's absolute gap of 1e-6."""
+"""Losses are scaled so that the largest has this size, far above the solver's absolute gap of 1e-6."""
 
 Losses = Mapping[str, Mapping[int, float]]
 Allocation = Mapping[str, int]
@@ -31,9 +31,9 @@ Allocation = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit on the sum of integer costs, by layer and bits: at most `limit` times `unit`.
+    """A limit on the sum of integer `costs`, by layer and bits: at most `limit` times `unit`.
 
-    `key` is the param that gives `limit`, and `unit` the cost that one of it stands for.
+    `key` is the param that sets `limit`; `unit` is the cost that a limit of 1 allows.
     """
 
     key: str
@@ -54,7 +54,7 @@ class Budget:
 def size_budget(
     key: str, mean_bits: float, shapes: Mapping[str, torch.Size], group_size: int | None, widths: Sequence[int]
 ) -> Budget:
-    """Return the budget of `mean_bits` stored bits a weight, scales included."""
+    """Return the budget of `mean_bits` stored bits per weight, scales included."""
     costs = {layer: {bits: stored_bits(shape, bits, group_size) for bits in widths} for layer, shape in shapes.items()}
     return Budget(key, mean_bits, sum(shape.numel() for shape in shapes.values()), costs)
 
@@ -66,21 +66,21 @@ def operations_budget(key: str, share: float, macs: Mapping[str, int], widths: S
 
 
 def stored_bits(shape: torch.Size, bits: int, group_size: int | None) -> int:
-    """Return the bits that a weight of `shape` takes in a file: packed codes and scales, or 16 for each of it."""
+    """Return the bits that a weight of `shape` takes in a file: packed codes and scales, or 16 for each value."""
     if bits == HALF:
         return HALF * shape.numel()
     return 8 * WeightScheme(bits, group_size).layout(shape).nbytes
 
 
 def allocate(losses: Losses, budgets: Sequence[Budget]) -> dict[str, int]:
-    """Return the bits of each layer, of least summed loss within `budgets`.
+    """Return the bits of each layer, with the least summed loss within `budgets`.
 
     Args:
         losses: finite, by layer and bits; every layer has the same widths.
         budgets: with a cost for every layer and width of `losses`.
 
     Raises:
-        UserError: no allocation is within the budgets; the line names the smallest possible.
+        UserError: no allocation fits the budgets; if one budget alone is too small, the line names its smallest limit.
     """
     layers, widths = list(losses), list(next(iter(losses.values())))
     for budget in budgets:
@@ -100,7 +100,7 @@ def allocate(losses: Losses, budgets: Sequence[Budget]) -> dict[str, int]:
 def _solve(
     loss: NDArray[np.float64], costs: Sequence[NDArray[np.int64]], limits: Sequence[int]
 ) -> NDArray[np.int64] | None:
-    """Return the index of each row's choice; None where there is none within the limits."""
+    """Return the index of each row's choice; None if no choice is within the limits."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     layers, widths = loss.shape
@@ -123,5 +123,5 @@ def _solve(
         excess = [int(c[rows, chosen].sum()) - most for c, most in zip(costs, limits, strict=True)]
         if max(excess) <= 0:
             return chosen
-        # The solver's tolerance on whole numbers can hide a few units of a large cost.
+        # The solver accepts nearly whole numbers, so a large cost may exceed its limit by a few units.
         tightened = [now - max(over, 0) for now, over in zip(tightened, excess, strict=True)]

@@ -1,9 +1,9 @@
-"""Bias correction: what rounding adds to the mean of a layer's outputs is taken out of its bias again.
+"""Bias correction: rounding shifts the mean of a layer's outputs, and the layer's bias takes the shift back.
 
 Nagel, van Baalen, Blankevoort and Welling, *Data-Free Quantization Through Weight Equalization and Bias Correction*,
-ICCV 2019, appendix D: the two networks are compared on calibration images, where an activation follows a layer only at
-the positions that it lets through. A channel behind a ReLU may be below zero nearly everywhere; what
-rounding does there nobody sees, and a mean over all positions would move the few that count.
+ICCV 2019, appendix D. The fp32 and the quantized network are compared on calibration images. If an activation follows a
+layer, only the positions that it lets through count. A channel before a ReLU may be below zero nearly everywhere:
+rounding errors there have no effect, and a mean over all positions would shift the few positions that count.
 """
 
 import contextlib
@@ -20,21 +20,22 @@ from quantstudy.quantization.layers import ChannelReLU, QuantLinear, quantized_l
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.SiLU, nn.GELU, nn.Mish, nn.ELU, ChannelReLU)
 FEW = 50
-"""The sum of errors is divided by at least so many positions: the mean of fewer is mostly chance."""
+"""The sum of errors is divided by at least this many positions: the mean of fewer is mostly chance."""
 _IMAGES = 8
-"""So many are looked at together, for the sake of memory."""
+"""Images that are compared at once, to save memory."""
 _STEP = 1e-2
 _PIXELS = 64 * 224 * 224
-"""Of images that are looked at together, for the sake of memory."""
+"""The most pixels of all images that are used, to save memory."""
 
 
 @torch.no_grad()
 def correct_biases(model: nn.Module, network: nn.Module, images: Tensor) -> dict[str, str]:
     """Add to the bias of each quantized layer what its mean output lacks, in place; `images` is [N, 3, S, S].
 
-    One pass does it: each layer is corrected before the next one sees its output. A linear layer without a bias keeps
-    none: in an ONNX graph there is no place for it. The activations that are seen are modules of `ACTIVATIONS` which
-    read a layer's output itself, or a sum that was added to it in place. Returns the layers that are left, with why.
+    One pass is enough: each layer is corrected before the next one sees its output. A linear layer without a bias gets
+    none, because its ONNX graph has no place for it. An activation counts if it is a module of `ACTIVATIONS` that reads
+    a layer's output itself, or a sum that was added to that output in place. Returns the layers that are not corrected,
+    each with the reason.
     """
     images = images[: max(_PIXELS // images.shape[-1] ** 2, 1)]
     layers = _correctable(network)
@@ -56,7 +57,7 @@ def correct_biases(model: nn.Module, network: nn.Module, images: Tensor) -> dict
 
 
 class _WantedSum:
-    """The sum of a layer's output for each channel, over all positions or those where the `activation` of `x` is on."""
+    """The sum of a layer's output per channel, over all positions, or over those where `activation` of `x` is on."""
 
     def __init__(self, y: Tensor, channels: int, activation: nn.Module | None = None, x: Tensor | None = None) -> None:
         self.channels, self.positions = channels, y.numel() // y.shape[channels]
@@ -67,11 +68,11 @@ class _WantedSum:
         self.on, self.sum = [], torch.zeros(y.shape[channels])
         for part, read in zip(y.split(_IMAGES), x.split(_IMAGES), strict=True):
             on = is_on(activation, read)
-            self.on.append(np.packbits(on.numpy()))  # a byte a position would be gigabytes
+            self.on.append(np.packbits(on.numpy()))  # one byte per position would take gigabytes
             self.sum += _sum(part * on, channels)
 
     def missing(self, y: Tensor) -> Tensor:
-        """Return what the mean of `y` lacks, [C]."""
+        """Return what must be added to the mean of `y`, [C]."""
         if self.on is None:
             return (self.sum - _sum(y, self.channels)) / self.positions
         missing, positions = self.sum.clone(), torch.zeros_like(self.sum)
@@ -83,14 +84,14 @@ class _WantedSum:
 
 
 def _wanted_sums(model: nn.Module, names: list[str], images: Tensor) -> dict[str, list[_WantedSum]]:
-    """Run `model` and return what each layer is to give, once for each time that it was called."""
+    """Run `model` and return the sums that each layer should give, one for each of its calls."""
     found: dict[str, list[_WantedSum]] = {name: [] for name in names}
-    waiting: Any = WeakIdKeyDictionary()  # outputs that an activation may read yet
+    waiting: Any = WeakIdKeyDictionary()  # outputs that an activation may still read
 
     def remember(name: str) -> Callable[[Any, Any, Tensor], None]:
         def hook(layer: Any, inputs: Any, y: Tensor) -> None:
             channels = -1 if isinstance(layer, nn.Linear) else 1
-            waiting[y] = (name, len(found[name]), y.clone(), channels)  # others may write to y
+            waiting[y] = (name, len(found[name]), y.clone(), channels)  # later modules may write to y
             found[name].append(_WantedSum(y, channels))
 
         return hook
@@ -113,15 +114,16 @@ def _wanted_sums(model: nn.Module, names: list[str], images: Tensor) -> dict[str
 def is_on(activation: nn.Module, x: Tensor) -> Tensor:
     """Return where the slope of an activation at `x` is more than a half."""
     step = _STEP * x.abs().clamp_min(1)
-    after, before = activation.forward(x + step / 2), activation.forward(x - step / 2)  # it may write to what it reads
+    after, before = activation.forward(x + step / 2), activation.forward(x - step / 2)  # it may write to its input
     return after.sub_(before) > step / 2
 
 
 @torch.no_grad()
 def correct_own_biases(model: nn.Module, network: nn.Module, moments: Mapping[str, Moments]) -> None:
-    """Add to the bias of each quantized layer what its own weights' errors take from its mean output, in place.
+    """Add to the bias of each quantized layer what the errors of its own weights take from its mean output, in place.
 
-    `moments` are those of the layers' inputs in `model`: with one layer quantized alone this is all of the mean error.
+    `moments` are the moments of the layers' inputs in `model`. If one layer alone is quantized, this corrects the whole
+    mean error.
     """
     for name, layer in _correctable(network).items():
         if name not in moments:
@@ -144,5 +146,5 @@ def _add_to_bias(layer: Any, missing: Tensor) -> None:
 
 
 def _sum(y: Tensor, channels: int) -> Tensor:
-    """Return the sum of a layer's output over all dimensions but that of the channels, float32 [C]."""
+    """Return the sum of a layer's output over all dimensions except the channels, float32 [C]."""
     return y.float().sum([dimension for dimension in range(y.ndim) if dimension != channels % y.ndim])

@@ -1,18 +1,18 @@
-"""BRECQ: what a residual block gives is brought back to what it gave before, one block after another.
+"""BRECQ: train one block after another until its output is close to the fp32 block's output again.
 
 Li, Gong, Tan, Yang, Hu, Zhang, Yu, Wang and Gu, *BRECQ: Pushing the Limit of Post-Training Quantization by Block
-Reconstruction*, ICLR 2021. For each unit of a network, in the order in which they run, Adam makes
+Reconstruction*, ICLR 2021. For each unit of a network, in the order in which the units run, Adam minimizes
 
     mean over batch and places of Σ_c w_c (unit_q(x_mixed) - unit(x))_c²
 
-small. x is the unit's input in the fp32 network, x_q in the network that is quantized up to there, and x_mixed has each
-value from one or the other at even odds; activations are rounded at even odds too (QDrop, Wei et al., ICLR 2022). w is
-the Fisher information of the unit's output, here one number a channel: the mean square of the gradient of -log p(y), y
-drawn from what fp32 predicts. Without it the largest channels are all that counts.
+x is the unit's input in the fp32 network, and x_q its input in the network that is quantized up to the unit. Each value
+of x_mixed comes from x or from x_q, at even odds; activations are rounded at even odds too (QDrop, Wei et al., ICLR
+2022). w is the Fisher information of the unit's output, here one number per channel: the mean square of the gradient of
+-log p(y), with y drawn from fp32's predictions. Without w, only the largest channels would count.
 
-Unlike the paper there is no soft rounding: codes start at those of GPTQ and move by straight-through gradients, with
-scales and biases, as in the block-wise training of Chen et al., *EfficientQAT*, ACL 2025. An eighth of the images takes
-no part and says which state of a unit is best; the one it started with is a candidate.
+Unlike the paper there is no soft rounding. Codes start as GPTQ chose them and move by straight-through gradients,
+together with scales and biases, as in the block-wise training of Chen et al., *EfficientQAT*, ACL 2025. An eighth of
+the images is held out and decides which state of a unit is best; the starting state is a candidate too.
 """
 
 import contextlib
@@ -30,24 +30,24 @@ from quantstudy.methods.trainable import everything_rounded, freeze_trained, mak
 RATE = 0.005
 BATCH_SIZE = 32
 PLACES = 2**16
-"""Of a unit's input, that a batch has at most; it has 8 images at least."""
+"""The most positions of a unit's input in a batch; a batch has at least 8 images."""
 DROP = 0.5
 MEMORY = 1.5e9
-"""Bytes of activations that are kept for a unit."""
+"""The most bytes of activations to keep for a unit."""
 _FISHER_IMAGES = 64
 
 
 def reconstruct_blocks(reference: nn.Module, network: nn.Module, images: Tensor, steps: int) -> dict[str, str]:
-    """Train the units of `network`, whose layers are frozen, one after another; they are frozen again afterwards.
+    """Train the units of `network` one after another; its layers are frozen before and after.
 
     Args:
         reference: the fp32 network.
-        network: the quantized one, in place.
+        network: the quantized network, changed in place.
         images: float32 [N, C, H, W].
-        steps: of each unit.
+        steps: training steps of each unit.
 
     Returns:
-        The layers whose codes and scales did not learn, with why.
+        The layers whose codes and scales were not trained, each with the reason.
     """
     units, left = find_units(network), dict[str, str]()
     weights = fisher_information(reference, images[:_FISHER_IMAGES], list(units))
@@ -67,7 +67,7 @@ def reconstruct_blocks(reference: nn.Module, network: nn.Module, images: Tensor,
 def _learn(
     unit: nn.Module, rounded: Tensor, targets: Tensor, plain: Tensor, weight: Tensor, steps: int
 ) -> tuple[float, float]:
-    """Train one unit; return its error on the images that are kept back, before and now."""
+    """Train one unit; return its error on the held-out images, before and after."""
     train, judge = split(len(targets))
     weight = weight.view(-1, *[1] * (targets.ndim - 2)) / _spread(targets, weight)
     generator = torch.Generator().manual_seed(0)
@@ -84,7 +84,7 @@ def _learn(
 
 
 def _spread(targets: Tensor, weight: Tensor) -> Tensor:
-    """Return the weighted variance of the outputs, which errors are a share of."""
+    """Return the weighted variance of the outputs; errors are stated as a share of it."""
     axes = [axis for axis in range(targets.ndim) if axis != 1]
     return (targets.var(axes, correction=0) * weight).mean().clamp_min(1e-12)
 
@@ -97,7 +97,7 @@ def _error(unit: nn.Module, inputs: Tensor, targets: Tensor, weight: Tensor) -> 
 
 
 def fisher_information(model: nn.Module, images: Tensor, names: Collection[str]) -> dict[str, Tensor]:
-    """Return the mean squared gradient of each channel of the named modules' outputs, [C] with the mean 1."""
+    """Return the mean squared gradient of each channel of the named modules' outputs, [C], scaled to the mean 1."""
     found: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
     for batch in images.split(16):

@@ -1,11 +1,12 @@
-"""Mixed precision within a budget: each layer in the bits that lose least.
+"""Mixed precision within a budget: each layer gets the bits that lose least.
 
-A budget is spent by a loss of each layer at each width, and no loss is best everywhere (`LOSSES`). To first order the
-errors of several layers add up in the logits, so the sum of their sizes bounds what all together do; were they
-independent, squares would add (Zhou et al., *Adaptive Quantization for Deep Neural Network*, AAAI 2018); but a size
-stops growing where a layer breaks, and there the divergence of the predictions goes on. So each loss proposes an
-allocation, every uniform width within the budget is one more, and the network as a whole, on calibration images,
-decides. A drop of accuracy on a few hundred images is mostly zero or noise.
+The allocation needs a loss for each layer and width, and no loss is best everywhere (`LOSSES`). To first order, the
+errors of several layers add up in the logits, so the sum of their sizes bounds the error of all layers together. If the
+errors are independent, their squares add up (Zhou et al., *Adaptive Quantization for Deep Neural Network*, AAAI 2018).
+Where a layer breaks, the size of its error stops growing, but the divergence of the predictions still grows. So each
+loss proposes an allocation, and every uniform width within the budget is one more. The whole network, run on
+calibration images, decides between them. It is judged by divergence, not by accuracy: a drop of accuracy on a few
+hundred images is mostly zero or noise.
 """
 
 import copy
@@ -35,12 +36,12 @@ LOSSES: dict[str, Callable[[Row], float]] = {
     "its square": lambda row: 10 ** (-row["sqnr_db"] / 10),
     "Kullback-Leibler divergence": lambda row: row["kl_divergence"],
 }
-"""What a layer at a width loses, by a row of `measure_layers`."""
+"""What a layer loses at a width, computed from its row of `measure_layers`."""
 
 
 @register(P.MixedBudget)
 class BudgetRecipe(Recipe[P.MixedBudget]):
-    """Allocations that the sensitivity proposes; of these the one that diverges least on calibration images."""
+    """Of the allocations that the sensitivity proposes, take the one that diverges least on calibration images."""
 
     def quantize(self, model: nn.Module, calibration: Calibration, row: P.MixedBudget) -> Variant:
         allocations = allocations_within(calibration.replaceable, calibration.sensitivity, row)
@@ -56,13 +57,13 @@ class BudgetRecipe(Recipe[P.MixedBudget]):
 def mixed(
     model: nn.Module, table: Table, bits: Allocation, calibration: Calibration, settings: P.MixedBudget
 ) -> Variant:
-    """Return each layer in integers of its own `bits`, those at 16 and everything else in a 16-bit float type.
+    """Return each layer in integers of its own `bits`; layers at 16 bits and everything else are 16-bit floats.
 
-    The codes are those of `table`, which `quantized_table` made with the same settings; what it left out is done here.
-    Learned rounding has thus seen the other layers at the same width.
+    The codes come from `table`, which `quantized_table` made with the same settings; the steps that it left out run
+    here. Learned rounding has thus seen the other layers at the width of the layer that it rounded, not at their own.
     """
     network = _assembled(model, table, bits, torch.float32).network
-    for name, layer in quantized_layers(network).items():  # what follows corrects all of a bias, not only its own part
+    for name, layer in quantized_layers(network).items():  # `freeze` corrects the whole bias, not the layer's part
         layer.bias = copy.deepcopy(model.get_submodule(name).bias)
     rest = settings.model_copy(update={"rounding": "nearest", "gain_correction": False})
     skipped = left_as_they_are(model, calibration.graph) | freeze(model, network, calibration, rest)
@@ -76,12 +77,12 @@ def _assembled(model: nn.Module, table: Table, bits: Allocation, dtype: torch.dt
 
 
 def allocations_within(layers: Layers, rows: Sequence[Row], settings: P.MixedBudget) -> list[Allocation]:
-    """Return the allocations for `layers` within the budgets of `settings` that are worth a try.
+    """Return the candidate allocations for `layers` within the budgets of `settings`.
 
-    They are the one of least summed loss by each of `LOSSES`, and the uniform widths that were measured.
+    They are the allocation with the least summed loss for each of `LOSSES`, and each measured width for all layers.
 
     Raises:
-        UserError: the rows are of another network, or no choice is within the budgets.
+        UserError: the rows belong to another network, or no allocation fits the budgets.
     """
     shapes: dict[str, torch.Size] = {name: layer.weight.shape for name, layer in layers.items()}
     by_layer: dict[str, dict[int, Row]] = {}
@@ -110,13 +111,13 @@ def allocations_within(layers: Layers, rows: Sequence[Row], settings: P.MixedBud
 def divergence_from(
     model: nn.Module, table: Table, images: Sequence[Tensor], dtype: torch.dtype = torch.float16
 ) -> Callable[[Allocation], float]:
-    """Return how far the predictions under an allocation diverge from those of `model`, in nats, as a function.
+    """Return a function from an allocation to the divergence of its predictions from those of `model`, in nats.
 
-    It runs the network once for each allocation, whatever the number of calls.
+    The function runs the network once for each allocation, and remembers the result.
 
     Args:
         model: fp32, BatchNorm folded, eval mode.
-        table: its layers at every width below 16 of the allocations.
+        table: the layers of `model` at every width below 16 that the allocations use.
         images: calibration batches, float32 [N, 3, S, S].
         dtype: of the layers at 16 bits.
     """
@@ -132,6 +133,6 @@ def divergence_from(
 
 
 def mean_bits(layers: Layers, bits: Allocation, group_size: int | None) -> float:
-    """Return the stored bits a weight of `layers` under an allocation of them all, scales and 16 bits included."""
+    """Return the stored bits per weight of `layers` under an allocation, scales and layers at 16 bits included."""
     stored = sum(stored_bits(layers[name].weight.shape, width, group_size) for name, width in bits.items())
     return stored / sum(layer.weight.numel() for layer in layers.values())

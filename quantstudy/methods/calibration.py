@@ -1,7 +1,7 @@
-"""The calibration images of a network, and what is measured on them when it is first asked for.
+"""The calibration images of a network, and their statistics, computed on first use.
 
-Every recipe gets one `Calibration`. What a method does not ask for costs nothing: images are decoded, histograms and
-moments taken, only on demand.
+Every recipe gets one `Calibration`. A method pays only for what it uses: images are decoded, and histograms and moments
+are taken, on demand.
 """
 
 import functools
@@ -32,10 +32,9 @@ class Calibration:
     Args:
         model: the fp32 network, eval mode, on the CPU.
         images: batches of float32 [N, 3, H, W], or a function that returns them.
-        statistics: a function that returns those of the layers' inputs if they are known; else they are taken of
-            `images`.
-        bins: of the histograms.
-        sensitivity: returns the rows of the stage `sensitivity`, which methods within a budget choose bits by.
+        statistics: a function that returns the statistics of the layers' inputs; None: they are computed from `images`.
+        bins: the number of bins of the histograms.
+        sensitivity: a function that returns the rows of the stage `sensitivity`; methods with a budget need them.
     """
 
     def __init__(
@@ -73,28 +72,28 @@ class Calibration:
         return self._sensitivity()
 
     def moments(self, names: Collection[str]) -> dict[str, Moments]:
-        """Return the moments of the inputs of the named layers, each taken once; transposed convolutions have none."""
+        """Return the moments of the named layers' inputs, each computed once; transposed convolutions have none."""
         if missing := set(names) - set(self._moments):
             self._moments |= input_moments(self.model, self.images, names=missing)
         return {name: self._moments[name] for name in names if name in self._moments}
 
     @functools.cached_property
     def graph(self) -> Graph:
-        """What the network calls when it runs on the first images."""
+        """The captured graph of the network on the first images."""
         return capture(self.model, self.images[0])
 
     @property
     def replaceable(self) -> dict[str, Any]:
-        """The layers that a quantized one can take the place of, by name, in the order in which they run."""
+        """The layers that a quantized layer can replace, by name, in the order in which they run."""
         return self.graph.plain
 
     def first(self, count: int) -> "Calibration":
-        """Return a calibration on the first `count` images alone."""
+        """Return a calibration on only the first `count` images."""
         pixels = torch.cat(self.images)[:count]
         return Calibration(self.model, list(pixels.split(len(self.images[0]))), bins=self.bins)
 
     def of(self, model: nn.Module) -> "Calibration":
-        """Return the same images for another network of the same layers; its statistics are taken anew."""
+        """Return a calibration of another network with the same layers, on the same images, with new statistics."""
         return Calibration(model, lambda: self.images, bins=self.bins, sensitivity=self._sensitivity)
 
 
@@ -113,11 +112,11 @@ def load_calibration(
     """Return the calibration of a study's fp32 model, from the files of its stages, each read on demand.
 
     Args:
-        study: its name, which says where the files lie.
-        row: its row.
-        model: fp32.
-        preprocessing: what the model's input has to be.
-        observed: whether the stage `calibrate` is among what the caller depends on; else statistics are taken anew.
+        study: the study's name, which gives the paths of the files.
+        row: the study's row in the params.
+        model: the fp32 model.
+        preprocessing: how images are prepared for the model.
+        observed: whether the calling stage depends on the stage `calibrate`; if not, statistics are computed anew.
     """
 
     def images() -> list[Tensor]:

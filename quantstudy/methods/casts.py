@@ -15,7 +15,7 @@ from quantstudy.quantization.variant import Variant, cast
 
 @register(P.Cast)
 class CastRecipe(Recipe[P.Cast]):
-    """Cast every parameter; arithmetic runs in the type too."""
+    """Cast every parameter; the arithmetic runs in that type too."""
 
     def quantize(self, model: nn.Module, calibration: Calibration, row: P.Cast) -> Variant:
         return cast(model, DTYPES[row.dtype])

@@ -1,17 +1,18 @@
 """Cross-layer equalization and high-bias absorption, which prepare an fp32 network for quantization.
 
 Nagel, van Baalen, Blankevoort and Welling, *Data-Free Quantization Through Weight Equalization and Bias Correction*,
-ICCV 2019. Where layer B alone reads layer A through a positively homogeneous function, f(s x) = s f(x), channel i of A
-is divided by s_i and the columns of B that read it are multiplied by it. s_i = sqrt(r_A,i r_B,i) / r_B,i (equation 11)
-makes the ranges r of both equal; the pairs are gone through until no s moves (section 4.1).
+ICCV 2019. Let layer B be the only reader of layer A, through a positively homogeneous function, f(s x) = s f(x). Then
+channel i of A is divided by s_i, and the columns of B that read channel i are multiplied by s_i. With
+s_i = sqrt(r_A,i r_B,i) / r_B,i (equation 11), the ranges r of both layers are equal. All pairs are equalized in turn,
+until no s moves any more (section 4.1).
 
-ReLU6 is not homogeneous: min(x / s, 6) is not min(x, 6) / s. The paper puts ReLU in its place; here it becomes a
-`ChannelReLU` whose bounds are 6 / s, so that the network's function stays as it was.
+ReLU6 is not homogeneous: min(x / s, 6) is not min(x, 6) / s. The paper replaces it by ReLU. Here it becomes a
+`ChannelReLU` with the bounds 6 / s, so the network's function stays the same.
 
-Absorption (section 4.1.3) moves c_i = max(0, mean_i - 3 std_i) of an output of A that is followed by ReLU into B's
-bias, so that the activation between them has a smaller range. The paper has mean and std from BatchNorm; here they
-are measured on calibration images, and no more is moved than the least output on them, so that the function stays.
-Only a B without padding is taken: what is moved is missing in the padding.
+Absorption (section 4.1.3) moves c_i = max(0, mean_i - 3 std_i) of an output of A that a ReLU follows into B's bias. The
+activation between A and B then has a smaller range. The paper takes mean and std from BatchNorm. Here they are measured
+on calibration images, and c_i is at most the smallest output on these images, so the function stays the same. B must
+not pad its input: the padding lacks the c_i that B's bias adds.
 """
 
 import math
@@ -41,7 +42,7 @@ from quantstudy.quantization.observers import run_watched
 ROUNDS = 20
 TOLERANCE = 1e-3
 SMALLEST_RANGE = 1e-6
-"""Channels of a smaller range, as a share of their layer's largest, are left: float32 has no digits for them."""
+"""Channels whose range is a smaller share of their layer's largest are skipped: float32 has no digits for them."""
 _SAME = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _RELU = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
 _MAX = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
@@ -56,21 +57,24 @@ _RESHAPES = ("flatten", "view", "reshape", "squeeze", "unsqueeze")
 
 @dataclass(frozen=True)
 class Pair:
-    """Two layers of which the second alone reads the first; `clamp` is a ReLU6 between them, `relu` any ReLU."""
+    """Two layers, of which `second` alone reads `first`.
+
+    `clamp` is the name of a ReLU6 between them; `relu` says whether any ReLU lies between them.
+    """
 
     first: str
     second: str
     clamp: str | None
     clamp_axis: int
-    """Of the channels at the clamp, from the end."""
+    """The axis of the channels at the clamp, counted from the end."""
     relu: bool
     shifts: bool
-    """Whether a constant that is taken from the first's output is missing, as it is, where the second reads."""
+    """Whether a constant subtracted from the first's output reaches the second's input unchanged."""
 
 
 @dataclass(frozen=True)
 class _Channels:
-    """Where the channels of a value lie: its axis, and how many neighbours on it are of one channel."""
+    """Where the channels of a tensor lie: their axis, and how many neighbours on it belong to one channel."""
 
     axis: int
     block: int = 1
@@ -124,7 +128,7 @@ def _mixes_in_zeros(pool: Any) -> bool:
 
 
 def _behind(call: Call, channels: _Channels) -> _Channels | None:
-    """Return where the channels are behind a call f with f(s x) = s f(x) for each of them; None for another call."""
+    """Return where the channels are after a call f with f(s x) = s f(x) for each of them; None for any other call."""
     module, name = call.module, call.name
     is_function = module is None
     if isinstance(module, (*_SAME, *_RELU)) or (is_function and name in (*_SAME_CALLS, *_RELU_CALLS)):
@@ -153,7 +157,7 @@ def _behind(call: Call, channels: _Channels) -> _Channels | None:
 
 
 def _reshaped(source: torch.Size, shape: torch.Size, channels: _Channels) -> _Channels | None:
-    """Return where the channels are after a reshape, which may put all that follows them on their axis."""
+    """Return where the channels are after a reshape, which may merge the axes behind theirs into it."""
     before, count = math.prod(source[: channels.axis]), source[channels.axis]
     behind = {math.prod(source[channels.axis + 1 : end]) for end in range(channels.axis + 1, len(source) + 1)}
     for axis, size in enumerate(shape):
@@ -166,7 +170,7 @@ def _reshaped(source: torch.Size, shape: torch.Size, channels: _Channels) -> _Ch
 def equalize(model: nn.Module, images: Tensor | None = None) -> nn.Module:
     """Return a copy of `model` (BatchNorm folded) with equal weight ranges on both sides of each pair.
 
-    `images`, float32 [N, C, H, W], are what it is captured on; None for random ones of a usual size.
+    The graph is captured on `images`, float32 [N, C, H, W]; None for random images of a usual size.
     """
     model = copy_of(model)
     pairs = find_pairs(capture(model, example_images(model) if images is None else images))
@@ -203,7 +207,7 @@ def _equalize_pair(model: nn.Module, pair: Pair) -> float:
 def _by_input_channel(layer: Any, channels: int) -> Tensor:
     """Return a layer's weight as [outputs of a group, channels, the rest]: the columns that read each channel.
 
-    A linear layer behind a flattened image has several columns a channel.
+    A linear layer after a flattened image has several columns per channel.
     """
     if isinstance(layer, nn.Linear):
         return layer.weight.unflatten(1, (channels, -1))
@@ -220,7 +224,7 @@ def _from_input_channels(columns: Tensor, layer: Any) -> Tensor:
 
 
 def _mean_response(layer: Any, means: Tensor) -> Tensor:
-    """Return the mean of a layer's outputs, [O], where its input has `means`, [C], and the weight is all it has."""
+    """Return the mean of a layer's outputs, [O], without its bias, for an input with the `means`, [C]."""
     groups = getattr(layer, "groups", 1)
     columns = _by_input_channel(layer, len(means))
     reached = (columns.sum(2) * means).unflatten(1, (groups, -1)).sum(2)  # [O / groups, groups]
@@ -229,7 +233,7 @@ def _mean_response(layer: Any, means: Tensor) -> Tensor:
 
 @torch.no_grad()
 def absorb_high_biases(model: nn.Module, images: Iterable[Tensor]) -> None:
-    """Move what a ReLU never cuts from the bias of each first layer to that of the second, in place."""
+    """Move what a ReLU never cuts from each first layer's bias to the second layer's bias, in place."""
     images = list(images)
     graph = capture(model, images[0])
     pairs = [pair for pair in find_pairs(graph) if pair.relu and pair.shifts and _can_absorb(model, pair)]
@@ -238,7 +242,7 @@ def absorb_high_biases(model: nn.Module, images: Iterable[Tensor]) -> None:
     least: dict[str, Tensor] = {}
 
     def watch(name: str, value: Tensor) -> None:
-        y = modules[name].forward(value)  # the call would come back here
+        y = modules[name].forward(value)  # calling the module would call this hook again
         is_linear = isinstance(modules[name], nn.Linear)
         y = y.flatten(0, -2).T.double() if is_linear else y.transpose(0, 1).flatten(1).double()
         found = torch.stack([torch.full_like(y[:, 0], y.shape[1]), y.sum(1), y.square().sum(1)])

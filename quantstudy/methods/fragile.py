@@ -1,11 +1,11 @@
-"""Which layers of a network few bits hurt most for what they save, and how many more they get.
+"""Find the fragile layers of a network, which few bits hurt most for what they save, and give them more bits.
 
-A handful of small layers makes most of the loss at four bits: depthwise convolutions, whose channels have few weights
+At four bits a handful of small layers causes most of the loss: depthwise convolutions, whose channels have few weights
 and no other channel to make up for an error, and the first layer (Nagel, Fournarakis, Amjad, Bondarenko, van Baalen and
-Blankevoort, *A White Paper on Neural Network Quantization*, 2021, sections 3.1 and 4.2); others, often the head, could
-do with less. Each layer is rounded alone, as the method rounds, and the squared error of the logits is its loss. One
-bit more leaves a quarter of that error, as of any uniform quantizer's, so one width is measured and the others follow
-from it. The integer program of `methods.allocation` then spends what the file may grow by.
+Blankevoort, *A White Paper on Neural Network Quantization*, 2021, sections 3.1 and 4.2). Others, often the head, could
+do with fewer bits. Each layer is rounded alone, in the way of the method; its loss is the squared error of the logits.
+One more bit leaves a quarter of that error, as with any uniform quantizer. So the loss is measured at one width and
+computed for the others. The integer program of `methods.allocation` then spends the bytes by which the file may grow.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from quantstudy.network.graph import as_stored, out_channels_first, relative_err
 from quantstudy.quantization.layers import LayerScheme
 
 LOW_BITS = 4
-"""Weights of more bits than these all have the same."""
+"""Only weights and activations of at most this many bits get different bits by layer."""
 IMAGES = 32
-"""So many calibration images are run for each layer."""
+"""The number of calibration images that are run for each layer."""
 
 
 def with_fragile_layers(
@@ -35,15 +35,15 @@ def with_fragile_layers(
     *,
     between: bool = True,
 ) -> dict[str, LayerScheme]:
-    """Return `schemes` with the weights of each layer in `losses` at the bits that lose least in all.
+    """Return `schemes` with the weights of each layer in `losses` at the bits of least total loss.
 
     Args:
-        layers: of the fp32 network, by name.
-        schemes: of the layers that are quantized.
-        losses: of those whose bits may change, at the bits of their scheme (`losses_alone`).
-        highest: the most bits of a layer; the least are one below those of its scheme.
-        share: how much the codes and scales of all layers together may grow.
-        between: whether there are other widths than those of the scheme and the most.
+        layers: the layers of the fp32 network, by name.
+        schemes: the scheme of each quantized layer.
+        losses: the loss of each layer whose bits may change, at the bits of its scheme (`losses_alone`).
+        highest: the most bits of a layer; the least are one fewer than its scheme has, and at least 2.
+        share: by which share the codes and scales of the layers in `losses` together may grow.
+        between: whether a layer may have other widths than its scheme's and `highest`.
     """
     costs: dict[str, dict[int, int]] = {}
     by_bits: dict[str, dict[int, float]] = {}
@@ -67,12 +67,12 @@ def with_fragile_layers(
 def losses_alone(
     model: nn.Module, layers: Mapping[str, nn.Module], rounded: Mapping[str, Any], images: Tensor
 ) -> dict[str, float]:
-    """Return the squared error of the logits, as a share of their square, with one layer of `rounded` after another.
+    """Return the squared error of the logits, as a share of their square, for each layer of `rounded` in turn.
 
     Args:
         model: fp32, eval mode; it stays untouched.
-        layers: of the model, by name.
-        rounded: their frozen quantized selves.
+        layers: the layers of the model, by name.
+        rounded: the same layers, quantized and frozen.
         images: float32 [N, C, H, W]; the first `IMAGES` are run.
     """
     return _losses(model, images, {name: exchanged(layers[name], quantized) for name, quantized in rounded.items()})
@@ -85,14 +85,15 @@ def with_fragile_inputs(
     highest: int,
     share: float,
 ) -> dict[str, LayerScheme]:
-    """Return `schemes` with the activations of each layer in `losses` at the bits that lose least in all.
+    """Return `schemes` with the activations of each layer in `losses` at the bits of least total loss.
 
     Args:
         macs: multiply-accumulates per image, by layer.
-        schemes: of the layers that are quantized.
-        losses: of the inputs whose bits may change, one at least, at the bits of their scheme (`input_losses_alone`).
-        highest: the most bits; the least are those of the scheme.
-        share: how much the bit-operations of all layers together may grow.
+        schemes: the scheme of each quantized layer.
+        losses: the loss of each input whose bits may change, one at least, at the bits of its scheme
+            (`input_losses_alone`).
+        highest: the most bits; the least are the scheme's.
+        share: by which share the bit-operations of all layers together may grow.
     """
     widths = range(min(schemes[name].activation.bits for name in losses), highest + 1)
     by_bits = {name: {b: loss * 4.0 ** (widths.start - b) for b in widths} for name, loss in losses.items()}
@@ -109,11 +110,11 @@ def with_fragile_inputs(
 def input_losses_alone(
     model: nn.Module, quantizers: Mapping[str, Callable[[Tensor], Tensor]], images: Tensor
 ) -> dict[str, float]:
-    """Return the squared error of the logits, as a share of their square, with one layer's input after another rounded.
+    """Return the squared error of the logits, as a share of their square, with each layer's input rounded in turn.
 
     Args:
         model: fp32, eval mode; it stays untouched.
-        quantizers: what rounds the input of each layer, by name.
+        quantizers: the function that rounds the input of each layer, by name.
         images: float32 [N, C, H, W]; the first `IMAGES` are run.
     """
     changes = {name: _input_rounded(model.get_submodule(name), quantizer) for name, quantizer in quantizers.items()}
@@ -123,7 +124,7 @@ def input_losses_alone(
 def _losses(
     model: nn.Module, images: Tensor, changes: Mapping[str, contextlib.AbstractContextManager[None]]
 ) -> dict[str, float]:
-    """Return the squared error of the logits, as a share of their square, under one change after another."""
+    """Return the squared error of the logits, as a share of their square, under each change in turn."""
     few = images[:IMAGES]
     wanted, found = model(few), {}
     for name, change in changes.items():
@@ -145,14 +146,14 @@ def _input_rounded(layer: nn.Module, quantizer: Callable[[Tensor], Tensor]) -> I
 
 @contextlib.contextmanager
 def exchanged(layer: Any, quantized: Any) -> Iterator[None]:
-    """Give `layer` the weight and bias of its quantized self, or its own in float16 where that is None."""
+    """Give `layer` the weight and bias of `quantized`; if that is None, give it its own weight in float16."""
     weight, bias = layer.weight, layer.bias
     if quantized is None:
         dense = weight.half().float()
     else:
         dense = as_stored(layer, quantized.dequantized())
         layer.bias = quantized.bias
-    laid_out_alike = torch.empty_like(weight).copy_(dense)  # so that the same numbers give the same logits
+    laid_out_alike = torch.empty_like(weight).copy_(dense)  # the same numbers then give the same logits
     layer.weight = nn.Parameter(laid_out_alike, requires_grad=False)
     try:
         yield

@@ -1,13 +1,13 @@
-"""Gain correction: what rounding takes from the size of a layer's outputs, its scales give back.
+"""Gain correction: rounding makes a layer's outputs smaller, and its scales make up for that.
 
-A rounded weight is smaller than the weight it stands for wherever codes are clipped: ranges of the least squared error
-leave the least error behind and the most of it along the weight itself. Errors of rounding point anywhere and partly
+Where codes are clipped, a rounded weight is smaller than the weight that it stands for. A range of least squared error
+leaves the least error, but most of that error lies along the weight itself. Rounding errors point anywhere and partly
 cancel from layer to layer; a lost gain multiplies. Banner, Nahshan and Soudry, *Post-training 4-bit quantization of
-convolutional networks for rapid-deployment*, NeurIPS 2019, bring the norm of each channel's weights back. Here it is
-the output that counts: the gain of a channel is the slope of its quantized output y' on fp32's y over the calibration
-images, cov(y, y') / var(y) = w C w' / w C w with C the covariance of the layer's inputs, and the channel's scales are
-divided by it. Noise in y' does not change this slope, while the scale of least squared error, the slope of y on y',
-shrinks the outputs further.
+convolutional networks for rapid-deployment*, NeurIPS 2019, restore the norm of each channel's weights. Here the output
+counts. The gain of a channel is the slope of its quantized output y' on fp32's y over the calibration images,
+cov(y, y') / var(y) = w C w' / w C w, with C the covariance of the layer's inputs. The channel's scales are divided by
+the gain. Noise in y' does not change this slope. The scale of least squared error, the slope of y on y', would shrink
+the outputs further.
 """
 
 import torch
@@ -17,9 +17,9 @@ from quantstudy.methods.moments import Moments
 from quantstudy.quantization.layers import quantized_layers
 
 LEAST, MOST = 0.5, 2.0
-"""Gains beyond these are of channels that rounding has broken; they are corrected no further."""
+"""Gains are clamped to these bounds: beyond them rounding has broken the channel."""
 CONSTANT = 1e-5
-"""The share of sum(w^2 E[x^2]) below which the variance of an output counts as none: in float32 it would be noise."""
+"""Below this share of sum(w^2 E[x^2]), the variance of an output counts as zero: in float32 it would be noise."""
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def correct_gains(model: nn.Module, network: nn.Module, moments: dict[str, Momen
     Args:
         model: the fp32 network.
         network: a copy of it with quantized layers.
-        moments: those of the layers' inputs in `model`; a layer without is left.
+        moments: the moments of the layers' inputs in `model`; a layer without moments is skipped.
     """
     for name, layer in quantized_layers(network).items():
         if name not in moments:
@@ -40,10 +40,10 @@ def correct_gains(model: nn.Module, network: nn.Module, moments: dict[str, Momen
 
 
 def output_gain(weight: Tensor, rounded: Tensor, moments: Moments) -> Tensor:
-    """Return the slope of each output channel with weight `rounded` on that with `weight`, both float32 [O, ...]: [O].
+    """Return the slope of each channel's output with weight `rounded` on its output with `weight`, float32 [O].
 
-    It is 1 where the output of `weight` is constant, or where the slope falls: there is nothing to scale. Inputs in
-    different blocks of `moments` count as uncorrelated.
+    Both weights are float32 [O, ...]. The slope is 1 where the output with `weight` is constant, or where the slope is
+    not positive: there is nothing to scale. Inputs in different blocks of `moments` count as uncorrelated.
     """
     groups = moments.mean.shape[0]
     before, after = (w.float().flatten(1).unflatten(0, (groups, -1)) for w in (weight, rounded))  # [groups, O / g, K]

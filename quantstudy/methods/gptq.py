@@ -1,14 +1,15 @@
-"""GPTQ: round weights one column after another, and let the columns still to come make up for the error.
+"""GPTQ: round weights one column after another, and let the remaining columns make up for the error.
 
 Frantar, Ashkboos, Hoefler and Alistarh, *GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-Transformers*, ICLR 2023, algorithm 1. A layer's output error on calibration inputs is tr(dW H dWᵀ) with H = E[x xᵀ];
-after column i is rounded, the others move by -(error / U[i, i]) U[i, i:], U the upper Cholesky factor of the inverse of
-H, damped by 1 % of its mean diagonal. The order of the columns is the weight's own.
+Transformers*, ICLR 2023, algorithm 1. A layer's output error on calibration inputs is tr(dW H dWᵀ) with H = E[x xᵀ].
+After column i is rounded, the remaining columns move by -(error / U[i, i]) U[i, i:]. U is the upper Cholesky factor of
+the inverse of H, damped by 1 % of its mean diagonal. Columns are rounded in the weight's own order.
 
-Here a convolution is a linear layer over patches, each group of it with its own H, all groups at once; the scales are
-chosen before, from the weight alone, so that the codes are stored like any other method's; a row longer than
-`moments.BLOCK` is a sequence of blocks without correlation between them. Where codes must not saturate in pairs, the
-first of a pair leaves room for what the second has become so far, and the second takes what room is left.
+Here a convolution is a linear layer over patches. Each of its groups has its own H, and all groups are rounded at once.
+The scales are chosen before, from the weight alone, so the codes are stored like any other method's. A row longer than
+`moments.BLOCK` is a sequence of blocks without correlation between them. Where pairs of codes must not saturate, the
+first code of a pair leaves room for the second weight in its current state, and the second code takes the room that is
+left.
 """
 
 import torch
@@ -20,7 +21,7 @@ from quantstudy.quantization.schemes import WeightScheme
 
 DAMPING = 0.01
 _LAZY = 128
-"""Columns after which the rest of the row is updated at once (section 3.3, step 2 of the paper)."""
+"""After this many columns, the rest of the row is updated at once (section 3.3, step 2 of the paper)."""
 
 
 @torch.no_grad()
@@ -28,10 +29,10 @@ def gptq_codes(weight: Tensor, scale: Tensor, scheme: WeightScheme, moments: Mom
     """Return int8 codes of `weight`'s shape that keep the layer's output on the calibration inputs.
 
     Args:
-        weight: float32 [O, ...], a Conv2d's or Linear's.
+        weight: float32 [O, ...], of a convolution or a linear layer.
         scale: float32 [O, scale groups], from `scheme`.
         scheme: bits and group size.
-        moments: those of the layer's input, of as many groups as the layer has.
+        moments: the moments of the layer's input, with as many groups as the layer has.
     """
     groups = moments.mean.shape[0]
     rows, step = weight.float().flatten(1), scheme.spread(scale, weight.shape)
@@ -48,7 +49,7 @@ def gptq_codes(weight: Tensor, scale: Tensor, scheme: WeightScheme, moments: Mom
 def _round_block(
     rows: Tensor, step: Tensor, codes: Tensor, scheme: WeightScheme, second: Tensor, columns: slice, area: int | None
 ) -> None:
-    """Round `columns` of `rows` [groups, O / groups, K] into `codes`; `rows` change. Neighbours are `area` apart."""
+    """Round `columns` of `rows` [groups, O / groups, K] into `codes`; `rows` change. Pairs are `area` apart."""
     factor = _inverse_factor(second)
     block = rows[:, :, columns]
     width = block.shape[2]

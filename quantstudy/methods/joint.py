@@ -1,18 +1,18 @@
-"""Joint fine-tuning: every degree of freedom of a quantized network at once, without labels.
+"""Joint fine-tuning: train every degree of freedom of a quantized network at once, without labels.
 
 Finkelstein, Fuchs, Tal, Grobman, Vosco and Meller, *QFT: Post-training Quantization via Fast Joint Finetuning of All
-Degrees of Freedom*, 2022. The fp32 network is the teacher; its pupil's weights, scales and biases learn together by
-Adam and straight-through gradients, starting from what the earlier steps of a method made: here codes, e.g. of GPTQ.
-All layers move with each pass over a batch, so that a few hundred steps on two cores do what layer-wise reconstruction
-needs thousands a layer for.
+Degrees of Freedom*, 2022. The fp32 network is the teacher, the quantized network its student. The student's weights,
+scales and biases learn together by Adam and straight-through gradients. They start from the result of a method's
+earlier steps, here codes, of GPTQ for example. Each step moves all layers, so a few hundred steps on two cores do what
+layer-wise reconstruction needs thousands of steps per layer for.
 
-The loss is the Kullback-Leibler divergence of the predictions, and the squared error of the head's input as a share of
-its variance, which is the paper's loss and says more of each image than its class. A few hundred images are soon
-learned by heart: they are cropped and flipped at random, an eighth of them takes no part and says which state is best,
-and the state before training is a candidate.
+The loss is the Kullback-Leibler divergence of the predictions, plus the squared error of the head's input as a share of
+its variance. The second term is the paper's loss; it says more about an image than its class. A network soon learns a
+few hundred images by heart. So the images are cropped and flipped at random. An eighth of them is held out and decides
+which state is best; the state before training is a candidate too.
 
-`finetune_jointly` is the last step of post-training methods, on the calibration images. The kind `qat_joint` trains the
-same way by the epoch, on the training images: `JointRecipe`.
+`finetune_jointly` is the last step of post-training methods, on the calibration images. The kind `qat_joint`
+(`uniform.JointRecipe`) trains the same way for whole epochs, on the training images.
 """
 
 import contextlib
@@ -39,18 +39,18 @@ def finetune_jointly(
     augmentation: P.CalibrationAugmentation = "crop_flip",
     head: str | None = None,
 ) -> dict[str, str]:
-    """Train `network`, whose layers are frozen, to predict what `reference` does; it is frozen again afterwards.
+    """Train `network` to predict what `reference` predicts; its layers are frozen before and after.
 
     Args:
         reference: the fp32 network.
-        network: the quantized one, in place.
+        network: the quantized network, changed in place.
         images: batches of float32 [N, C, H, W].
-        steps: of the training.
-        augmentation: of the images.
-        head: the layer that makes the logits, whose input is compared too.
+        steps: the most steps of training.
+        augmentation: how the images are augmented.
+        head: the name of the layer that makes the logits; its input is compared too.
 
     Returns:
-        The layers whose codes and scales did not learn, with why.
+        The layers whose codes and scales were not trained, each with the reason.
     """
     left = make_trainable(network)
     pixels = torch.cat(images)
@@ -86,7 +86,7 @@ def _divergence(network: nn.Module, images: Tensor, wanted: Tensor) -> float:
 
 @contextlib.contextmanager
 def _inputs_of(network: nn.Module, name: str | None) -> Iterator[list[Tensor]]:
-    """Yield a list that has the last input of a layer, or stays empty without a name."""
+    """Yield a list that holds the last input of the named layer; without a name it stays empty."""
     seen: list[Tensor] = []
 
     def keep(_: nn.Module, values: tuple[Tensor, ...]) -> None:
@@ -100,7 +100,7 @@ def _inputs_of(network: nn.Module, name: str | None) -> Iterator[list[Tensor]]:
 
 
 def augmented(images: Tensor, how: P.CalibrationAugmentation, generator: torch.Generator) -> Tensor:
-    """Return images [N, C, H, W] flipped, or cropped to between a half and all of their area and flipped, at random."""
+    """Return images [N, C, H, W] flipped at random; `crop_flip` first crops them to half of their area or more."""
     count = len(images)
     if how == "none":
         return images

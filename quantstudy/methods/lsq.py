@@ -1,16 +1,16 @@
-"""Quantization-aware training with learned step sizes, BatchNorm and all.
+"""Quantization-aware training with learned step sizes, while BatchNorm is still in the network.
 
-Weights are quantized before BatchNorm is folded, which the usual schemes simulate at some cost (Krishnamoorthi 2018,
-*Quantizing Deep Convolutional Networks for Efficient Inference*, section 3.2). Here nothing needs simulating: with one
-scale for a channel or a part of it, folding multiplies the channel's scale by gamma / sigma and leaves its codes alone.
-Only a negative gamma would turn the grid [-2^(b-1), 2^(b-1) - 1] around, so that channels are negated first to have
-none.
+Weights are quantized before BatchNorm is folded. The usual schemes simulate the folding in training, at some cost
+(Krishnamoorthi 2018, *Quantizing Deep Convolutional Networks for Efficient Inference*, section 3.2). Here nothing needs
+simulating: a scale belongs to a channel or a part of it, so folding multiplies it by gamma / sigma and leaves the codes
+alone. Only a negative gamma would turn the grid [-2^(b-1), 2^(b-1) - 1] around, so channels with a negative gamma are
+negated first.
 
-Schedule: weight scales start at the least squared error of the weights, activation scales where calibration puts them
-(`activation_range`); both learn from the first step, while zero points stay. At the start and after each epoch, before
-it is scored, the statistics of BatchNorm are estimated anew with its weights (Nagel, Fournarakis, Bondarenko and
-Blankevoort 2022, *Overcoming Oscillations in Quantization-Aware Training*, section 3). In the end weights are rounded
-and BatchNorm is folded into scales and biases.
+Schedule: weight scales start where `weight_range` puts them, by default at the least squared error of the weights;
+activation scales start where calibration puts them (`activation_range`). Both learn from the first step; zero points
+stay. Before each scoring, at the start and after each epoch, the statistics of BatchNorm are estimated anew with the
+current weights (Nagel, Fournarakis, Bondarenko and Blankevoort 2022, *Overcoming Oscillations in Quantization-Aware
+Training*, section 3). At the end, weights are rounded and BatchNorm is folded into scales and biases.
 """
 
 from collections.abc import Callable, Iterable
@@ -43,8 +43,8 @@ def learnable(
 ) -> nn.Module:
     """Return a copy of `model`, its BatchNorm not folded, whose layers quantize with learned scales.
 
-    `statistics` are the layers' of `observers.collect`, `schemes` name the layers, `how` their starting range,
-    `pairs` each layer and the BatchNorm that folds into it.
+    `statistics` are the layers' statistics from `observers.collect`. `schemes` names the layers to quantize. `how`
+    chooses the range that activation scales start from. `pairs` lists each layer with the BatchNorm that folds into it.
     """
     network = copy_of(model)
     for name, norm_name in pairs:
@@ -92,7 +92,7 @@ def estimate_batchnorm(network: nn.Module, batches: Iterable[tuple[Tensor, Tenso
 def freeze_learned(network: nn.Module, pairs: list[tuple[str, str]]) -> None:
     """Round the weights of a trained network and fold BatchNorm, in place; `pairs` are those of `fold_pairs`.
 
-    A gamma that became negative in training gives its channel the codes of the negated weight, the lowest one clipped.
+    If gamma became negative in training, its channel gets the codes of the negated weight; the lowest code is clipped.
     """
     for trained in quantized_layers(network).values():
         trained.activation.adopt_learned()

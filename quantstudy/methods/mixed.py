@@ -23,7 +23,7 @@ class MixedRecipe(UniformRecipe[Row]):
 
 @register(P.MixedLinear)
 class MixedLinearRecipe(MixedRecipe[P.MixedLinear]):
-    """Linear layers in integers (the notebook's simple rule)."""
+    """Linear layers in integers (the reference study's simple rule)."""
 
     def chosen(self, layers: dict[str, Any], row: P.MixedLinear) -> Collection[str]:
         return [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]

@@ -1,7 +1,8 @@
-"""The moments of each layer's input on calibration images, which GPTQ and gain correction work on.
+"""The moments of each layer's input on calibration images, for GPTQ and gain correction.
 
-A convolution is a linear layer over patches: for each of its groups, X [columns, K] holds a patch of K = (in_channels /
-groups) * kH * kW values a column, as `nn.Unfold` lays them out, padding included. A linear layer has one group.
+A convolution is a linear layer over patches. For each of its groups, X [patches, K] has one patch per row:
+K = (in_channels / groups) * kH * kW values, in the order of `nn.Unfold`, padding included. A linear layer has one
+group.
 """
 
 from collections import Counter
@@ -17,7 +18,7 @@ from quantstudy.network.graph import is_transposed
 from quantstudy.quantization.observers import quantizable_layers, run_watched
 
 BLOCK = 4096
-"""Columns beyond which second moments are kept for blocks of K alone: 25,088 of them (VGG-11) would take 2.5 GB."""
+"""If K is larger, second moments are kept only within blocks of this length: all of K = 25,088 (VGG-11) take 2.5 GB."""
 _COLUMNS = 8192
 
 
@@ -35,9 +36,8 @@ def input_moments(
 ) -> dict[str, Moments]:
     """Return the moments of the input of every layer, or of those of `names`, over `batches` [N, C, H, W].
 
-    A transposed convolution has none: a place of its output is no product of a patch.
-
-    Of each batch a layer sees at most 8,192 patches, evenly spread.
+    A transposed convolution has no moments: its outputs are not products with patches. Of each batch, at most about
+    8,192 patches of a layer count, evenly spread.
     """
     totals: dict[str, list[Tensor]] = {}
     counts: Counter[str] = Counter()
@@ -58,7 +58,7 @@ def input_moments(
 
 
 def _some_patches(layer: Any, value: Tensor) -> Tensor:
-    """Return at most about `_COLUMNS` patches, image by image: those of a whole batch can take gigabytes."""
+    """Return at most about `_COLUMNS` patches, image by image: all patches of a batch can take gigabytes."""
     if isinstance(layer, nn.Linear):
         return patches(layer, value)[:, :: -(-(value.numel() // value.shape[-1]) // _COLUMNS)]
     first = patches(layer, value[:1])

@@ -1,12 +1,12 @@
-"""What a post-training method does beyond rounding each weight to the nearest code, in one fixed order.
+"""The steps of a post-training method beyond rounding each weight to the nearest code, in a fixed order.
 
 1. `equalize`: cross-layer equalization, then absorption of high biases (`methods.equalization`);
 2. the ranges: `weight_range`, and for static activations `activation_range` on histograms of the equalized network;
-3. `rounding`: nearest, `gptq`, or learned, `adaround` (`methods.reconstruction`); `brecq` begins with `gptq`;
+3. `rounding`: `nearest`, `gptq`, or learned by `adaround` (`methods.reconstruction`); `brecq` begins with `gptq`;
 4. `gain_correction` (`methods.gain_correction`);
 5. `bias_correction` (`methods.bias_correction`);
-6. rounding `brecq`: weights, scales and biases of one block after another (`methods.blocks`);
-7. `finetune`: all of them at once (`methods.joint`). Neither needs labels.
+6. rounding `brecq`: train weights, scales and biases, one block after another (`methods.blocks`);
+7. `finetune`: train all of them at once (`methods.joint`). Steps 6 and 7 need no labels.
 """
 
 import copy
@@ -31,9 +31,10 @@ from quantstudy.quantization.variant import Skipped
 
 @torch.no_grad()
 def equalized(model: nn.Module, calibration: Calibration, row: P.Scheme) -> tuple[nn.Module, Calibration, Skipped]:
-    """Return the network that is quantized, its calibration, and what could not be equalized.
+    """Return the network to quantize, its calibration, and what could not be equalized.
 
-    Each step is compared with the network before on the calibration images, and undone where the output differs.
+    After each step, the output for the first calibration images is compared with the original one; the step is undone
+    if they differ.
     """
     if not row.equalize:
         return model, calibration, {}
@@ -61,7 +62,7 @@ def freeze(model: nn.Module, network: nn.Module, calibration: Calibration, row: 
     """
     skipped: Skipped = {}
     every = calibration
-    if row.finetune or row.rounding == "brecq":  # what these are judged on is kept from all steps before
+    if row.finetune or row.rounding == "brecq":  # no earlier step may see the images that judge these two
         calibration = every.first(split(sum(map(len, every.images)))[0])
     if row.rounding == "adaround":
         left = reconstruct(model, network, torch.cat(calibration.images), Limits(steps=row.steps))

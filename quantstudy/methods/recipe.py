@@ -1,7 +1,7 @@
-"""A recipe is how the methods of one kind make a variant; it is registered by the class of their row in the params.
+"""A recipe makes the variants of one kind of method; it is registered by the class of their rows in the params.
 
-A new kind is a file in this package with a recipe, a row class in `quantstudy.params.methods`, an import in
-`methods.recipes`, and a row in `params.yaml`. Nothing else asks what kind a method is.
+To add a kind, write a recipe in a file of this package, a row class in `quantstudy.params.methods`, an import in
+`methods.recipes`, and a row in `params.yaml`. No other code asks what kind a method is.
 """
 
 from collections.abc import Callable, Iterable
@@ -36,11 +36,11 @@ class TrainedRecipe(Recipe[Row]):
         raise NotImplementedError
 
     def finish(self, variant: Variant, model: nn.Module, row: Row) -> Variant:
-        """Return what is stored of the trained `variant`; `model` is what it was prepared from."""
+        """Return the variant to store, from the trained `variant`; `model` is the model that `prepare` got."""
         raise NotImplementedError
 
     def parameter_groups(self, variant: Variant, learning_rate: float) -> list[dict[str, Any]] | None:
-        """Return what Adam trains, each group at its own rate; None: all parameters, as the study's row says."""
+        """Return Adam's parameter groups, each with its own rate; None: all parameters, as the study's row says."""
         return None
 
     def autocast_dtype(self, row: Row) -> torch.dtype | None:
@@ -48,11 +48,11 @@ class TrainedRecipe(Recipe[Row]):
         return None
 
     def distillation(self, row: Row) -> float:
-        """Return the share of the fp32 model's predictions in what is learned, beside the labels."""
+        """Return the share of the fp32 model's predictions in the targets; the labels have the rest."""
         return 0.0
 
     def before_validation(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Callable[[nn.Module], None] | None:
-        """Return what is done to the network before each validation, if anything; `batches` are those it trains on."""
+        """Return what to call on the network before each validation, or None; `batches` are the training batches."""
         return None
 
 
@@ -60,7 +60,7 @@ RECIPES: dict[type[P.MethodRow], Recipe[Any]] = {}
 
 
 def register(row: type[P.MethodRow]) -> Callable[[type[Recipe[Any]]], type[Recipe[Any]]]:
-    """Make the class below the recipe of the methods whose row is a `row`."""
+    """Register the decorated class as the recipe of the methods whose rows have the class `row`."""
 
     def add(recipe: type[Recipe[Any]]) -> type[Recipe[Any]]:
         RECIPES[row] = recipe()

@@ -1,4 +1,4 @@
-"""Every recipe, by the row of its method. The imports register them."""
+"""Find the recipe of a method by its row; the imports here register all recipes."""
 
 import contextlib
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def trained_recipe_of(row: P.MethodRow) -> TrainedRecipe[Any]:
 
 
 def method_row(params: P.Params, method: str, *, trains: bool) -> Any:
-    """Return the row of a method that trains, or of one that does not; raise `UserError` for any other name."""
+    """Return the row of a method; raise `UserError` unless there is one that trains, or does not, as `trains` says."""
     row = params.method(method)
     if row.trains != trains:
         raise unknown("method", method, [name for name, other in params.methods.items() if other.trains == trains])
@@ -34,8 +34,8 @@ def quantize(model: nn.Module, calibration: Calibration, row: P.MethodRow, key: 
 
     Args:
         model: BatchNorm folded, eval mode; it stays untouched.
-        calibration: of this model.
-        row: of a method that does not train.
+        calibration: the calibration of `model`.
+        row: the row of a method that does not train.
         key: where the row lies in the params, for errors about its numbers.
 
     Raises:
@@ -49,7 +49,7 @@ def quantize(model: nn.Module, calibration: Calibration, row: P.MethodRow, key: 
 
 @contextlib.contextmanager
 def naming(row: P.MethodRow, key: str) -> Iterator[None]:
-    """Put `key`, where a row lies in the params, before the keys of the row that an error inside names."""
+    """Prefix the row's keys in an error with `key`, the place of the row in the params."""
     try:
         yield
     except UserError as error:

@@ -6,12 +6,13 @@ ICML 2020. A weight becomes s * clip(floor(w / s) + h(v)), h(v) = clip(1.2 sigmo
 
     mean over batch and places of |layer(x) - layer_q(x_q)|^2 + 0.01 sum(1 - |2 h(v) - 1|^beta)
 
-where x is the fp32 network's input of the layer and x_q that of the network quantized up to there; beta falls from 20
-to 2, after a fifth of the steps without the second term. In the end h is rounded to 0 or 1.
+x is the layer's input in the fp32 network, and x_q its input in the network that is quantized up to the layer. The
+second term is left out for the first fifth of the steps; then beta falls from 20 to 2. In the end h is rounded to 0 or
+1.
 
-Activation scales stay as calibrated. If rounding to nearest reconstructs the layer better on an eighth of the images,
-which takes no part in learning, that is kept. A layer of more than `LARGE` weights is left to the caller: at some
-hundred million, one step takes a second. `methods.blocks` reconstructs whole blocks, the units of `find_units`.
+Activation scales stay as calibrated. An eighth of the images is held out: if rounding to nearest reconstructs the layer
+better on these, it is kept. A layer of more than `LARGE` weights is left to the caller: with some hundred million
+weights, one step takes a second. `methods.blocks` reconstructs whole blocks, the units of `find_units`.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ _STRETCH = (-0.1, 1.1)
 
 @dataclass(frozen=True)
 class Limits:
-    """Of reconstruction: steps a layer, images a step, megabytes of cached activations."""
+    """Limits of reconstruction: steps per layer, images per step, megabytes of cached activations."""
 
     steps: int = 1000
     batch_size: int = 32
@@ -80,7 +81,7 @@ class SoftRounding(nn.Module):
 
 
 def find_units(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the parts of a network with quantized layers that are reconstructed one after another, by name."""
+    """Return the units to reconstruct one after another, by name: quantized layers, and blocks that contain some."""
     layers = set(quantized_layers(model).values())
     found: dict[str, nn.Module] = {}
 
@@ -97,7 +98,7 @@ def find_units(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def reconstruct(reference: nn.Module, network: nn.Module, images: Tensor, limits: Limits) -> list[str]:
-    """Freeze the layers of `network` with learned rounding, one by one; return the layers that were left to others.
+    """Freeze the layers of `network` with learned rounding, one by one; return the layers that are left to the caller.
 
     Args:
         reference: the fp32 network.
@@ -148,22 +149,22 @@ def _error(layer: nn.Module, inputs: Tensor, targets: Tensor) -> float:
 
 
 class _Reached(Exception):
-    """The layer's input is there; the rest of the network need not run."""
+    """The wanted tensor is recorded; the rest of the network need not run."""
 
 
 @torch.no_grad()
 def cached(
     reference: nn.Module, network: nn.Module, name: str, batches: Iterable[Tensor], most: float, *, plain: bool = False
 ) -> tuple[Tensor, ...]:
-    """Return a module's input in `network`, its output in `reference` and, if `plain`, its input there too.
+    """Return a module's input in `network`, its output in `reference` and, if `plain`, its input in `reference`.
 
     Args:
         reference: the fp32 network.
-        network: the quantized one.
-        name: of the module, in both.
-        batches: of images.
-        most: bytes of what is returned; the batch that goes beyond them is the last.
-        plain: whether the third is wanted.
+        network: the quantized network.
+        name: the module's name, in both.
+        batches: batches of images.
+        most: the most bytes to return; the batch that exceeds them is the last.
+        plain: whether to return the third tensor.
     """
     found: list[list[Tensor]] = [[], [], []] if plain else [[], []]
 

@@ -1,7 +1,7 @@
 """What it costs to quantize one layer alone, at each number of bits.
 
-For each layer and width only that layer's weights are quantized, and the network's logits are compared with those of
-fp32 on calibration images.
+For each layer and width, only that layer's weights are quantized. The network's logits are compared with fp32's on
+calibration images.
 """
 
 import itertools
@@ -28,7 +28,7 @@ COLUMNS = (
     *("layer", "bits", "weights", "macs", "bytes", "sqnr_db", "loss_increase", "kl_divergence", "top1_drop", "images"),
 )
 Table = dict[int, dict[str, nn.Module]]
-"""Layers by bits and by name."""
+"""Quantized layers by bits, then by name."""
 Layers = Mapping[str, Any]
 """The Conv2d and Linear of a network that can be quantized, by name."""
 
@@ -50,18 +50,18 @@ def measure_layers(
     settings: P.Sensitivity,
     macs: Mapping[str, int],
 ) -> list[Row]:
-    """Return one row a layer and width, in the order of execution.
+    """Return one row per layer and width, in the order of execution.
 
-    A row has the `layer`, `bits`, its number of `weights`, `macs` per image, `bytes` stored at that width, scales
-    included; and on `images`: `sqnr_db` of the logits, `loss_increase` (cross-entropy, nats), `kl_divergence` of the
-    predicted distribution from fp32's (nats) and `top1_drop` (percentage points).
+    A row has the `layer`, the `bits`, the number of `weights`, `macs` per image, and the `bytes` stored at that width,
+    scales included. On a number of `images` it has `sqnr_db` of the logits, `loss_increase` (cross-entropy, nats),
+    `kl_divergence` of the predicted distribution from fp32's (nats) and `top1_drop` (percentage points).
 
     Args:
         model: fp32, BatchNorm folded, eval mode; it stays untouched.
-        calibration: of `model`.
-        batches: images float32 [N, C, H, W] and labels int64 [N], to calibrate on; where there is no label, -1, the
-            class that `model` predicts takes its place.
-        settings: widths, and how weights are rounded.
+        calibration: the calibration of `model`.
+        batches: calibration images float32 [N, C, H, W] and labels int64 [N]; a label of -1 is unknown, and the class
+            that `model` predicts takes its place.
+        settings: the widths, and how weights are rounded.
         macs: multiply-accumulates per image of every layer.
     """
     layers = calibration.replaceable
@@ -85,7 +85,7 @@ def measure_layers(
 
 
 def divergence(reference: Tensor, logits: Tensor) -> float:
-    """Return the mean Kullback-Leibler divergence of the predictions by `logits` from those by `reference`, in nats."""
+    """Return the mean Kullback-Leibler divergence of the predictions of `logits` from those of `reference`, in nats."""
     log_p, log_q = reference.double().log_softmax(1), logits.double().log_softmax(1)
     return float(F.kl_div(log_q, log_p, reduction="batchmean", log_target=True))
 

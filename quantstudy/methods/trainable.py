@@ -1,11 +1,12 @@
-"""A frozen quantized network whose codes, scales and biases learn: what block-wise and joint fine-tuning share.
+"""Train the codes, scales and biases of a frozen quantized network, for block-wise and for joint fine-tuning.
 
-A weight is s exp(t) clip(round(v)): v starts at its code and learns in units of the step, so that one learning rate
-suits layers of any size; t and the activation scales learn relative to their start. Gradients pass the rounding
-straight through. Layers of more than `LARGE` weights keep their codes: Adam on a hundred million takes seconds a step.
+A weight is s exp(t) clip(round(v)). v starts at the weight's code and learns in units of the step, so one learning rate
+suits layers of any size. t and the activation scales learn relative to their start. Gradients pass the rounding
+straight through. Layers of more than `LARGE` weights keep their codes: Adam on a hundred million weights takes seconds
+per step.
 
-What is learned on a few hundred images is judged on others: `split` keeps a part of the images for that, and
-`Best` goes back to the state that was best on them.
+What is learned on a few hundred images is judged on others. `split` holds some of the images out, and `Best` goes back
+to the state with the least error on them.
 """
 
 import contextlib
@@ -22,16 +23,16 @@ from quantstudy.quantization.schemes import WeightScheme
 
 LARGE = 4_000_000
 SCALE_SHARE, BIAS_SHARE = 1 / 15, 1 / 30
-"""The rates of scales, relative to their start, and of biases, as shares of that of codes."""
+"""The learning rates of scales, relative to their start, and of biases, as shares of the codes' rate."""
 CHECKS = 10
-"""How often the error on the images that are kept back is taken."""
+"""How often the error on the held-out images is measured."""
 PATIENCE = 4
-"""Checks in a row, each of a larger error than the one before, that end the training."""
+"""This many checks in a row, each with a larger error than the check before, end the training."""
 _KEPT_SHARE, _LEAST_KEPT = 8, 8
 
 
 class MovingCodes(nn.Module):
-    """A weight quantizer whose codes and scales learn; it starts at those of a frozen layer."""
+    """A weight quantizer whose codes and scales learn; they start at the values of a frozen layer."""
 
     def __init__(self, codes: Tensor, scale: Tensor, scheme: WeightScheme) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class MovingCodes(nn.Module):
         return self.start * self.log_scale.exp()
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the rounded weight; the argument, a layer's own, is not used."""
+        """Return the rounded weight; the argument, the layer's own weight, is not used."""
         rounded = torch.fake_quantize_per_tensor_affine(self.codes, 1.0, 0, self.scheme.lowest, self.scheme.highest)
         return self.scheme.ungrouped(rounded * self.scale().unsqueeze(2), self.shape)
 
@@ -58,14 +59,14 @@ class MovingCodes(nn.Module):
 
 
 def make_trainable(network: nn.Module, drop: float = 0.0) -> dict[str, str]:
-    """Let what frozen layers have learn, and nothing else, in place: biases, activation scales, codes if not LARGE.
+    """Let the biases, activation scales, codes and weight scales of frozen layers learn, and nothing else, in place.
 
     Args:
         network: quantized, its layers frozen.
-        drop: how likely a value of an activation is not rounded while it trains.
+        drop: the probability that a value of an activation is not rounded during training.
 
     Returns:
-        The layers whose codes and weight scales do not learn, with why.
+        The layers whose codes and weight scales do not learn, each with the reason.
     """
     network.requires_grad_(False)
     layers = quantized_layers(network)
@@ -84,7 +85,7 @@ def make_trainable(network: nn.Module, drop: float = 0.0) -> dict[str, str]:
 
 
 def parameter_groups(network: nn.Module, rate: float) -> list[dict[str, Any]]:
-    """Return what `make_trainable` lets learn, for Adam: codes at `rate`, all else in proportion to it."""
+    """Return Adam's groups of what `make_trainable` lets learn: codes at `rate`, all else in proportion to it."""
     layers = list(quantized_layers(network).values())
     quantizers = [layer.weight_quantizer for layer in layers if layer.weight_quantizer is not None]
     found = [
@@ -109,13 +110,13 @@ def freeze_trained(network: nn.Module) -> None:
 
 
 def split(count: int) -> tuple[int, int]:
-    """Return how many of `count` images train, and how many after them judge; all do both where they are too few."""
+    """Return how many of `count` images train, and how many after them judge; too few images do both."""
     kept = max(count // _KEPT_SHARE, _LEAST_KEPT)
     return (count - kept, kept) if count >= 2 * kept else (count, count)
 
 
 class Best:
-    """The state of what learns that had the least error so far; the first one is that before training."""
+    """The trainable parameters' state with the least error so far; the state before training is the first candidate."""
 
     def __init__(self, network: nn.Module, error: float) -> None:
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -127,10 +128,10 @@ class Best:
         self._values = [parameter.detach().clone() for parameter in self.parameters]
 
     def add(self, error: float) -> bool:
-        """Take note of the error now; return whether there is hope that going on helps.
+        """Record the current error; return whether training should go on.
 
-        At high learning rates the error may lie above the first one for long and fall below it only as they decay, so
-        it is not the lack of a better one that ends a training but `PATIENCE` rises in a row.
+        At high learning rates the error may lie above the first one for long, and fall below it only as the rates
+        decay. So `PATIENCE` rises in a row end a training, not the lack of a better error.
         """
         self.rises = self.rises + 1 if error > self.last else 0
         self.last = error
@@ -148,7 +149,7 @@ class Best:
 
 @contextlib.contextmanager
 def everything_rounded(network: nn.Module) -> Iterator[None]:
-    """Have the activations of a network that trains dropped nowhere, as they are in the end."""
+    """Round all values of a training network's activations (`drop` 0), as the finished network does."""
     learned = [module for module in network.modules() if isinstance(module, LearnedActivation)]
     before = [module.drop for module in learned]
     for module in learned:
@@ -163,14 +164,14 @@ def everything_rounded(network: nn.Module) -> Iterator[None]:
 def train_to_best(
     network: nn.Module, rate: float, steps: int, loss: Callable[[], Tensor], error: Callable[[], float]
 ) -> Best:
-    """Train what `make_trainable` lets learn, in place, by Adam with a rate that falls to 0 by a cosine.
+    """Train what `make_trainable` lets learn, in place, by Adam with a learning rate that falls to 0 by a cosine.
 
     Args:
-        network: it ends in the state of the least error.
-        rate: of the codes.
-        steps: at most; an error that keeps rising ends them before.
-        loss: of the next batch; it is called with gradients.
-        error: on images that `loss` does not see.
+        network: the network; it ends in the state with the least error.
+        rate: the learning rate of the codes.
+        steps: the most steps; an error that keeps rising ends the training earlier.
+        loss: returns the loss of the next batch; it is called with gradients enabled.
+        error: returns the error on images that `loss` does not see.
     """
     best = Best(network, error())
     optimizer = torch.optim.Adam(parameter_groups(network, rate), fused=True)

@@ -30,7 +30,7 @@ class Place:
     curve: Path
     resume: Path
     inputs: Sequence[Path]
-    """The files that it depends on beside fp32: a state that was saved with others is not resumed from."""
+    """The other files that the run depends on; a state that was saved with different ones is not resumed."""
 
 
 def train(
@@ -42,16 +42,16 @@ def train(
     split: Split,
     device: torch.device,
 ) -> tuple[Variant | None, dict[str, Any]]:
-    """Return the finished variant and the facts of its training; no variant in processes that only help.
+    """Return the finished variant and the facts of its training; the variant is None in all processes but one.
 
     Args:
-        place: its files.
-        study: its row.
-        method: the name of `row`, one of a method that trains.
-        row: as `made_for` its target.
+        place: the files of the run.
+        study: the study's row.
+        method: the name of a method that trains.
+        row: the method's row, as `made_for` its target.
         calibrate: returns the calibration of the fp32 network, folded or not.
         split: the training images; a part of them validates.
-        device: where it trains.
+        device: the device to train on.
 
     Raises:
         UserError: the method cannot be applied to this network.

@@ -1,8 +1,8 @@
-"""The uniform integer methods: the same scheme in every layer, after training or fine-tuned with it.
+"""The uniform integer methods: the same scheme in every layer, after training or with fine-tuning.
 
-What they do beyond rounding to nearest is in `methods.post_training`. Static fine-tuning rounds the weights in each
-forward pass with a straight-through gradient (Jacob et al., *Quantization and Training of Neural Networks for Efficient
-Integer-Arithmetic-Only Inference*, CVPR 2018); joint fine-tuning is `methods.joint` by the epoch.
+`methods.post_training` has the steps beyond rounding to nearest. Static fine-tuning rounds the weights in each forward
+pass, with a straight-through gradient (Jacob et al., *Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference*, CVPR 2018). Joint fine-tuning does what `methods.joint` does, for whole epochs.
 """
 
 import copy
@@ -38,12 +38,12 @@ from quantstudy.quantization.variant import Skipped, Variant
 
 
 class UniformRecipe(Recipe[Row]):
-    """Equalize, put in quantized layers, round: what all integer methods without training do."""
+    """Equalize, put in quantized layers, round: the steps of all integer methods without training."""
 
     mode: Mode = "none"
 
     def chosen(self, layers: dict[str, Any], row: Row) -> Collection[str]:
-        """Return the names of the layers that are quantized, of those that can be."""
+        """Return the names of the layers to quantize, out of the `layers` that can be quantized."""
         return layers
 
     def simulated(self, model: nn.Module, calibration: Calibration, row: Any) -> Variant:
@@ -65,7 +65,7 @@ class UniformRecipe(Recipe[Row]):
         return layer_schemes(model, calibration, row, names, self.mode)
 
     def put_operands(self, network: nn.Module, calibration: Calibration, row: Any) -> list[str]:
-        """Let quantizers round the operands of attention's products, in place; return the operands' names."""
+        """Put quantizers on the operands of attention's products, in place; return the operands' names."""
         scheme = ActivationScheme(self.mode, row.activation_bits)
         found, batches = operands(calibration.model), [(images, torch.empty(0)) for images in calibration.images]
         seen = collect(calibration.model, batches, calibration.bins, found)["layers"] if found else {}
@@ -73,7 +73,7 @@ class UniformRecipe(Recipe[Row]):
         return list(seen)
 
     def quantizer(self, scheme: ActivationScheme, statistics: dict[str, Any], row: Any) -> ActivationQuantizer:
-        """Return what rounds an activation with these statistics."""
+        """Return the quantizer of an activation with these statistics."""
         return ActivationQuantizer(scheme)
 
     def quantize(self, model: nn.Module, calibration: Calibration, row: Any) -> Variant:
@@ -93,7 +93,7 @@ class UniformRecipe(Recipe[Row]):
         return plain
 
     def rounded(self, model: nn.Module, calibration: Calibration, row: Any) -> Variant:
-        """Return a quantized copy of `model` as it is."""
+        """Return a quantized copy of `model`; this does not equalize."""
         variant = self.simulated(model, calibration, row)
         variant.skipped |= freeze(model, variant.network, calibration, row)
         return variant
@@ -101,7 +101,7 @@ class UniformRecipe(Recipe[Row]):
 
 @torch.no_grad()
 def output_error(model: nn.Module, variant: nn.Module, batches: Sequence[torch.Tensor]) -> float:
-    """Return how far the logits of a variant lie from those of `model`, relative to their norm."""
+    """Return how far a variant's logits lie from the logits of `model`, relative to the norm of the latter."""
     wanted, found = (torch.cat([network(batch) for batch in batches]) for network in (model, variant))
     return relative_error(wanted, found)
 
@@ -187,18 +187,18 @@ class JointRecipe(TrainedRecipe[P.QatJoint]):
 
 
 def put_quantized(network: nn.Module, schemes: dict[str, LayerScheme], calibration: Calibration) -> dict[str, str]:
-    """Put quantized layers into `network` in place; return those that had to stay, each with the reason.
+    """Put quantized layers into `network` in place; return the layers that had to stay, each with the reason.
 
-    The network is captured again: it has to call the same as before.
+    The network is captured again, and must make the same calls as before.
 
     Raises:
-        UserError: it does not, or fails.
+        UserError: it makes other calls, or fails.
     """
     before = {name: network.get_submodule(name) for name in schemes}
     replaced = quantize_layers(network, schemes)
     try:
         graph = capture(network, calibration.images[0])
-    except Exception as error:  # a network may ask its layers for what only its own have
+    except Exception as error:  # a network may use attributes that only its original layers have
         raise UserError(f"method: the network fails with quantized layers: {one_line(error)}") from None
     stray = [name for name in replaced if name not in graph.calls_of]
     put(network, {name: before[name] for name in stray})
@@ -217,7 +217,11 @@ def left_as_they_are(model: nn.Module, graph: Graph) -> Skipped:
 def layer_schemes(
     model: nn.Module, calibration: Calibration, row: P.Scheme, names: Collection[str], mode: Mode
 ) -> dict[str, LayerScheme]:
-    """Return the scheme of each named layer, with `fragile_bits`, and `edge_bits` at the first to run and the head."""
+    """Return the scheme of each named layer.
+
+    `edge_bits` are the least bits of the first layer that runs and of the head. Where weights have few bits,
+    `fragile_bits` are the most bits that a layer may get.
+    """
     graph = calibration.graph
     edges = (graph.order[0], graph.head() or graph.order[-1]) if graph.order else ()
     activation_bits = int(getattr(row, "activation_bits", 32))
@@ -236,18 +240,19 @@ def layer_schemes(
         return schemes
     layers, images = calibration.replaceable, torch.cat(calibration.images)
     learned = row.rounding in ("adaround", "brecq")
-    rounding = row.model_copy(update={"rounding": "gptq"}) if learned else row  # learned, it would take minutes
+    rounding = row.model_copy(update={"rounding": "gptq"}) if learned else row  # learned rounding would take minutes
     losses = losses_alone(model, layers, rounded_alone(model, calibration, rounding, low), images)
-    highest = row.fragile_bits if mode == "none" else min(row.fragile_bits, 7)  # int8 sums saturate with eight
+    highest = row.fragile_bits if mode == "none" else min(row.fragile_bits, 7)  # int8 sums may saturate with eight
     return with_fragile_layers(layers, schemes, losses, highest, row.fragile_share, between=row.fragile_between)
 
 
 def rounded_alone(
     model: nn.Module, calibration: Calibration, row: P.Rounding, schemes: dict[str, LayerScheme]
 ) -> dict[str, Any]:
-    """Return frozen layers by name, each rounded as if it were the only one, weights alone.
+    """Return frozen layers by name, each rounded as if it were the only quantized layer; activations stay float.
 
-    What looks at other layers' errors is left out, and of bias correction all but the layer's own mean error.
+    Steps that look at other layers' errors are left out: fine-tuning, and all of bias correction but the layer's own
+    mean error.
     """
     network = copy.deepcopy(model)
     quantize_layers(network, {name: LayerScheme(scheme.weight) for name, scheme in schemes.items()})

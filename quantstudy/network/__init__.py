@@ -1,1 +1,1 @@
-"""Networks: architectures, their weights and checkpoints, and what is known of their graphs."""
+"""Networks: architectures, their weights and checkpoints, and their captured graphs."""

@@ -1,8 +1,8 @@
-"""Build a classifier by its name in the params: torchvision's, one for small images, or one's own by its import path.
+"""Build a classifier by its name in the params: torchvision's, one for small images, or your own by its import path.
 
 `mypackage.module:factory` imports `mypackage.module` from the project's folder (or the PYTHONPATH) and calls its
-`factory(num_classes=...)`. That code is part of what a model's file depends on, so its SHA-256 is kept beside the
-weights and compared before they are loaded into a network again.
+`factory(num_classes=...)`. A model's file depends on that code, so the code's SHA-256 is stored with the weights, and
+compared before they are loaded into a network again.
 """
 
 import functools
@@ -30,13 +30,13 @@ from quantstudy.network.source_code import transitive_imports
 Shape = tuple[int, int, int]
 """Channels, height and width of an image."""
 IMAGE_SIZE = 224
-"""What torchvision's networks are made for, where nothing else is said."""
+"""Pixels a side that torchvision's networks are made for, unless something else is said."""
 _SIZED = {"vit_": "image_size", "maxvit_": "input_size"}
-"""The argument by which the families whose parameters depend on the image size take it."""
+"""The argument for the image size, by the family's prefix, where parameters depend on that size."""
 
 
 def image_shape(image_size: int | Shape) -> Shape:
-    """Return the shape of an image: itself, or that of a square of RGB pixels, so many a side."""
+    """Return the shape of an image: the given shape, or a square RGB image with so many pixels a side."""
     return (3, image_size, image_size) if isinstance(image_size, int) else image_size
 
 
@@ -50,15 +50,15 @@ def build(
 ) -> nn.Module:
     """Return a classifier with a head of `classes` outputs and random weights.
 
-    Its attention and its convolutions that pad their input themselves are opened. `image_size`, pixels a side or a
-    shape, only matters to networks whose parameters depend on it, which take it as pixels a side, or as (height, width)
-    where they differ. `key` is the param that an error names.
+    Attention, and convolutions that pad their own input, are opened (`network.attention`, `network.padding`).
+    `image_size`, pixels a side or a shape, only matters to networks whose parameters depend on it. Such networks take
+    pixels a side, or (height, width) if the two differ. `key` is the param that an error names.
 
     Raises:
         UserError: there is no classifier of that name, or it cannot be built.
     """
     make = _own(architecture, key) if is_own(architecture) else _torchvision(architecture, key)
-    torch.backends.mha.set_fastpath_enabled(False)  # it reads the weights of an encoder's linear layers itself
+    torch.backends.mha.set_fastpath_enabled(False)  # it would read the weights of an encoder's linear layers itself
     arguments: dict[str, Any] = {"num_classes": classes}
     sized = next((name for prefix, name in _SIZED.items() if architecture.startswith(prefix)), None)
     _, height, width = image_shape(image_size)
@@ -81,10 +81,10 @@ def build(
 
 
 def check_logits(model: nn.Module, classes: int, image_size: int | Shape, key: str, *, trains: bool = False) -> None:
-    """Run `model` on images as everything here does; raise `UserError`, naming `key`, where it cannot be used.
+    """Run `model` on images; raise `UserError`, naming `key`, if this project cannot use it.
 
-    It has to take one image and several, channels_last, return logits [N, classes], in training mode too where it
-    `trains`, and have a layer that can be quantized.
+    The model must take one image and several, channels_last. It must return logits [N, classes], in training mode too
+    if `trains`, and have a layer that can be quantized.
     """
     check_layers(model, key)
     channels, height, width = image_shape(image_size)
@@ -94,9 +94,9 @@ def check_logits(model: nn.Module, classes: int, image_size: int | Shape, key: s
     for is_training, batch in ((False, images), (False, images[:1]), *([(True, images)] if trains else [])):
         mode = " in training mode" if is_training else ""
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):  # training is to start from the seed
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):  # training must start from the seed
                 logits = network.train(is_training)(batch)
-        except (Exception, SystemExit) as error:  # one's own code may raise anything, torchvision's for tiny images
+        except (Exception, SystemExit) as error:  # your own code may raise anything, torchvision's too for tiny images
             reason = one_line(error)
             if "view size is not compatible" in str(error):
                 reason = "it calls view() on maps that lie channels_last; write flatten(1) or reshape() instead"
@@ -114,9 +114,10 @@ def check_layers(model: nn.Module, key: str) -> None:
 
 
 def code_sha256(architecture: str, key: str = "model.architecture") -> str | None:
-    """Return the SHA-256 of the code behind an import path, None for another name.
+    """Return the SHA-256 of the code behind an import path, None for any other name.
 
-    The code is the module's file and, unless it is an installed package's, what it imports from beside it.
+    The code is the module's file and the local modules that it imports; of an installed package, only the module's
+    file.
     """
     if not is_own(architecture):
         return None
@@ -136,7 +137,7 @@ def code_sha256(architecture: str, key: str = "model.architecture") -> str | Non
 def check_architecture(architecture: str, expected: str | None, key: str) -> None:
     """Raise `UserError` unless there is a classifier of that name; `key` is where the `model` lies in the params.
 
-    `expected` is the SHA-256 of one's own code. Nothing is built.
+    `expected` is the SHA-256 of your own code. Nothing is built.
     """
     (_own if is_own(architecture) else _torchvision)(architecture, f"{key}.architecture")
     check_code(architecture, expected, f"{key}.code_sha256")
@@ -163,15 +164,16 @@ def _own(architecture: str, key: str) -> Callable[..., Any]:
 def _module(name: str, key: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except (Exception, SystemExit) as error:  # importing runs one's own code
+    except (Exception, SystemExit) as error:  # importing runs your own code
         where = f"{Path.cwd()} or PYTHONPATH"
         raise UserError(f"{key}: {name} cannot be imported from {where}: {one_line(error)}") from None
 
 
 def vgg11_small(num_classes: int) -> nn.Module:
-    """VGG-11 with batch normalization as it is trained on images of 32 px: a single linear layer of 512 inputs.
+    """VGG-11 with batch normalization for images of 32 px: its classifier is a single linear layer of 512 inputs.
 
-    The two hidden linear layers of torchvision's are 119 of its 129 million parameters, and read one pixel 49 times.
+    torchvision's VGG-11 has two hidden linear layers as well. They hold 119 of its 129 million parameters, and read one
+    pixel 49 times.
     """
     from torchvision.models import vgg
 

@@ -1,8 +1,8 @@
 """Attention whose projections are ordinary linear layers, so that they are quantized like any other.
 
-`nn.MultiheadAttention` reads the weights of its projections itself: put a quantized layer in their place and it is
-never called. `OpenAttention` computes the same from two `nn.Linear` modules that it does call. The two matrix products
-of attention (queries with keys, weights with values) have no weights; a method may round their operands.
+`nn.MultiheadAttention` reads the weights of its projections itself, so a quantized layer in their place is never
+called. `OpenAttention` computes the same from two `nn.Linear` modules that it does call. The two matrix products of
+attention (queries with keys, weights with values) have no weights; a method may round their operands.
 """
 
 import math
@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from quantstudy.network.graph import put
 
 FUSED = re.compile(r"(^|\.)in_proj_(weight|bias)$")
-"""How PyTorch names the projection of queries, keys and values in one."""
+"""PyTorch's names of the tensors that project queries, keys and values at once."""
 
 
 class Operand(nn.Module):
-    """One side of a matrix product, as it is; a quantizer may take its place."""
+    """One side of a matrix product, unchanged; a quantizer may take its place."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x`."""
@@ -36,7 +36,7 @@ class Product(nn.Module):
         self.left, self.right = Operand(), Operand()
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        """Multiply what is left of both."""
+        """Multiply both operands, rounded if quantizers took their places."""
         return torch.matmul(self.left(left), self.right(right))
 
     @property
@@ -101,7 +101,7 @@ class OpenAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [N, heads, L, E / heads]
 
     def _mask(self, attention: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
-        """Return what is added to the scores: minus infinity where a mask of booleans says so."""
+        """Return the mask to add to the scores: minus infinity where a boolean mask is true."""
         if attention is not None:
             attention = _added(attention, q)
             attention = attention.unflatten(0, (-1, self.num_heads)) if attention.ndim == 3 else attention
@@ -118,9 +118,9 @@ def _added(mask: Tensor, like: Tensor) -> Tensor:
 
 
 def open_attention(model: nn.Module) -> None:
-    """Put an `OpenAttention` in the place of each `nn.MultiheadAttention` of `model` that projects in one.
+    """Replace each `nn.MultiheadAttention` of `model` that projects at once by an `OpenAttention`, in place.
 
-    Those with keys or values of another size, or with biases of keys, stay as they are.
+    Modules with keys or values of another size, with a bias for keys, or with `add_zero_attn` stay as they are.
     """
     for name, module in list(model.named_modules()):
         is_plain = (
@@ -134,13 +134,13 @@ def open_attention(model: nn.Module) -> None:
 
 
 def operands(model: nn.Module) -> dict[str, nn.Module]:
-    """Return both sides of every product of attention by name, quantizers where they have taken their place."""
+    """Return both operands of every product of attention by name, or the quantizers in their places."""
     products = [(name, module) for name, module in model.named_modules() if isinstance(module, Product)]
     return {f"{name}.{side}": module for name, product in products for side, module in product.named_children()}
 
 
 def opened_names(state: dict[str, Tensor], own: Collection[str] | None = None) -> dict[str, Tensor]:
-    """Return a state_dict with the names that `open_attention` gives to the tensors: those in `own` alone, if given."""
+    """Return a state_dict with the names that `open_attention` gives to tensors, or to those in `own` alone."""
     renamed = {name: FUSED.sub(r"\1in_proj.\2", name) for name in state}
     return {new if own is None or new in own else name: state[name] for name, new in renamed.items()}
 

@@ -1,8 +1,8 @@
-"""Model files: safe to load, and as small as what they hold.
+"""Model files: safe to load, and hardly larger than their tensors.
 
-A file is a dictionary of plain values and tensors, so `torch.load(weights_only=True)` reads it and nothing in
-it is executed. Its tensors are finite when they are written and when they are read. `torch.save` spends some 200 bytes
-and a 64-byte alignment on each storage; therefore the tensors of one dtype are views into one storage.
+A file is a dictionary of plain values and tensors, so `torch.load(weights_only=True)` reads it and executes nothing in
+it. Tensors must be finite when they are written and when they are read. `torch.save` spends some 200 bytes and a
+64-byte alignment on each storage, so all tensors of one dtype are views into one storage.
 """
 
 import functools
@@ -47,10 +47,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def model_file(study: str, variant: str, architecture: str | None = None) -> Path:
-    """Return the path of a study's model file, known to be whole, and of this study, variant and architecture.
+    """Return the path of a study's model file, checked to be whole and of this study, variant and architecture.
 
     Raises:
-        UserError: it is missing, damaged, or another's.
+        UserError: the file is missing, damaged, or belongs to another study, variant or architecture.
     """
     path = layout.model(study, variant)
     checkpoint = load_checkpoint(path)
@@ -62,7 +62,7 @@ def model_file(study: str, variant: str, architecture: str | None = None) -> Pat
 
 
 def reads_model(load: Callable[Concatenate[Path, Given], Read]) -> Callable[Concatenate[Path, Given], Read]:
-    """Have a function that reads a model file raise `UserError` where the file lacks what such files have."""
+    """Make a function that reads a model file raise `UserError` if the file is not a whole model file."""
 
     @functools.wraps(load)
     def checked(path: Path, /, *args: Given.args, **kwargs: Given.kwargs) -> Read:
@@ -107,7 +107,7 @@ def check_finite(state: Mapping[str, torch.Tensor], source: object) -> None:
 def load_into(
     model: nn.Module, state_dict: Mapping[str, torch.Tensor], *, strict: bool = True, assign: bool = False
 ) -> None:
-    """Load tensors into a network of the same version of its code: what a plain dictionary does not say."""
+    """Load tensors into a network, as tensors of the same version of its code; a plain dictionary holds no versions."""
     state = OrderedDict(state_dict)
     state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
     model.load_state_dict(state, strict=strict, assign=assign)
@@ -117,7 +117,7 @@ def load_tensors(path: Path) -> Any:
     """Read any file of tensors and plain values, safetensors too, on the CPU, executing nothing in it.
 
     Raises:
-        UserError: the file is missing, damaged, or holds what only code could make of it.
+        UserError: the file is missing, damaged, or holds objects that only code could load.
     """
     path = Path(path)
     if not path.is_file():
@@ -152,7 +152,7 @@ def _safetensors(content: bytes) -> dict[str, torch.Tensor]:
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    """Say what a file is that holds no plain tensors, and what to save instead."""
+    """Say what a file that cannot be read holds, and what to save instead."""
     text = str(error)
     if "TorchScript" in text:
         return "a TorchScript program; save the state_dict of the model that it was made from"

@@ -1,4 +1,4 @@
-"""Fold normalizations into the layers before them, and weights that are computed from others into plain ones."""
+"""Fold normalizations into the layers before them, and turn weights that are computed from others into plain ones."""
 
 import contextlib
 import copy
@@ -26,26 +26,26 @@ from quantstudy.network.graph import (
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 TOLERANCE = 1e-4
-"""How far the logits of the folded network may lie from those before, relative to their norm."""
+"""How far folding may move the logits, relative to their norm."""
 
 
 def fold_batchnorm(model: nn.Module, images: Tensor | None = None) -> nn.Module:
-    """Return a copy in eval mode where each BatchNorm that alone reads a convolution or a linear layer is folded in.
+    """Return a copy in eval mode where each BatchNorm is folded that alone reads a convolution or a linear layer.
 
-    The names of the layers stay: the layer takes the folded weight and a bias, the BatchNorm becomes an `Identity`. The
-    copy has `unfolded`, a dictionary of the BatchNorms that stay, by name, each with the reason.
+    The names of the layers stay: the layer takes the folded weight and a bias, and the BatchNorm becomes an `Identity`.
+    The copy's attribute `unfolded` is a dictionary of the BatchNorms that stay, by name, each with the reason.
 
     Args:
         model: float32, on the CPU.
-        images: float32 [N, C, H, W], that it is captured on; None for random ones of a usual size.
+        images: float32 [N, C, H, W], to capture the graph on; None for random images of a usual size.
     """
     return fold_in_place(copy_of(model).eval(), images)
 
 
 def fold_in_place(model: Any, images: Tensor | None = None) -> Any:
-    """Do what `fold_batchnorm` does, to the model itself, which is in eval mode, and return it.
+    """Fold as `fold_batchnorm` does, but in place; `model` must be in eval mode. Return it.
 
-    The folded network is compared with the one before on the images; where it differs, nothing is folded.
+    The outputs for the images are compared before and after; if they differ, nothing is folded.
     """
     settle_weights(model)
     model.unfolded = {}
@@ -55,7 +55,7 @@ def fold_in_place(model: Any, images: Tensor | None = None) -> Any:
     try:
         images = example_images(model) if images is None else images
         graph = capture(model, images)
-    except Exception as error:  # the code of a network of one's own may raise anything
+    except Exception as error:  # your own network's code may raise anything
         model.unfolded = dict.fromkeys(norms, f"the network was not captured: {one_line(error)}")
         return model.requires_grad_(False)
     pairs, model.unfolded = fold_pairs(graph, norms)
@@ -67,7 +67,7 @@ def fold_in_place(model: Any, images: Tensor | None = None) -> Any:
         found = run_in_eval(model, images)
         change = 0.0 if before.is_meta else relative_error(before, found)
         reason = f"folded, the network's output would differ by {change:.2g} of its norm"
-    except Exception as error:  # it may ask for what a BatchNorm has
+    except Exception as error:  # it may use attributes that only a BatchNorm has
         change, reason = float("inf"), f"folded, the network fails: {one_line(error)}"
     if change > TOLERANCE:
         put(model, {name: modules[name] for pair in pairs for name in pair})
@@ -76,7 +76,7 @@ def fold_in_place(model: Any, images: Tensor | None = None) -> Any:
 
 
 def fold_like(model: nn.Module, names: Collection[str]) -> nn.Module:
-    """Make a network of random weights, in place, one whose state_dict has the tensors `names`: of a folded network."""
+    """Change a network of random weights, in place, so that its state_dict has the tensors `names` of a folded one."""
     settle_weights(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, NORMS) and f"{name}.running_mean" not in names and module.running_mean is not None:
@@ -89,7 +89,7 @@ def fold_like(model: nn.Module, names: Collection[str]) -> nn.Module:
 
 
 def fold_pairs(graph: Graph, norms: Collection[str]) -> tuple[list[tuple[str, str]], dict[str, str]]:
-    """Return the names of each layer and the BatchNorm that folds into it, and of the others of `norms` why not."""
+    """Return the names of each layer and the BatchNorm that folds into it, and why others of `norms` do not fold."""
     pairs: list[tuple[str, str]] = []
     unfolded: dict[str, str] = {}
     for norm in norms:
@@ -126,7 +126,7 @@ def _layer_before(graph: Graph, norm: str) -> tuple[str | None, str]:
 
 @torch.no_grad()
 def _fused(layer: Any, norm: Any) -> Any:
-    """Return the layer with the BatchNorm behind it, as `torch.nn.utils.fusion` has it."""
+    """Return the layer with the BatchNorm behind it, as `torch.nn.utils.fusion` computes it."""
     fused = copy.copy(layer)
     fused._parameters = dict(layer._parameters)
     deviation = torch.rsqrt(norm.running_var + norm.eps)
@@ -148,9 +148,9 @@ def scaled_outputs(layer: Any, factor: Tensor) -> Tensor:
 
 
 def settle_weights(model: nn.Module) -> None:
-    """Make each weight that is computed in every forward pass a plain parameter of the value that it has, in place.
+    """Turn each weight that is computed in every forward pass into a plain parameter with its current value, in place.
 
-    Such are weight_norm's and spectral_norm's, both as parametrizations and as hooks, and pruned weights.
+    These are the weights of weight_norm and spectral_norm, as parametrizations and as hooks, and pruned weights.
     """
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
@@ -178,7 +178,7 @@ def channels_last(model: nn.Module) -> nn.Module:
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """Return a deep copy, also of a network whose weights are computed: PyTorch copies no tensor with a history."""
+    """Return a deep copy, even if weights are computed from others: PyTorch does not copy tensors with a history."""
     with _without_history(model):
         return copy.deepcopy(model)
 

@@ -29,9 +29,9 @@ def save_fp32(
     class_names: Sequence[str] | None = None,
     study: str | None = None,
 ) -> None:
-    """Write the trained model, BatchNorm not folded, with its input, its classes and the SHA-256 of one's own code.
+    """Write the trained model, BatchNorm not folded, with its preprocessing, its classes and your own code's SHA-256.
 
-    `study` is the study that it is of, and that its variants will be of.
+    `study` is the study that the model and its variants belong to.
     """
     facts = new_facts(architecture, classes, preprocessing)
     facts |= {"class_names": list(class_names)} if class_names else {}
@@ -40,7 +40,7 @@ def save_fp32(
 
 
 def new_facts(architecture: str, classes: int, preprocessing: P.Preprocessing) -> dict[str, Any]:
-    """Return what the file of a new network says of it beside its tensors."""
+    """Return what the file of a new network holds in addition to its tensors."""
     facts = {"architecture": architecture, "classes": classes, "preprocessing": preprocessing.model_dump()}
     return facts | ({"code_sha256": code_sha256(architecture)} if is_own(architecture) else {})
 
@@ -53,7 +53,7 @@ def network_facts(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 @reads_model
 def load_preprocessing(path: Path) -> P.Preprocessing:
-    """Return what the model of a file, fp32 or a variant, wants its input to be."""
+    """Return the preprocessing of the input of a file's model, fp32 or a variant."""
     return _preprocessing_of(load_checkpoint(path))
 
 
@@ -74,7 +74,7 @@ def load_fp32(path: Path, *, fold: bool = True) -> nn.Module:
 
 
 def skeleton_of(checkpoint: dict[str, Any], path: Path) -> nn.Module:
-    """Return the network of a variant, read from `path`: what was folded is, and its tensors have no values yet."""
+    """Return the network of a variant, read from `path`: folded like the variant, and without its weights."""
     return fold_like(_network_of(checkpoint, path).eval(), checkpoint["state_dict"].keys())
 
 
@@ -83,8 +83,8 @@ def skeleton(
 ) -> nn.Module:
     """Return an architecture as quantization sees it: BatchNorm folded, eval mode.
 
-    The tensors of torchvision's networks have no storage; those of one's own have their random start, since what
-    its code computes besides parameters has to be there. `names` are those of a state_dict that says what is folded.
+    The tensors of torchvision's networks have no storage. The tensors of your own network have their random start,
+    since its code may compute more than parameters. `names` are the names in a state_dict; they say what is folded.
     """
     model = _without_weights(architecture, classes, image_size).eval()
     if names is not None:

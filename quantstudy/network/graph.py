@@ -1,9 +1,9 @@
 """The captured graph of a network: what it calls, in which order and on what, when it runs on a few images.
 
-The network runs as it is, with its own control flow. A hook on each layer and a `TorchFunctionMode` write down every
-call of a module of `torch.nn` and, outside of these, of a function of PyTorch, with the calls whose results it reads.
-Whoever asks in what order layers run, who reads whose output, or whether a layer's arithmetic is the one that its class
-is known for, asks a `Graph`.
+The network runs as it is, with its own control flow. A hook on each layer and a `TorchFunctionMode` record every call
+of a module of `torch.nn` and, outside of these modules, of a function of PyTorch. Each call is recorded with the calls
+whose results it reads. A `Graph` thus tells in which order layers run, which calls read whose output, and whether a
+layer computes just what its class computes.
 """
 
 import contextlib
@@ -26,24 +26,24 @@ LAYERS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     nn.Linear,
 )
-"""What can be quantized."""
+"""The layers that can be quantized."""
 _READS_VALUES = frozenset(["__bool__", "__int__", "__float__", "__index__", "item", "tolist", "nonzero"])
 
 
 @dataclass(eq=False)
 class Call:
-    """One call of a module or a function; the first one of a graph stands for the images.
+    """One call of a module or a function; the first call of a graph stands for the images.
 
-    `arguments` and `keywords` have the shape of a tensor in its place.
+    In `arguments` and `keywords`, a tensor's shape stands for the tensor.
     """
 
     name: str
-    """Of the module in the network, or of the function."""
+    """The name of the module in the network, or of the function."""
     module: nn.Module | None = None
     arguments: tuple[Any, ...] = ()
     keywords: dict[str, Any] = field(default_factory=dict)
     inputs: list["Call"] = field(default_factory=list)
-    """Whose results it reads; what is the same for all images, such as a parameter, is left out."""
+    """The calls whose results it reads, without what is the same for all images, such as a parameter."""
     readers: list["Call"] = field(default_factory=list)
     reads: frozenset[str] = frozenset()
     """The parameters and buffers of the network that a function reads."""
@@ -55,13 +55,13 @@ class Call:
 
 @dataclass
 class Graph:
-    """What a network calls, in order. `problem` says why nothing may be concluded from it for other images."""
+    """The calls of a network, in order. `problem` says why they may differ for other images."""
 
     calls: list[Call]
     result: Call | None
-    """Whose result the network returns."""
+    """The call whose result the network returns."""
     plain: dict[str, Any]
-    """The layers whose arithmetic is their class's, by name, in the order in which they first run."""
+    """The layers that compute just what their class computes, by name, in the order in which they first run."""
     left: dict[str, str]
     """The other layers, each with the reason."""
     problem: str | None = None
@@ -76,17 +76,17 @@ class Graph:
         return dict(found)
 
     def only_call(self, name: str) -> Call | None:
-        """Return the call of a module that is called once; None for another one."""
+        """Return the call of a module that is called exactly once; None for any other module."""
         calls = self.calls_of.get(name, [])
         return calls[0] if len(calls) == 1 else None
 
     @property
     def order(self) -> list[str]:
-        """The names of all layers that run, in the order in which they first do."""
+        """The names of all layers that run, in the order in which they first run."""
         return [name for name, calls in self.calls_of.items() if isinstance(calls[0].module, LAYERS)]
 
     def head(self) -> str | None:
-        """Return the name of the layer that makes the logits: the last one before the result, over calls between."""
+        """Return the name of the layer that makes the logits: the last one before the result, whatever lies between."""
         call = self.result
         while call is not None and not isinstance(call.module, LAYERS):
             call = call.inputs[0] if len(call.inputs) == 1 else None
@@ -95,10 +95,10 @@ class Graph:
 
 @torch.no_grad()
 def capture(model: nn.Module, images: Tensor) -> Graph:
-    """Run `model` on the first two images of [N, C, H, W], one twice if it is alone, in eval mode; return its graph.
+    """Run `model` in eval mode on the first two images of [N, C, H, W], or on a single one twice; return its graph.
 
-    It is run on the first image alone too: a network that calls something else then has a `problem`, and so has one
-    whose control flow depends on values. A module with the attribute `captured_whole` is one call.
+    The model also runs on the first image alone. The graph has a `problem` if the calls then differ, or if the control
+    flow depends on values. A module with the attribute `captured_whole` is one call.
 
     Raises:
         Whatever the network raises.
@@ -119,7 +119,7 @@ def capture(model: nn.Module, images: Tensor) -> Graph:
 
 def _captured(model: nn.Module, images: Tensor) -> Graph:
     own_hooks = {name for name, module in model.named_modules() if has_hooks(module)}
-    images = images.clone()  # a network may write to what it is given
+    images = images.clone()  # a network may write to its input
     recorder = _Recorder(model, images)
     with contextlib.ExitStack() as stack:
         for name, module in model.named_modules():
@@ -136,14 +136,14 @@ def _captured(model: nn.Module, images: Tensor) -> Graph:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether a call of a module is one call of the graph: a layer, or what has no modules in it and is PyTorch's."""
+    """Whether a call of a module is one call of the graph: a layer, or a PyTorch module without children."""
     if isinstance(module, LAYERS) or hasattr(module, "captured_whole"):
         return True
     return type(module).__module__.startswith("torch.nn.modules.") and not any(True for _ in module.children())
 
 
 class _Recorder(TorchFunctionMode):
-    """Writes down what is called. Tensors are kept until the end, so that none takes another's place in memory."""
+    """Records what is called. Tensors are kept until the end, so that no new one takes an old one's place in memory."""
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class _Recorder(TorchFunctionMode):
         self.problem: str | None = None
 
     def enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.versions.append([])  # first, so that what is asked of a tensor here is not taken for a call of the network
+        self.versions.append([])  # first: what is asked of tensors below is no call of the network
         self.versions[-1] = _versions((args, kwargs))
 
     def leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
@@ -208,7 +208,7 @@ def _versions(arguments: Any) -> list[tuple[Tensor, int]]:
 
 
 def _sort_layers(model: nn.Module, graph: Graph, hooked: set[str]) -> None:
-    """Say of each layer whether it is plain, and why if not."""
+    """Sort the layers into plain ones and others, with the reasons."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
     owners: Counter[int] = Counter(id(layer._parameters["weight"]) for layer in layers.values() if _owns(layer))
     read = {name: call.name for call in graph.calls if call.module is None for name in call.reads}
@@ -246,7 +246,7 @@ def _not_its_class(layer: Any) -> str | None:
 
 
 def _reads_of(name: str, graph: Graph, read: dict[str, str]) -> str | None:
-    """Return why a layer is not all that its weight is for, or is called in another way."""
+    """Return why a layer is not the only reader of its weight, does not run, or is called in an unusual way."""
     calls = graph.calls_of.get(name, [])
     for tensor in ("weight", "bias"):
         if function := read.get(f"{name}.{tensor}"):
@@ -262,12 +262,12 @@ def _reads_of(name: str, graph: Graph, read: dict[str, str]) -> str | None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something is done before or behind the forward pass of a module."""
+    """Whether hooks run before or after the forward pass of a module."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def put(model: nn.Module, replaced: Mapping[str, nn.Module]) -> None:
-    """Put each module in the place of that of its name, and wherever else that one stands."""
+    """Put each module in the place of the module with its name, wherever that module stands in `model`."""
     new = {id(model.get_submodule(name)): module for name, module in replaced.items()}
     for place, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in new:
@@ -278,7 +278,7 @@ def example_images(model: nn.Module) -> Tensor:
     """Return two random images that `model` takes: of its `example_shape`, [C, H, W], or of a usual size.
 
     Raises:
-        ValueError: it takes none of them.
+        ValueError: the model fails on all of these.
     """
     first = next((module for module in model.modules() if isinstance(module, LAYERS)), None)
     channels = first.in_channels if isinstance(first, nn.Conv2d) else 3
@@ -289,7 +289,7 @@ def example_images(model: nn.Module) -> Tensor:
         images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)  # type: ignore[misc]
         try:
             run_in_eval(model, images)
-        except Exception as error:  # a network may raise anything at images of another size
+        except Exception as error:  # a network may raise anything for images of another size
             problem = problem or one_line(error)
             continue
         return images
@@ -297,17 +297,17 @@ def example_images(model: nn.Module) -> Tensor:
 
 
 def head_name(model: nn.Module) -> str:
-    """Return the name of the layer that makes the logits, or, where no graph tells, of the last one that is defined."""
+    """Return the name of the layer that makes the logits, or, if no graph tells, of the last layer that is defined."""
     try:
         head = capture(model, example_images(model)).head()
-    except Exception:  # the code of a network of one's own may raise anything
+    except Exception:  # your own network's code may raise anything
         head = None
     return head or [name for name, module in model.named_modules() if isinstance(module, LAYERS)][-1]
 
 
 @torch.no_grad()
 def run_in_eval(model: nn.Module, images: Tensor) -> Tensor:
-    """Return what `model` makes of images in eval mode; its mode stays as it is."""
+    """Return the output of `model` for images, in eval mode; its mode stays as it is."""
     training = model.training
     try:
         return model.eval()(images.clone())  # type: ignore[no-any-return]
@@ -316,7 +316,7 @@ def run_in_eval(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def relative_error(wanted: Tensor, found: Tensor) -> float:
-    """Return the norm of the difference as a share of the norm of `wanted`; infinity for what is not finite."""
+    """Return the norm of the difference as a share of the norm of `wanted`; infinity if it is not finite."""
     error = (found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)
     return float(error) if bool(error.isfinite()) else float("inf")
 
@@ -324,7 +324,7 @@ def relative_error(wanted: Tensor, found: Tensor) -> float:
 def out_channels_first(layer: Any, weight: Tensor) -> Tensor:
     """Return a layer's weight, or a tensor of its shape, as [O, I / groups, ...].
 
-    That is how all layers have it but transposed convolutions, [I, O / groups, ...].
+    All layers store it in this way, except transposed convolutions: [I, O / groups, ...].
     """
     if not is_transposed(layer):
         return weight

@@ -1,6 +1,6 @@
 """Multiply-accumulates per image, counted by PyTorch's FlopCounterMode.
 
-It sees each operator that multiplies, whoever calls it.
+It counts each operator that multiplies, whatever calls it.
 """
 
 import torch
@@ -16,11 +16,11 @@ from quantstudy.network.graph import LAYERS
 def count_macs(model: nn.Module, image_size: int | Shape) -> tuple[int, dict[str, int]]:
     """Return the multiply-accumulates per image of all matrix products, and of every Conv2d and Linear by its name.
 
-    The total holds those outside the layers too, such as attention's; sums, pooling and normalization count nothing.
+    The total includes products outside the layers, such as attention's. Sums, pooling and normalization count as zero.
 
     Args:
         model: an fp32 model in eval mode that takes float32 [N, channels, height, width].
-        image_size: channels, height and width of an image, or pixels a side of a square of RGB.
+        image_size: channels, height and width of an image, or pixels a side of a square RGB image.
     """
     device = next(model.parameters()).device
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # a fused operator is not counted

@@ -1,10 +1,10 @@
-"""Convolutions that pad their input themselves, taken apart, so that they are quantized like any other.
+"""Take convolutions that pad their own input apart, so that they are quantized like any other.
 
-Networks that come from TensorFlow pad by its rule "SAME", as much as the size of the image asks for and more at the end
-than at the beginning, which PyTorch's convolutions cannot: they are subclasses whose `forward` pads and then
-convolves (EfficientNet's, MobileNet's and MixNet's ports, causal convolutions). What such a class computes is not known
-from its name, so each is run on a few sizes, and taken apart only if all it does is to pad with zeros, by that rule or
-by a constant, and to convolve with its own weight.
+Networks that come from TensorFlow pad by its rule "SAME": as much as the image size asks for, and more at the end than
+at the beginning. PyTorch's convolutions cannot do this. The ports of EfficientNet, MobileNet and MixNet use subclasses
+whose `forward` pads and then convolves, and so do causal convolutions. The name of a class does not tell what it
+computes, so each layer is run on a few sizes. It is taken apart only if it does nothing but pad with zeros, by that
+rule or by a constant, and convolve with its own weight.
 """
 
 from collections import OrderedDict
@@ -21,7 +21,7 @@ from quantstudy.network.graph import has_hooks, put
 CONVOLUTIONS: dict[type[nn.Module], str] = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
 ZERO_PADS: dict[type[nn.Module], Any] = {nn.Conv1d: nn.ZeroPad1d, nn.Conv2d: nn.ZeroPad2d, nn.Conv3d: nn.ZeroPad3d}
 SIDES = (20, 21, 22, 23)
-"""Of the inputs that a layer is tried on: all remainders of strides up to four."""
+"""Sizes of the inputs that a layer is tried on; they have all remainders of strides up to four."""
 
 
 class SamePadding(nn.Module):
@@ -46,7 +46,7 @@ class SamePadding(nn.Module):
 
 
 class _Watch(TorchFunctionMode):
-    """Writes down the functions that make tensors."""
+    """Records the calls of functions that return tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,9 +60,10 @@ class _Watch(TorchFunctionMode):
 
 
 def open_padding(model: nn.Module) -> None:
-    """Put plain convolutions in the place of those that pad their input themselves, in place.
+    """Replace convolutions that pad their own input by plain ones, in place.
 
-    A layer becomes one of the same name where that can pad alike, else a sequence of the padding, `pad`, and `conv`.
+    If a plain convolution can pad in the same way, it takes the layer's place. Otherwise a sequence of the padding,
+    `pad`, and the convolution, `conv`, takes it.
     """
     for name, module in list(model.named_modules()):
         kind = next((kind for kind in CONVOLUTIONS if isinstance(module, kind)), None)
@@ -88,13 +89,13 @@ def open_padding(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _amounts(layer: Any, kind: type[nn.Module], side: int) -> list[int] | None:
-    """Return by how much a layer pads an input of that side before it convolves; None if that is not all it does."""
+    """Return how much a layer pads an input of that side before it convolves; None if it does anything else."""
     own = {name: torch.empty_like(value, device="meta") for name, value in layer.named_parameters()}
     x = torch.empty(1, layer.in_channels, *[side] * len(layer.kernel_size), device="meta")
     try:
         with _Watch() as watch:
             result = torch.func.functional_call(layer, own, x)
-    except Exception:  # the code of a layer of one's own may raise anything
+    except Exception:  # your own layer's code may raise anything
         return None
     *before, last = watch.calls or [("", (), {}, None)]
     name, args, kwargs, made = last
@@ -113,14 +114,14 @@ def _amounts(layer: Any, kind: type[nn.Module], side: int) -> list[int] | None:
     pads = zero_padding(args, kwargs) if name == "pad" and given["input"] is made else None
     if pads is None or (args[0] if args else kwargs["input"]) is not x:
         return None
-    if len(pads) > len(around) or (any(around) and min(pads) < 0):  # what is cut off and padded again is zeros
+    if len(pads) > len(around) or (any(around) and min(pads) < 0):  # values cut off and padded again become zeros
         return None
     amounts = [*pads, *[0] * (len(around) - len(pads))]
     return [one + other for one, other in zip(amounts, around, strict=True)]
 
 
 def zero_padding(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int] | None:
-    """Return what a call of `F.pad` with these arguments adds at each end; None if that is not zeros."""
+    """Return what a call of `F.pad` with these arguments adds at each end; None if it does not pad with zeros."""
     given = {"mode": "constant", "value": None} | dict(zip(("input", "pad", "mode", "value"), args, strict=False))
     given |= kwargs
     return list(given["pad"]) if given["mode"] == "constant" and given["value"] in (None, 0) else None
@@ -138,6 +139,6 @@ def _plain(layer: Any, kind: Any, padding: list[int]) -> nn.Module:
 
 
 def padded_names(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
-    """Return a state_dict with the names that `open_padding` gives to the tensors of a network, which are `own`."""
+    """Return a state_dict with the names that `open_padding` gives to tensors; `own` are the names in the network."""
     renamed = {name: ".conv.".join(name.rsplit(".", 1)) for name in state if name not in own}
     return {renamed[name] if renamed.get(name) in own else name: value for name, value in state.items()}

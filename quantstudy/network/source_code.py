@@ -1,7 +1,8 @@
 """Which code a script runs, and the SHA-256 of what that code does.
 
-A script runs the local modules that it imports, directly or through another, anywhere in their text. What a module does
-is its syntax tree without comments, docstrings and positions: two texts that Python runs alike have one digest.
+A script runs the local modules that it imports, directly or through other modules, anywhere in their text. A module is
+hashed by its syntax tree without comments, docstrings and positions. So two texts that Python runs alike have the same
+digest.
 """
 
 import ast
@@ -15,13 +16,13 @@ from typing import Any
 from quantstudy.files import write_text
 
 KNOWN = Path(".cache") / "code.json"
-"""What the modules' texts were parsed to: path -> SHA-256 of the text, digest of the tree, names that it imports."""
+"""The cache of parsed modules: path -> SHA-256 of the text, digest of the tree, names that it imports."""
 
 
 def transitive_imports(script: Path, root: Path) -> list[Path]:
     """Return `script` and every module below `root` that it imports, relative to `root`, sorted.
 
-    A package counts as the `__init__.py` that makes it one.
+    A package counts as its `__init__.py`.
     """
     return _reached(script, lambda path: _modules(_names(ast.parse((root / path).read_bytes()), path), root))
 
@@ -29,8 +30,9 @@ def transitive_imports(script: Path, root: Path) -> list[Path]:
 def scripts_sha256(scripts: Sequence[Path], root: Path) -> dict[Path, str]:
     """Return the SHA-256 of all code that each script runs: its modules, and the data files that they read.
 
-    A file beside a module, or in a folder beside it, is one of these where the module has its name as a string; a link
-    is none. What is parsed is kept in `KNOWN` below `root`, so that only changed texts are parsed again.
+    A data file lies in the folder of a module, and the module has its name as a string in double quotes. If it has the
+    name of a folder, all files in that folder count. Links do not count. Parsed texts are kept in `KNOWN` below `root`,
+    so only changed texts are parsed again.
     """
     known: dict[str, list[str]] = {}
     with contextlib.suppress(OSError, ValueError):
@@ -59,7 +61,7 @@ def scripts_sha256(scripts: Sequence[Path], root: Path) -> dict[Path, str]:
 
 
 _RULES = Path(__file__).read_bytes()
-"""By which texts are parsed: other rules make other digests."""
+"""The rules of parsing, which are this file's text: when they change, the cache is not used."""
 
 
 def _digest(*parts: bytes) -> str:
@@ -76,7 +78,7 @@ def _reached(script: Path, direct: Callable[[Path], Sequence[Path]]) -> list[Pat
 
 
 def _names(tree: ast.Module, path: Path) -> list[str]:
-    """Return the dotted names that a module may import, each a module or something in one."""
+    """Return the dotted names that a module may import, each a module or a name in a module."""
     names: dict[str, None] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -1,6 +1,7 @@
 """Load the weights that a model starts from: torchvision's, or a state_dict on disk.
 
-A file of a training script may hold several state_dicts, and name tensors by the modules that were around the network.
+A training script's file may hold several state_dicts. Tensor names may begin with the names of modules that were around
+the network.
 """
 
 from collections import Counter
@@ -26,7 +27,7 @@ AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Modules that DataParallel, torch.compile and FSDP put around others."""
 _DEPTH = 6
-"""Modules that may lie around a network."""
+"""The most modules that may lie around a network."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class LoadReport:
 
     @property
     def missing(self) -> list[str]:
-        """What a whole file would have given: old ones lack BatchNorm's counters, which nothing needs."""
+        """The missing tensors that matter: old files lack BatchNorm's counters too, which nothing needs."""
         return [name for name in self.random if not name.endswith("num_batches_tracked")]
 
     def __str__(self) -> str:
@@ -52,7 +53,7 @@ class LoadReport:
 def load_pretrained(model: nn.Module, row: P.Model, study: str) -> LoadReport:
     """Load the weights that `row` names into `model`, in place.
 
-    A head of another number of classes keeps its random start, and so does whatever a partial file lacks.
+    A head with another number of classes keeps its random start, and so do all tensors that a partial file lacks.
 
     Raises:
         UserError: the file is missing, corrupt, has another SHA-256, or belongs to another architecture.
@@ -71,8 +72,8 @@ def load_pretrained(model: nn.Module, row: P.Model, study: str) -> LoadReport:
 def load_state(model: nn.Module, state: dict[str, Tensor], source: str, key: str, architecture: str) -> LoadReport:
     """Load a state_dict into `model`, in place, as `load_pretrained` does.
 
-    Position embeddings of a vision transformer for another image size are interpolated. `source` is what the report
-    and errors call the state, `key` the param or file that an error names.
+    Position embeddings of a vision transformer for another image size are interpolated. `source` is the state's name in
+    the report and in errors, `key` the param or file that an error names.
     """
     own = model.state_dict()
     state = padded_names(opened_names(fitted(state, own, source), own.keys()), own)
@@ -117,15 +118,15 @@ def _imagenet(architecture: str) -> dict[str, torch.Tensor]:
 
 
 def read_state_dict(path: Path, key: str | None = None, named_by: str = "weights_key") -> dict[str, Tensor]:
-    """Read a file of weights: a state_dict, alone or under the name that a training script keeps it by.
+    """Read a file of weights: a state_dict, alone or under the name that a training script gives it.
 
     Args:
-        path: of torch.save or safetensors.
-        key: that name, `ema.module` for one inside another, or what the names of one network's tensors begin with.
-        named_by: the param that errors call `key`.
+        path: a file of torch.save or safetensors.
+        key: the state_dict's name, `ema.module` for a nested one, or the prefix of one network's tensor names.
+        named_by: the name of `key` in errors.
 
     Raises:
-        UserError: the file is missing, damaged, or holds no state_dict, or several and no `key`.
+        UserError: the file is missing or damaged, holds no state_dict, none that `key` names, or several and no `key`.
     """
     content = load_tensors(path)
     found = _state_dicts(content)
@@ -158,12 +159,12 @@ def _state_dicts(content: Any, name: str = "", depth: int = 2) -> dict[str, dict
 
 
 def fitted(state: Mapping[str, Tensor], own: Collection[str], source: str) -> dict[str, Tensor]:
-    """Return a state_dict by the names `own` of a network's tensors, whatever modules lay around it when it was saved.
+    """Return a state_dict by the names `own` of a network's tensors, without the names of modules that lay around it.
 
-    Where another module held the network, as Lightning's do, what that one had beside it is left out.
+    If another module held the network, as Lightning's do, that module's other tensors are left out.
 
     Raises:
-        UserError: it held two such networks, a student and a teacher for example.
+        UserError: the other module held two networks that fit, a student and a teacher for example.
     """
     wanted = {_unwrapped(name): name for name in own}
     plain = {_unwrapped(name): tensor for name, tensor in state.items()}
@@ -190,12 +191,12 @@ def _unwrapped(name: str) -> str:
 def network_of_state(
     state: dict[str, Tensor], source: str, architecture: str, image_size: int | Shape
 ) -> tuple[nn.Module, int]:
-    """Return the network that a whole state_dict is of, and its classes: as many as its head has.
+    """Return the network of a whole state_dict, with its weights, and the number of classes that its head has.
 
-    `source` is what errors call the state.
+    `source` is the state's name in errors.
 
     Raises:
-        UserError: there is no such architecture, or the state is not of it.
+        UserError: there is no such architecture, or the state does not fit it.
     """
     network = build(architecture, 1, image_size, "architecture")
     check_layers(network, "architecture")

@@ -1,7 +1,7 @@
-"""What the sections of the params must have in common.
+"""Checks that compare several sections of the params.
 
-It is asked of the file's content, not of valid sections, so that all mistakes are found at once: what has a wrong type
-is passed over here, and found by the sections' own classes.
+They read the file's raw content, not validated sections, so that all mistakes are found at once. A value of a wrong
+type is passed over here; the sections' own classes find it.
 """
 
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ from quantstudy.params.methods import METHOD_ROWS, MethodRow, QatWithScales
 
 T = TypeVar("T")
 TAKEN = {"methods": ("fp32", "finetune"), "studies": ("external", "pages", "peers")}
-"""What no row may be called: the fp32 model and its curve are, and folders beside those of studies."""
+"""Names that no row may have: the fp32 model and its curve have them, and folders next to the studies' folders."""
 
 
 def at(raw: Any, kind: type[T], *keys: str) -> T:
-    """Return what lies below `keys` where it is of a `kind`, else an empty one."""
+    """Return the value below `keys` if its type is `kind`, else an empty value of that type."""
     for key in keys:
         raw = raw.get(key) if isinstance(raw, dict) else None
     return raw if isinstance(raw, kind) else kind()
@@ -29,7 +29,7 @@ def names_at(raw: Any, *keys: str) -> list[str]:
 
 
 def section_mistakes(raw: dict[str, Any]) -> list[str]:
-    """Return a line for each list, name or number of a params.yaml's content that another section contradicts."""
+    """Return a line for each list, name or number in a params.yaml's content that contradicts another section."""
     rows = {name: METHOD_ROWS.get(at(raw, str, "methods", name, "kind")) for name in names_at(raw, "methods")}
     found = [
         f"{section}.{name}: this name is taken; choose another"

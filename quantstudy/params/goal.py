@@ -1,4 +1,4 @@
-"""The row `goal` of a study: what a variant to ship may lose, and what of it is to be as small as can be."""
+"""The row `goal` of a study: what a variant to ship may lose, and what to minimize."""
 
 from typing import Annotated, Literal
 
@@ -16,11 +16,11 @@ class Goal(Section):
     max_drop: Annotated[float, Field(gt=0, lt=100)]
     """The most that top-1 may drop below fp32's, in percentage points."""
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
-    """How sure that has to be: a search whose variants all drop by `max_drop` accepts one 1 - confidence as often."""
+    """How sure that must be: if all variants drop by `max_drop`, a search accepts one with chance 1 - confidence."""
     minimize: Literal["size", "latency", "bit_operations"] = "size"
     """The bytes of the model file, the milliseconds of a batch, or the bit-operations of an image."""
     runtime: Literal["onnxruntime", "openvino"] = "onnxruntime"
-    """What the shipped ONNX file is made for, and judged and timed on."""
+    """The runtime that the shipped ONNX file is made for, judged on and timed on."""
     batch_size: Annotated[int, Field(ge=1, le=1024)] = 1
     """Images of the batch that is timed."""
     max_size_mb: Measured | None = None
@@ -32,4 +32,4 @@ class Goal(Section):
     may_train: bool = False
     """Whether methods that train are tried too."""
     minutes: Minutes = 60.0
-    """After how long no other candidate is begun."""
+    """After this many minutes no other candidate is started."""

@@ -1,6 +1,6 @@
-"""The rows of `methods`: one class a `kind`, with its numbers.
+"""The rows of `methods`: one class per `kind`, with its numbers.
 
-`quantstudy.methods` registers a recipe for each of these classes. What others ask of a row, `MethodRow` says.
+`quantstudy.methods` registers a recipe for each of these classes. `MethodRow` has all that other code asks of a row.
 """
 
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
@@ -34,7 +34,7 @@ class MethodRow(Section):
 
     @property
     def bits(self) -> int | None:
-        """Bits of the weights; None where they are known only of a variant."""
+        """Bits of the weights; None if only a variant knows them."""
         return None
 
     @property
@@ -43,44 +43,44 @@ class MethodRow(Section):
         raise NotImplementedError
 
     def made_for(self, target: Target) -> Self:
-        """Return the row as it is for these CPUs."""
+        """Return the row as it is for the CPUs of `target`."""
         return self
 
     def said(self) -> dict[str, Any]:
-        """Return what params.yaml says of it, without what it leaves to defaults."""
+        """Return the keys that params.yaml sets in the row, without defaults."""
         return self.model_dump(exclude_unset=True)
 
     def training(self, row: Qat, name: str) -> Qat:
-        """Return how a method that trains, called `name`, does so in a study whose `qat` is `row`."""
+        """Return how this method, called `name`, trains in a study whose `qat` is `row`."""
         return row
 
     @property
     def clips(self) -> bool:
-        """Whether it is a row of the outlier study: it says `clip_percentile`, if only null."""
+        """Whether it is a row of the outlier study: params.yaml sets its `clip_percentile`, even if only to null."""
         return "clip_percentile" in self.model_fields_set
 
 
 class Rounding(Section):
     """How weights become symmetric integers, per channel or per group, whatever their bits.
 
-    What a post-training method does beyond rounding to nearest comes in the order of these keys; see
-    `methods.post_training`. Of the methods that train, qat_joint starts from all of it, qat_lsq from ranges.
+    These keys are in the order of a post-training method's steps; see `methods.post_training`. Of the methods that
+    train, qat_joint starts from all of these steps, qat_lsq only from ranges.
     """
 
     group_size: int | None = None
     weight_range: Literal["minmax", "mse"] = "minmax"
-    """Scales that clip nothing, or those of the least squared error of the weights."""
+    """Scales that clip nothing, or scales of the least squared error of the weights."""
     rounding: Literal["nearest", "gptq", "adaround", "brecq"] = "nearest"
     steps: Annotated[int, Field(ge=1, le=100_000)] = 500
-    """Of training: a layer with adaround, a block with brecq, in all with finetune."""
+    """Training steps: per layer with adaround, per block with brecq, in all with finetune."""
     gain_correction: bool = False
-    """Whether scales give back what rounding takes from the size of each output channel."""
+    """Whether the scales make up for what rounding takes from the size of each output channel."""
     bias_correction: bool = False
-    """Whether the mean error of each output channel on the calibration images goes into the bias."""
+    """Whether the bias corrects the mean error of each output channel on the calibration images."""
     finetune: bool = False
-    """Whether weights, scales and biases then learn together to predict what fp32 does on the calibration images."""
+    """Whether weights, scales and biases then learn together to predict as fp32 does on the calibration images."""
     finetune_augmentation: CalibrationAugmentation = "crop_flip"
-    """What finetune does to the images: flip them at random, or cut out half of their area or more too."""
+    """How finetune augments the images: flip them at random; `crop_flip` also cuts out half of their area or more."""
 
     @field_validator("group_size")
     @classmethod
@@ -96,15 +96,15 @@ class Scheme(Rounding, MethodRow):
 
     weight_bits: Bits
     edge_bits: Bits | None = None
-    """The least bits of the first and the last layer, weights and activations; None: like every layer's."""
+    """The least bits of the first and the last layer, weights and activations; None: the same as in other layers."""
     fragile_bits: Bits | None = 8
     """The most bits of a layer where `weight_bits` are four or fewer (`methods.fragile`); None: all have the same."""
     fragile_share: Annotated[float, Field(ge=0, le=1)] = 0.02
-    """How much larger the weights may become by that."""
+    """The share by which `fragile_bits` may make the weights larger."""
     fragile_between: bool = True
-    """Whether a layer may get bits between; an ONNX file stores four bits as they are, and five to seven as eight."""
+    """Whether a layer may get widths in between; ONNX files store four bits as they are, but five to seven as eight."""
     equalize: bool = False
-    """Whether weight ranges of neighbouring layers are made equal before all else, and high biases absorbed."""
+    """Whether weight ranges of neighbouring layers are made equal first of all, and high biases are absorbed."""
 
     @property
     def bits(self) -> int:
@@ -137,13 +137,13 @@ class WeightOnly(Scheme):
 
 
 class IntegerProducts(Scheme):
-    """What integer weights and integer activations have in common."""
+    """The keys of methods with integer weights and integer activations."""
 
     activation_bits: Bits = 8
     saturation_free: bool = False
-    """Whether 8-bit weights are held to what int8 sums of x86 CPUs without VNNI can take, once they are frozen."""
+    """Whether 8-bit weights, once frozen, are limited so that int8 sums do not saturate on x86 CPUs without VNNI."""
     attention_products: bool = False
-    """Whether the operands of attention's two matrix products are rounded as inputs of layers are."""
+    """Whether the operands of attention's two matrix products are rounded like the inputs of layers."""
 
     def made_for(self, target: Target) -> Self:
         return self if target == "any_x86" else self.model_copy(update={"saturation_free": False})
@@ -171,7 +171,7 @@ class Static(IntegerProducts):
 
     kind: Literal["static"]
     fragile_operations: Annotated[float, Field(ge=0, le=4)] = 0.25
-    """How many more bit-operations may be taken, by activations of more bits, where they have four or fewer."""
+    """The share by which bit-operations may grow, to give activations of four or fewer bits more bits."""
     activation_range: Literal["minmax", "moving_average", "mse", "entropy"] = "minmax"
     clip_percentile: Annotated[float, Field(gt=50, le=100)] | None = None
 
@@ -209,9 +209,9 @@ class MixedVariance(Mixed):
 
 
 class MixedBudget(Rounding, MethodRow):
-    """The bits of each layer that lose least within a budget; layers at 16 bits in a 16-bit float type.
+    """Each layer in the bits that lose least within a budget; layers at 16 bits in a 16-bit float type.
 
-    The losses are those of the stage `sensitivity`, and its `bits` are the choices.
+    The stage `sensitivity` measures the losses; its `bits` are the choices.
     """
 
     needs_sensitivity: ClassVar[bool] = True
@@ -219,7 +219,7 @@ class MixedBudget(Rounding, MethodRow):
     kind: Literal["mixed_budget"]
     dtype: Float16 = "float16"
     mean_bits: Annotated[float, Field(gt=0, le=16)] | None = None
-    """Stored bits a weight, scales included."""
+    """Stored bits per weight, scales included."""
     bit_operations: Annotated[float, Field(gt=0, le=1)] | None = Field(None, validate_default=True)
     """Σ MACs · weight bits · activation bits, as a share of fp32's."""
 
@@ -236,11 +236,11 @@ class MixedBudget(Rounding, MethodRow):
 
 
 class TrainedStatic(Static):
-    """What the methods share that train a static scheme."""
+    """The common part of the methods that train a static scheme."""
 
     trains: ClassVar[bool] = True
     refused: ClassVar[tuple[str, ...]]
-    """Keys that must be what they are by default."""
+    """Keys that must keep their defaults."""
 
     @field_validator("*")
     @classmethod
@@ -260,15 +260,15 @@ class QatStatic(TrainedStatic):
 
 
 class QatWithScales(TrainedStatic):
-    """What the two methods share that train a static scheme with its scales, with numbers of their own."""
+    """The common part of the two methods that train the scales of a static scheme too, with numbers of their own."""
 
     weight_range: Literal["minmax", "mse"] = "mse"
     activation_range: Literal["minmax", "moving_average", "mse", "entropy"] = "mse"
-    """Where the learned scales start, as `weight_range` is."""
+    """Where the learned scales of activations start; `weight_range` says where those of weights start."""
     schedule: Schedule = "cosine"
     epochs: Epochs | None = None
     learning_rate: Rate | None = None
-    """None: the study's, as `epochs`; a study's `qat.methods` goes before both."""
+    """None: the study's, as with `epochs`. A study's `qat.methods` goes before both."""
 
     def training(self, row: Qat, name: str) -> Qat:
         here = row.methods.get(name, QatOverrides()).model_dump()
@@ -293,19 +293,19 @@ class QatLsq(QatWithScales):
     )
     kind: Literal["qat_lsq"]  # type: ignore[assignment]
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """The share of the fp32 model's predictions in what is learned, beside the labels."""
+    """The share of the fp32 model's predictions in the targets; the labels have the rest."""
 
 
 class QatJoint(QatWithScales):
-    """Joint fine-tuning on the training images: a post-training result learns to predict what fp32 does.
+    """Joint fine-tuning on the training images: a post-training result learns to predict what fp32 predicts.
 
-    It starts from what its keys make of the model after training, and needs no labels but to choose the best epoch.
+    It starts from the post-training result of its keys. It needs labels only to choose the best epoch.
     """
 
     refused = ("saturation_free",)
     kind: Literal["qat_joint"]  # type: ignore[assignment]
     learning_rate: Rate = 0.03
-    """Of the codes, in steps of the grid."""
+    """The rate of the codes, in steps of the grid."""
 
 
 class QatCast(Cast):

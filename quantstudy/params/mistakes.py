@@ -1,4 +1,4 @@
-"""Mistakes in the params, a line each: the key, the value and the choices."""
+"""Mistakes in the params, one line each: the key, the value and the choices."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from quantstudy.params.methods import METHOD_ROWS
 from quantstudy.params.section import NAME, Section
 
 MOST = 40
-"""Lines of an error."""
+"""The most lines of an error."""
 
 
 def refusal(lines: Sequence[str]) -> UserError:
@@ -21,7 +21,7 @@ def refusal(lines: Sequence[str]) -> UserError:
 
 
 def mistakes(error: ValidationError, whole: type[Section]) -> list[str]:
-    """Return a line for each mistake in what is no valid `whole`, the class of all params or of a part."""
+    """Return a line for each mistake in `error`; `whole` is the class that failed, of all params or of a part."""
     return [_line(dict(each), whole) for each in error.errors(include_url=False)]
 
 

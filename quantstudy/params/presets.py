@@ -1,4 +1,4 @@
-"""`preprocessing: torchvision` of a study's data, written out as what torchvision's weights want to be shown."""
+"""Write out `preprocessing: torchvision` of a study's data as the preprocessing of torchvision's weights."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ from quantstudy.params.checks import at
 
 
 def torchvision_preset(architecture: str, weights: str = "torchvision", key: str = "preprocessing") -> dict[str, Any]:
-    """Return the values of `Preprocessing` that are `weights.transforms()` of torchvision; nothing is downloaded.
+    """Return the values of `Preprocessing` that equal torchvision's `weights.transforms()`; nothing is downloaded.
 
     Args:
         architecture: a classifier of torchvision's.
-        weights: the name of some weights of it, IMAGENET1K_V1 for one; `torchvision` for its default ones.
+        weights: the name of its weights, IMAGENET1K_V1 for example; `torchvision` for the default ones.
         key: the param that an error names.
 
     Raises:
@@ -40,8 +40,7 @@ def torchvision_preset(architecture: str, weights: str = "torchvision", key: str
 def with_presets(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the content of a params.yaml with every `studies.<name>.data.preprocessing` written out.
 
-    The second value is a line for each mistake in one: torchvision has no such weights, or a key beside it says the
-    same.
+    The second value has a line for each mistake: torchvision has no such weights, or another key says the same.
     """
     lines: list[str] = []
     studies = {name: _written_out(row, f"studies.{name}.data", lines) for name, row in at(raw, dict, "studies").items()}
@@ -58,7 +57,7 @@ def _written_out(row: Any, key: str, lines: list[str]) -> Any:
         preset = torchvision_preset(architecture, weights, f"{key}.preprocessing")
     except UserError as error:
         lines.append(str(error))
-        stand_in = {"image_size": 224, "mean": [0.5] * 3, "std": [0.5] * 3}  # so that the other keys are looked at too
+        stand_in = {"image_size": 224, "mean": [0.5] * 3, "std": [0.5] * 3}  # to check the other keys too
         return row | {"data": stand_in | own}
     if twice := [name for name in preset if name in own]:
         others = f", and {', '.join(twice[1:])}" if twice[1:] else ""

@@ -16,26 +16,26 @@ from quantstudy.params.studies import Study
 
 PARAMS_FILE = Path("params.yaml")
 DEFAULT_METHODS = Path(__file__).with_name("defaults.yaml")
-"""The repository's `params.yaml`, whose methods a folder without one has."""
+"""The repository's `params.yaml`; a folder without a `params.yaml` uses its methods."""
 
 
 class Measure(Section):
     """How accuracy and latency are measured."""
 
     runtimes: list[Literal["inductor", "onnxruntime", "openvino"]]
-    """What is tried beside eager mode, which always is."""
+    """The runtimes to try in addition to eager mode, which always runs."""
     seconds: Seconds
     """Time spent timing each batch size on each runtime, the variant and fp32 together."""
     threads: Annotated[int, Field(ge=1, le=512)] | None = None
 
 
 class Sensitivity(Rounding):
-    """What quantizing one layer alone is measured with: the same rounding as the methods that use the result."""
+    """How the stage `sensitivity` quantizes one layer alone: with the rounding of the methods that use the result."""
 
     bits: Annotated[list[int], Field(min_length=1)]
     """Widths of the one layer's weights, from 2 to 8; 16 is float16."""
     images: Images | None = None
-    """The first so many calibration images; None: all."""
+    """How many of the first calibration images to use; None: all."""
 
     @field_validator("bits")
     @classmethod
@@ -48,7 +48,7 @@ class Sensitivity(Rounding):
 
 
 class Budget(Section):
-    """Mixed precision within a budget, which rests on the sensitivity of each layer."""
+    """Mixed precision within a budget, based on the sensitivity of each layer."""
 
     studies: list[Name]
     """Studies of `run` whose sensitivity is measured."""
@@ -60,9 +60,9 @@ class Runtime(Section):
     """What the stages run on."""
 
     processes: Annotated[int, Field(ge=1, le=64)] = 1
-    """Processes of a training stage: one a GPU, or that share a CPU's cores."""
+    """Processes of a training stage: one per GPU, or several that share a CPU's cores."""
     threads: Annotated[int, Field(ge=1, le=512)] | None = None
-    """CPU threads of training, calibrating and quantizing; None: all cores. Float sums depend on it in the last bit."""
+    """CPU threads of training, calibrating and quantizing; None: all cores. They change float sums in the last bit."""
 
 
 class Export(Section):
@@ -104,7 +104,7 @@ class Params(Section):
 
     run: list[Name]
     ship: list[Name]
-    """Studies of `run` that have a goal, for which a variant to ship is searched."""
+    """Studies of `run` with a goal; the stage `search` finds a variant to ship for each."""
     ptq: list[Name]
     budget: Budget
     qat: list[Name]
@@ -117,7 +117,7 @@ class Params(Section):
     runtime: Runtime
     scaling_law: ScalingLaw
     target: Target
-    """The CPUs that int8 variants are made for: `vnni` has no need of `saturation_free`."""
+    """The CPUs that int8 variants are made for; with `vnni`, `saturation_free` is off."""
 
     @property
     def variants(self) -> list[str]:
@@ -150,7 +150,7 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
 
 
 def load_methods(path: Path = PARAMS_FILE) -> dict[str, Any]:
-    """Return the rows of `methods` by name: those of a `params.yaml` that has them, else those of this package.
+    """Return the rows of `methods` by name: from a `params.yaml` that has them, else from this package.
 
     Raises:
         UserError: a row has a mistake.

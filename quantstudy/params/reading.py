@@ -1,6 +1,6 @@
-"""How `params.yaml` is read: as DVC reads it, by ruamel.yaml in YAML 1.2, and no more than a machine can bear.
+"""Read `params.yaml` as DVC reads it, with ruamel.yaml in YAML 1.2, up to a size that any machine can bear.
 
-So `010` is ten, `1:30` and `yes` are text, `1e-5` is a number, and a key that is there twice is a mistake.
+So `010` is ten, `1:30` and `yes` are text, `1e-5` is a number, and a repeated key is a mistake.
 """
 
 from collections.abc import Iterable
@@ -13,9 +13,9 @@ from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEv
 from quantstudy.errors import UserError, cut, one_line, shown
 
 LARGEST = 1_000_000
-"""Characters of a file, what aliases stand for written out."""
+"""The most characters of a file, with its aliases written out."""
 DEEPEST = 20
-"""Levels of lists and mappings."""
+"""The most levels of lists and mappings."""
 
 
 def read_params(path: Path) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def parse_params(text: str, path: Path) -> dict[str, Any]:
         _check_keys(found, path)
     except UserError:
         raise
-    except Exception as error:  # beside its own errors it lets through what Python says to odd dates, numbers and tags
+    except Exception as error:  # ruamel's, or Python's for odd dates, numbers and tags
         raise UserError(cut(f"{path}: not valid YAML{_reason(error)}")) from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: {shown(found)} is not a mapping of sections")
@@ -60,8 +60,8 @@ def _check_keys(value: Any, path: Path) -> None:
 
 
 def _check_size(events: Iterable[Any], path: Path) -> None:
-    """Refuse what is too large or too deep before any of it is made: aliases of aliases stand for billions."""
-    sizes: dict[str | None, int] = {}  # of what each anchor names; one that is not closed yet has none
+    """Refuse a file that is too large or too deep before it is built: aliases of aliases can stand for billions."""
+    sizes: dict[str | None, int] = {}  # of each anchor's value; an anchor that is still open has none
     opened: list[str | None] = []
     size = [0]  # of each level
     for event in events:
@@ -84,7 +84,7 @@ def _check_size(events: Iterable[Any], path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Return where and why ruamel.yaml stopped; of a key that is there twice, not both values."""
+    """Return where and why ruamel.yaml stopped; for a repeated key, without its two values."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
     return f"{place}: {problem.partition(' with value')[0] if problem else one_line(error)}"

@@ -1,6 +1,6 @@
-"""What every part of the params has in common: immutable, no unknown keys, and the types of its values.
+"""The base of every part of the params: immutable, no unknown keys, and the types of its values.
 
-Every number has bounds that a machine can bear: one beyond them would be a slip, and end in hours or in no memory.
+Every number has bounds that a machine can bear. A number beyond them would be a slip, and cost hours or all memory.
 """
 
 from typing import Annotated, Literal

@@ -1,1 +1,1 @@
-"""The heart: schemes, packing, the quantized layer, observers and the file of a quantized model."""
+"""Quantization itself: schemes, packing, the quantized layer, observers and the file of a quantized model."""

@@ -1,15 +1,15 @@
 """The quantized layer: one layer that trains, simulates, is stored packed, and compiles to int8 kernels.
 
-`QuantConv` and `QuantLinear` take the place of a convolution, transposed ones too, or a Linear. They live in one of two
+`QuantConv` replaces a convolution, also a transposed one; `QuantLinear` replaces a Linear. Each is in one of two
 states:
 
 - trainable: a float weight, rounded in each forward pass with a straight-through gradient (QAT);
 - frozen: integer codes and scales. `packed` and `weight_scale` are all that a file stores of the weight.
 
-The input is quantized by `ActivationQuantizer`. In eager mode both use fast simulated arithmetic; while
-`torch.compile` or `torch.export` traces, a frozen layer with one scale per channel emits
-`torch.ops.quantized_decomposed` quantize and dequantize operators around the ordinary operator, which inductor
-fuses to oneDNN int8 kernels and ONNX knows as QuantizeLinear and DequantizeLinear.
+`ActivationQuantizer` quantizes the input. In eager mode both states use fast simulated arithmetic. While
+`torch.compile` or `torch.export` traces, a frozen layer with one scale per channel and a quantized input emits
+`torch.ops.quantized_decomposed` quantize and dequantize operators around the ordinary operator. Inductor fuses these to
+oneDNN int8 kernels; ONNX knows them as QuantizeLinear and DequantizeLinear.
 """
 
 import functools
@@ -42,13 +42,13 @@ class ActivationQuantizer(nn.Module):
     """Quantize and dequantize a layer's input, per tensor, to unsigned codes.
 
     `scale` and `zero_point` are plain numbers, not tensors, because inductor's int8 patterns and ONNX want
-    constants; the model's file stores them beside the tensors.
+    constants; the model's file stores them along with the tensors.
     """
 
     def __init__(self, scheme: ActivationScheme, scale: float = 1.0, zero_point: int = 0) -> None:
         super().__init__()
         self.scheme, self.scale, self.zero_point = scheme, scale, zero_point
-        self.learned: Any = None  # while it trains, a module that has the scale
+        self.learned: Any = None  # a module that holds the scale in training
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` rounded to the quantizer's grid, in the dtype and memory format of `x`."""
@@ -87,7 +87,7 @@ class ActivationQuantizer(nn.Module):
 
 
 class _QuantLayer(nn.Module):
-    """What the quantized layers share; a subclass adds the operator."""
+    """The common part of the quantized layers; a subclass adds the operator."""
 
     captured_whole = True
 
@@ -104,11 +104,11 @@ class _QuantLayer(nn.Module):
         self.scheme = scheme
         weight = out_channels_first(layer, layer.weight.detach())
         self.shape = weight.shape
-        """Of the weight, [O, I / groups, ...], which a transposed convolution itself has another way round."""
-        self.dtype = torch.float32  # of the network around it; `cast` changes it
+        """The weight's shape, [O, I / groups, ...]; a transposed convolution itself stores it the other way round."""
+        self.dtype = torch.float32  # the float type of the network around it; `cast` changes it
         self.activation = ActivationQuantizer(scheme.activation)
         self.weight = nn.Parameter(weight)
-        self.weight_quantizer = None  # a module that learns how to round; else rounding to nearest
+        self.weight_quantizer = None  # a module that learns how to round; None: round to nearest
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach())
         for name in ("in_channels", "out_channels", "in_features", "out_features"):  # a network may ask for them
             if hasattr(layer, name):
@@ -130,7 +130,7 @@ class _QuantLayer(nn.Module):
         self.set_codes(self.scheme.weight.quantize(weight, scale), scale)
 
     def set_codes(self, codes: Tensor, scale: Tensor) -> None:
-        """Store int8 codes of the weight's shape and float32 scales [O, groups]; the layer is frozen after."""
+        """Store int8 codes of the weight's shape and float32 scales [O, groups]; this freezes the layer."""
         self.weight = self.weight_quantizer = None
         self.forget_dense()
         self.__dict__.pop("may_saturate", None)
@@ -155,7 +155,7 @@ class _QuantLayer(nn.Module):
         return self.scheme.weight.dequantize(self.weight_codes(), self.weight_scale.float())
 
     def unpack(self) -> None:
-        """Make `dense_weight`, which eager mode multiplies with: dequantized, in the float type of the network."""
+        """Make `dense_weight`, the weight of eager mode: dequantized, in the float type of the network."""
         dense = self.dequantized()
         dense = dense.to(self.dtype, memory_format=torch.channels_last if dense.ndim == 4 else torch.contiguous_format)
         self.register_buffer("dense_weight", dense, persistent=False)
@@ -166,7 +166,7 @@ class _QuantLayer(nn.Module):
             del self.dense_weight
 
     def prepare_to_trace(self) -> None:
-        """Make the weight that a compiled or exported graph holds: int8 codes where it may, else the dense one."""
+        """Make the weight that a compiled or exported graph holds: int8 codes if `emits_int8`, else dense."""
         if not self.emits_int8:
             self.unpack()
             return
@@ -181,11 +181,11 @@ class _QuantLayer(nn.Module):
 
     @functools.cached_property
     def may_saturate(self) -> bool:
-        """Whether int8 sums of a frozen layer may saturate on a CPU where that is possible."""
+        """Whether the int8 sums of a frozen layer may saturate on a CPU without VNNI."""
         return may_saturate(self.weight_codes(), getattr(self, "groups", 1), self.scheme.activation.highest)
 
     def forward_weight(self) -> Tensor:
-        """Return the weight that the operator multiplies with, as the layer's state and the tracer want it."""
+        """Return the weight for the operator, in the form that the layer's state and the tracer need."""
         if self.weight_quantizer is not None:
             return self.weight_quantizer(self.weight)  # type: ignore[no-any-return]
         if self.weight is not None:
@@ -231,7 +231,7 @@ class QuantConv(_QuantLayer):
 
 
 class QuantConv2d(QuantConv):
-    """A Conv2d with quantized weight and input, which int8 kernels take: [N, C, H, W]."""
+    """A Conv2d with quantized weight and input, [N, C, H, W]; int8 kernels can run it."""
 
 
 class QuantLinear(_QuantLayer):
@@ -246,7 +246,7 @@ class QuantLinear(_QuantLayer):
 class ChannelReLU(nn.Module):
     """min(max(x, 0), bound) with a bound for each channel: ReLU6 after cross-layer equalization.
 
-    `axis` is that of the channels, from the end: -3 for [N, C, H, W], -1 behind a linear layer.
+    `axis` is the channels' axis, counted from the end: -3 for [N, C, H, W], -1 after a linear layer.
     """
 
     captured_whole = True
@@ -274,7 +274,7 @@ def quantize_layers(model: nn.Module, schemes: dict[str, LayerScheme]) -> dict[s
 
 
 def quantized_operands(model: nn.Module) -> dict[str, ActivationQuantizer]:
-    """Return what rounds the operands of attention's products, by name."""
+    """Return the quantizers of the operands of attention's products, by name."""
     return {name: side for name, side in operands(model).items() if isinstance(side, ActivationQuantizer)}
 
 

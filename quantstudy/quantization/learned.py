@@ -1,13 +1,14 @@
 """LSQ: step sizes that are learned like weights.
 
 Esser, McKinstry, Bablani, Appuswamy and Modha, *Learned Step Size Quantization*, ICLR 2020. With v = x / s, the
-gradient of round(clip(v)) s by s is round(v) - v inside the grid and the grid's end outside (equation 3), times 1 /
-sqrt(values * highest code) (section 2.2). Here a scale belongs to an output channel or a group of weights, and to a
-tensor of activations, whose zero point stays as calibrated; scales start at the least squared error instead of 2
-mean|x| / sqrt(highest code), and what rounds to the grid's end counts as inside.
+gradient of round(clip(v)) s with respect to s is round(v) - v inside the grid, and the grid's end outside (equation 3).
+It is multiplied by 1 / sqrt(values * highest code) (section 2.2). Here each output channel or group of weights has a
+scale, and so has each tensor of activations, whose zero point stays as calibrated. Unlike the paper, scales start at
+the least squared error, not at 2 mean|x| / sqrt(highest code), and a value that rounds to the grid's end counts as
+inside.
 
-Of activations, PyTorch's own learnable fake quantization computes both directions in one pass. Of weights with a scale
-a row it takes, on a CPU, several times as long as `_LearnedStep`.
+For activations, PyTorch's own learnable fake quantization takes one pass over the data in each direction. For weights
+with a scale per row, it takes several times as long on a CPU as `_LearnedStep`.
 """
 
 import math
@@ -45,7 +46,8 @@ class LearnedWeight(nn.Module):
 class _LearnedStep(torch.autograd.Function):
     """Round rows [R, ...] to codes of the grid, times their scales [R].
 
-    The gradient by a scale is the one above; by a weight it is the given one inside the grid, 0 outside.
+    The gradient with respect to a scale is the one above. With respect to a weight it passes unchanged inside the grid,
+    and is 0 outside.
     """
 
     @staticmethod

@@ -21,7 +21,7 @@ from quantstudy.network.graph import LAYERS
 
 QUANTIZABLE = LAYERS
 AVERAGING = 0.1
-"""The weight of a new batch in the moving averages: calibration has few batches."""
+"""The weight of a new batch in the moving averages; it is large, because calibration has few batches."""
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -78,7 +78,7 @@ def collect(
 
 
 def check_calibration(calibration: Any, path: Path, study: str | None = None) -> dict[str, dict[str, Any]]:
-    """Return the layers of a calibration file; raise `UserError` when it is not of `study`, or not finite."""
+    """Return the layers of a calibration file; raise `UserError` if it is of another study, or not finite."""
     layers = calibration.get("layers") if isinstance(calibration, dict) else None
     if not isinstance(layers, dict) or not layers:
         raise UserError(f"{path}: not a calibration file; run calibrate again")
@@ -94,13 +94,13 @@ def check_calibration(calibration: Any, path: Path, study: str | None = None) ->
 def run_watched(
     model: nn.Module, layers: Mapping[str, nn.Module], images: Iterable[Tensor], watch: Callable[[str, Tensor], None]
 ) -> None:
-    """Run `model` on batches of images, calling `watch` with the name and the input of each of `layers` on its way."""
+    """Run `model` on batches of images; call `watch` with the name and the input of each of `layers` that runs."""
     with contextlib.ExitStack() as hooks:
         for name, layer in layers.items():
             watching = functools.partial(_watched, name, watch)
             hooks.enter_context(layer.register_forward_pre_hook(watching, with_kwargs=True))
         for batch in images:
-            model(batch.clone())  # a network may write to what it is given
+            model(batch.clone())  # a network may write to its input
 
 
 def _watched(name: str, watch: Callable[[str, Tensor], None], layer: nn.Module, inputs: Any, keywords: Any) -> None:

@@ -39,4 +39,4 @@ def unpack(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
         for place in range(8 // bits):
             torch.bitwise_and(packed >> (bits * place), 2**bits - 1, out=unsigned[:, place])
         unsigned = unsigned.flatten()[:count]
-    return (unsigned - half).view(torch.int8).view(shape)  # uint8 wraps round, so its bits are those of the code
+    return (unsigned - half).view(torch.int8).view(shape)  # uint8 wraps round to the bits of the int8 code

@@ -1,14 +1,14 @@
 """The range of an activation quantizer, chosen from the statistics that `observers.collect` records.
 
-- `minmax`: all that calibration saw; `clip_percentile` cuts it on both ends.
+- `minmax`: the whole range that calibration saw; `clip_percentile` cuts both ends.
 - `moving_average`: the exponential average of each batch's minimum and maximum (Jacob et al. 2018, *Quantization and
   Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference*, section 3.1).
-- `mse`: the range of the least squared error of the values on its grid, clipping included.
+- `mse`: the range whose grid gives the values the least squared error, clipping included.
 - `entropy`: the range whose quantized histogram is nearest to the histogram by Kullback-Leibler divergence (Migacz,
-  *8-bit Inference with TensorRT*, GTC 2017), here for affine grids: bins of one code share its mass evenly. The bin
-  that holds zero is left out: ReLU fills it, and every grid has an exact zero.
+  *8-bit Inference with TensorRT*, GTC 2017). Here grids are affine, and the bins of one code share its mass evenly. The
+  bin that holds zero is left out: ReLU fills it, and every grid has an exact zero.
 
-The last two search one end after the other, twice, each end from 1 to 1/100 of what calibration saw.
+`mse` and `entropy` search one end after the other, twice. Each end goes from 1 to 1/100 of what calibration saw.
 """
 
 from typing import Any, Literal
@@ -29,7 +29,7 @@ def activation_range(
     how: ActivationRange = "minmax",
     percentile: float | None = None,
 ) -> tuple[float, float]:
-    """Return the (low, high) of a layer's input; `percentile` is for min-max alone."""
+    """Return the (low, high) of a layer's input; `percentile` is for `minmax` alone."""
     if how == "moving_average":
         low, high = statistics["moving"]
         return low, high
@@ -60,7 +60,7 @@ def squared_error(centers: Tensor, counts: Tensor, bounds: tuple[float, float], 
 
 
 def divergence(centers: Tensor, counts: Tensor, bounds: tuple[float, float], scheme: ActivationScheme) -> float:
-    """Return KL(P || Q) of a histogram: P has what `bounds` clip in its outermost bins, Q is quantized without it."""
+    """Return KL(P || Q) of a histogram: P has clipped values in its outermost bins, Q is quantized without them."""
     inside = (centers >= min(bounds[0], 0.0)) & (centers <= max(bounds[1], 0.0))
     counts = torch.where(centers.abs() == centers.abs().min(), 0.0, counts)  # zero, which every grid has
     if not counts[inside].any():

@@ -1,16 +1,17 @@
-"""Int8 weights whose products with uint8 inputs never saturate, on x86 CPUs without VNNI either.
+"""Int8 weights whose products with uint8 inputs never saturate, not even on x86 CPUs without VNNI.
 
-Such a CPU multiplies by `vpmaddubsw`, which adds the products of two neighbours in int16 and saturates in silence. With
-inputs up to 255, two codes of one sign that add up to 128 at most are exact whatever the inputs: 255 * 128 < 2**15.
-Weights of 7 bits (`reduce_range`) are a way to get that, at the price of a bit, 6 dB, in every weight. Yet few
-neighbours are large together and of one sign. So here all 8 bits are kept, and only such pairs are cut, at the scale
-of the least squared error. It is the idea of accumulator-aware quantization (Colbert, Pappalardo and Petri-Koenig,
-*A2Q: Accumulator-Aware Quantization with Guaranteed Overflow Avoidance*, ICCV 2023), which bounds what a whole row may
-add up to; an accumulator of two products leaves far more room.
+A CPU without VNNI multiplies by `vpmaddubsw`, which adds the products of two neighbours in int16 and saturates
+silently. Inputs go up to 255. Two codes of one sign are exact for all inputs if their sizes add up to at most 128:
+255 * 128 < 2**15. Weights of 7 bits (`reduce_range`) achieve this too, but cost every weight one bit, or 6 dB. Few
+neighbours, however, are large together and of one sign. So all 8 bits are kept here, and only these pairs are cut, at
+the scale of the least squared error. The idea is from accumulator-aware quantization (Colbert, Pappalardo and
+Petri-Koenig, *A2Q: Accumulator-Aware Quantization with Guaranteed Overflow Avoidance*, ICCV 2023), which bounds the sum
+of a whole row. An accumulator of two products leaves far more room.
 
-Neighbours are the input channels 2k and 2k + 1 at the same place of the kernel: oneDNN, which PyTorch and OpenVINO
-multiply with, and ONNX Runtime lay out the weights so. A convolution with an odd number of input channels is laid out
-otherwise, by one of them at least; its codes stay within 7 bits. Depthwise convolutions add no products in 16 bits.
+Neighbours are the input channels 2k and 2k + 1 at the same place of the kernel. oneDNN, which PyTorch and OpenVINO use,
+and ONNX Runtime lay out the weights in this way. At least one of them lays out a convolution with an odd number of
+input channels differently; codes of layers with an odd number of inputs stay within 7 bits. Depthwise convolutions add
+no products in 16 bits.
 """
 
 from dataclasses import dataclass
@@ -22,16 +23,16 @@ from torch import Tensor
 from quantstudy.network.graph import out_channels_first
 
 Limit = Literal["none", "pairs", "codes"]
-"""What codes are held to: nothing, the sum of two neighbours, or 7 bits each."""
+"""What limits the codes: nothing, the sum of two neighbours, or 7 bits each."""
 LARGEST_PAIR = 128
-"""What two neighbours of one sign may add up to."""
+"""The largest sum of the sizes of two neighbours of one sign."""
 _INT16 = 2**15 - 1
 _AT_ONCE = 2**18
-"""Codes that are looked at while they are in the cache."""
+"""Codes to check at once, few enough for the cache."""
 
 
 def limit_of(layer: Any) -> Limit:
-    """Return what keeps 8-bit codes of a layer's weight from saturating."""
+    """Return the limit that keeps the 8-bit codes of a layer's weight from saturating."""
     rows, inputs = out_channels_first(layer, layer.weight).shape[:2]
     if getattr(layer, "groups", 1) == rows and inputs == 1:
         return "none"
@@ -40,13 +41,13 @@ def limit_of(layer: Any) -> Limit:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Neighbouring weights of some rows [R, K], each [R, I / 2, ...]: their sizes, and 1 where they have one sign."""
+    """The neighbouring weights of rows [R, K], each [R, I / 2, ...]: their sizes, and 1 where both have one sign."""
 
     first: Tensor
     second: Tensor
     together: Tensor
     largest: tuple[Tensor, Tensor]
-    """The sizes that the codes of both may have: 127 of a positive one, 128 of a negative."""
+    """The largest sizes of both codes: 127 for a positive weight, else 128."""
 
     @classmethod
     def of(cls, rows: Tensor, shape: torch.Size) -> "Pairs":
@@ -56,9 +57,9 @@ class Pairs:
         return cls(first.abs(), second.abs(), (first * second > 0).float(), largest)  # type: ignore[arg-type]
 
     def rounded(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sizes of the codes at a scale for each row, float32 [R].
+        """Return the sizes of both codes of each pair, at one scale for each row, float32 [R].
 
-        Where both together are too large, each gives way by half of what is too much.
+        If a pair's sum is too large, each code gives way by half of the excess.
         """
         inverse = (1 / scale).view(-1, 1, 1)
         sizes = zip((self.first, self.second), self.largest, strict=True)
@@ -77,7 +78,7 @@ class Pairs:
 
 
 def round_pairs(rows: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:
-    """Round weights to codes of which two neighbours never saturate.
+    """Round weights to codes of which no two neighbours saturate.
 
     Args:
         rows: float32 [R, K], of a weight of `shape`.
@@ -92,7 +93,7 @@ def round_pairs(rows: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:
 
 
 def bounds_beside(neighbour: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the least and the largest code that a weight may take beside the code of its neighbour."""
+    """Return the least and the largest code that a weight may take, given the code of its neighbour."""
     low, high = neighbour.clamp_max(0).add(LARGEST_PAIR).neg_(), (LARGEST_PAIR - neighbour.clamp_min(0))
     return low, high.clamp_max_(LARGEST_PAIR - 1)
 

@@ -2,13 +2,12 @@
 
 Weights are symmetric integers of b bits, `w ~ code * scale`, with codes in [-2^(b-1), 2^(b-1) - 1]. A scale
 belongs to one output channel (`PerAxis(0)` in torchao's words), or to one group of consecutive weights of an
-output channel, its row flattened (`PerGroup`). A row shorter than the group is one group; the last group of a
-row that does not divide is shorter. Activations are affine, per tensor, unsigned: `x ~ (code - zero_point) * scale`
+output channel, its row flattened (`PerGroup`). A row shorter than the group is one group; if the group does not divide
+the row, the last group is shorter. Activations are affine, per tensor, unsigned: `x ~ (code - zero_point) * scale`
 with codes in [0, 2^b - 1].
 
-The formulas are those of torchao's `choose_qparams_affine` (SYMMETRIC_NO_CLIPPING_ERR and ASYMMETRIC) and
-`quantize_affine`, with which the tests compare them. They stand here because importing torchao takes longer
-than a stage's own work.
+The formulas are torchao's `choose_qparams_affine` (SYMMETRIC_NO_CLIPPING_ERR and ASYMMETRIC) and `quantize_affine`; the
+tests compare the two. They are written out here because importing torchao takes longer than a stage's own work.
 """
 
 from collections.abc import Callable
@@ -24,14 +23,14 @@ from quantstudy.quantization.saturation import Limit, Pairs, round_pairs
 Mode = Literal["none", "static", "dynamic"]
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
 _CACHED = 2**18
-"""Weights, 1 MiB of them, that stay in a core's caches while a computation goes over them ten times."""
+"""This many weights, 1 MiB, stay in a core's caches while a computation goes over them ten times."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a weight [O, I, ...] lies in groups: each of `rows` outputs has `groups` of `length` codes, the last shorter.
+    """How a weight [O, I, ...] lies in groups: each of its `rows` outputs has `groups` groups of `length` codes.
 
-    `rest` is the length of that last group where it is shorter, else 0.
+    If the last group is shorter, `rest` is its length, else 0.
     """
 
     rows: int
@@ -42,7 +41,7 @@ class Layout:
 
     @property
     def groups(self) -> int:
-        """Scales of a row."""
+        """The groups of a row; each has a scale."""
         return -(-self.columns // self.length)
 
     @property
@@ -65,9 +64,9 @@ class Layout:
 class WeightScheme:
     """Symmetric integer weights of `bits`, one scale per output channel or per `group_size` weights of it.
 
-    `weight_range` is minmax for the smallest scales that clip nothing, mse for those of the least squared error.
-    `limit` holds 8-bit codes per channel to what never saturates (`quantization.saturation`); where that is a limit
-    of pairs, the scale has the least squared error of those that clip nothing, or of all.
+    `weight_range` minmax takes the smallest scales that clip nothing, mse the scales of the least squared error.
+    `limit` keeps 8-bit codes per channel from saturating (`quantization.saturation`). If it limits pairs, the scale of
+    the least squared error is chosen among those that clip nothing (minmax) or among all (mse).
     """
 
     bits: int
@@ -109,7 +108,7 @@ class WeightScheme:
         return rows.view(layout.rows, layout.groups, layout.length)
 
     def spread(self, scale: Tensor, shape: torch.Size) -> Tensor:
-        """Return each weight's own scale, [O, columns], of scales [O, groups]."""
+        """Return each weight's own scale, [O, columns], from scales [O, groups]."""
         layout = self.layout(shape)
         return scale.repeat_interleave(layout.length, dim=1)[:, : layout.columns]
 
@@ -134,10 +133,10 @@ class WeightScheme:
         return scale.clamp_min(SMALLEST_SCALE).to(self.scale_dtype).float()
 
     def _search_scale(self, groups: Tensor, largest: Tensor, shape: torch.Size) -> Tensor:
-        """Return, of some shares of the scale that clips nothing, each group's with the least error.
+        """Return each group's scale of the least error, among multiples of the scale that clips nothing.
 
-        They go from 1 up to 2, which 7 bits have, where pairs are limited, until three in a row are better for no
-        group; and down to 0.4 where the range may clip.
+        If pairs are limited, multiples go from 1 up to 2, the scale of 7 bits, until three in a row improve no group.
+        If the range may clip, they also go down to 0.4.
         """
         error = self._error_of(groups, shape)
         best, least, in_vain = largest, error(self.rounded(largest)), 0
@@ -154,7 +153,7 @@ class WeightScheme:
         return best
 
     def _error_of(self, groups: Tensor, shape: torch.Size) -> Callable[[Tensor], Tensor]:
-        """Return the function of scales [rows, groups] that gives each group's squared error, of the same shape."""
+        """Return a function from scales [rows, groups] to each group's squared error, of the same shape."""
         if self.limit == "pairs":
             pairs = Pairs.of(groups.flatten(1), shape)
             return lambda scale: pairs.error(scale).view(scale.shape)
@@ -185,7 +184,7 @@ class WeightScheme:
         """Quantize and dequantize with the straight-through estimator: the gradient passes unchanged.
 
         The range is the weights' own, so nothing is clipped and the estimator needs no mask. Pairs are not limited:
-        to search for scales in each step takes too long, and few change.
+        searching for scales in each step would take too long, and few codes would change.
         """
         scheme = replace(self, limit="none") if self.limit == "pairs" else self
         result: Tensor = _StraightThrough.apply(weight, scheme)
@@ -193,7 +192,7 @@ class WeightScheme:
 
 
 def cached_rows(rows: Tensor) -> int:
-    """Return how many rows of [R, ...] to compute on at a time: on a CPU what its cache holds, elsewhere all."""
+    """Return how many rows of [R, ...] to compute on at a time: as many as a CPU's cache holds, all elsewhere."""
     return max(1, _CACHED // rows[0].numel()) if rows.device.type == "cpu" else len(rows)
 
 
@@ -224,7 +223,7 @@ class ActivationScheme:
         return 2**self.bits - 1
 
     def choose_qparams(self, low: float, high: float) -> tuple[float, int]:
-        """Return the scale and the zero point for values in [low, high], a range that is made to hold zero."""
+        """Return the scale and the zero point for values in [low, high], extended to hold zero."""
         low, high = min(low, 0.0), max(high, 0.0)
         scale = max((high - low) / self.highest, SMALLEST_SCALE)
         return scale, min(max(round(-low / scale), 0), self.highest)

@@ -1,4 +1,4 @@
-"""The signal-to-quantization-noise ratio: how much quantization disturbs outputs, long before an accuracy moves."""
+"""The signal-to-quantization-noise ratio: how much quantization disturbs outputs, long before the accuracy moves."""
 
 import math
 
@@ -9,14 +9,14 @@ SQNR_LIMIT_DB = 200.0
 """Bound of `sqnr_db` on both sides; float32 rounding alone lies near 150 dB."""
 
 SMALLEST_ERROR, FLOAT32, ROUNDINGS = 1e-3, 1e-6, 2
-"""Errors that another runtime may make: of float32 arithmetic, of its numbers, and times what rounding explains."""
+"""The errors allowed to another runtime: of float32 arithmetic, of float32 numbers, and in multiples of rounding's."""
 
 
 def sqnr_db(reference: NDArray[np.floating], other: NDArray[np.floating]) -> float:
     """Return 20·log10(‖reference‖ / ‖reference - other‖) in decibels, over all elements, in float64.
 
-    Bounded by ±`SQNR_LIMIT_DB` so that it is always a finite number: identical arrays give the upper bound,
-    arrays with an infinity or a NaN (a float16 overflow) the lower one.
+    Bounded by ±`SQNR_LIMIT_DB` so that it is always finite: identical arrays give the upper bound, arrays with an
+    infinity or a NaN (a float16 overflow) the lower bound.
 
     Raises:
         ValueError: the two arrays differ in shape.
@@ -35,10 +35,10 @@ def sqnr_db(reference: NDArray[np.floating], other: NDArray[np.floating]) -> flo
 
 
 def least_sqnr_db(rounding_db: float, scale: float = 1.0) -> float:
-    """Return the SQNR that another runtime's logits need to have: 60 dB where nothing is rounded.
+    """Return the least SQNR that another runtime's logits must have: about 60 dB if nothing is rounded.
 
     Args:
-        rounding_db: SQNR of the logits against those of the same weights with activations that are not rounded.
-        scale: norm of the logits over that of what is judged of them.
+        rounding_db: SQNR of the logits against the logits of the same weights with unrounded activations.
+        scale: norm of the logits, over the norm of the part of them that is judged.
     """
     return -20 * math.log10(SMALLEST_ERROR + FLOAT32 * scale + ROUNDINGS * 10 ** (-rounding_db / 20))

@@ -1,8 +1,8 @@
 """A quantized model as one object, and its file.
 
-A `Variant` is a network of ordinary and quantized layers, the float type that its unquantized arithmetic runs
-in, and the plain facts of its method. Its file holds what is needed to build it again: the architecture, one
-row a quantized layer (bits, group size, activation grid) and the tensors, integer codes packed.
+A `Variant` is a network of ordinary and quantized layers, the float type of its unquantized arithmetic, and the plain
+facts of its method. Its file holds all that is needed to build it again: the architecture, one row per quantized layer
+(bits, group size, activation grid), and the tensors, with integer codes packed.
 """
 
 import copy
@@ -39,7 +39,7 @@ from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
 Skipped = dict[str, dict[str, str]]
 """What a method could not do: technique -> layer -> reason."""
 MOST_NAMES = 12
-"""Layers that a line names before it counts the rest."""
+"""The most layers that a line names; it counts the rest."""
 WHAT = {"quantization": "layers not quantized", "folding": "BatchNorms not folded"}
 
 
@@ -50,9 +50,9 @@ class Variant(nn.Module):
         super().__init__()
         self.network, self.dtype, self.skipped = network, dtype, skipped or {}
         self.method: dict[str, Any] = {}
-        """What the params say of the method that made it."""
+        """The keys that the params set for the method that made it."""
         self.pairs: list[tuple[str, str]] = []
-        """Each layer and the BatchNorm that is to be folded into it, while it trains with its BatchNorm."""
+        """Each layer with the BatchNorm to fold into it, while the network trains with BatchNorm."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Cast the images to the network's type, and its logits to float32."""
@@ -139,7 +139,7 @@ def cast(network: nn.Module, dtype: torch.dtype, skipped: Skipped | None = None)
 
 
 def left_out(skipped: Skipped) -> list[str]:
-    """Return a line a technique: how many layers it left, and the first of them with their reasons."""
+    """Return one line per technique: how many layers it left out, and the first of them with their reasons."""
     lines = []
     for technique, layers in skipped.items():
         shown = [f"{name or 'the network'}: {reason}" for name, reason in list(layers.items())[:MOST_NAMES]]

@@ -9,9 +9,9 @@ _HEADER = ("scheme", "techniques", "drop", "top-1 %", "seeds", "images", "p, row
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the rows of an ablation as a Markdown table; drops in percentage points against fp32.
+    """Return the rows of an ablation as a Markdown table, with drops in percentage points against fp32.
 
-    A row that adds techniques to those of the row above names only what it adds; p is shown where that is a single one.
+    A row that adds techniques to those of the row above names only the added ones. If it adds exactly one, p is shown.
     """
     cells = []
     above: tuple[str, list[str]] = ("", [])

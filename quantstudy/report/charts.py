@@ -1,8 +1,9 @@
 """The charts of the HTML report, as Vega-Lite specifications without data.
 
-Each names the data sets that the page's script hands it, already filtered, so that the table, the sliders and the
-charts always show the same rows. Nothing is said by colour alone: a family of variants also has its own shape, and a
-simulated kernel is hollow. The page has the same numbers as tables, so the drawings are hidden from screen readers.
+Each chart names the data sets that it draws. The page's script fills them, already filtered, so the table, the sliders
+and the charts always show the same rows. Colour alone never carries a meaning: each family of variants also has its own
+shape, and a simulated kernel is hollow. The page has the same numbers as tables, so the drawings are hidden from screen
+readers.
 """
 
 from typing import Any
@@ -34,7 +35,7 @@ FADED_UNLESS_CHOSEN = alt.condition("datum.chosen", alt.value(1), alt.value(0.55
 
 
 def specifications() -> dict[str, dict[str, Any]]:
-    """Return every chart of the page by the name of its place there."""
+    """Return every chart, by the name of its place on the page."""
     costs = {"size": "size of the model file, MB", "latency": "latency, ms a batch"}
     costs["operations"] = "bit-operations an image, 10⁹"
     charts = {"scaling": scaling_law()} | {name: trade_off(cost) for name, cost in costs.items()}
@@ -60,12 +61,12 @@ def _tips(*columns: str) -> list[alt.Tooltip]:
 
 
 def _series(field: str, *names: str) -> alt.Color:
-    """Return the colours of a column with few values, which are named above the chart."""
+    """Return the colours of a column with few values, with a legend above the chart."""
     return alt.Color(f"{field}:N", title=None, scale=alt.Scale(domain=names, range="ordinal"), legend=ON_TOP)
 
 
 def trade_off(cost: str) -> Any:
-    """Return top-1 against a cost. Rows of `variants` have `cost`, its ends and `on_front` beside their own columns."""
+    """Return top-1 against a cost. The rows of `variants` also have `cost`, its ends and `on_front`."""
     base = _chart("variants", 340)
     scale = alt.Scale(type="log", nice=False, padding=24)
     x = alt.X("cost:Q", title=cost, scale=scale, axis=alt.Axis(tickCount=6, grid=False))
@@ -174,7 +175,7 @@ def histogram() -> Any:
 
 
 def classes() -> Any:
-    """Return the images a class that the variant loses (negative) and gains against the baseline; rows `classes`."""
+    """Return the images per class that the variant loses (negative) and gains over the baseline; rows are `classes`."""
     whole = alt.Axis(labelExpr="datum.value % 1 ? '' : abs(datum.value)", tickMinStep=1)
     marks = _chart("classes", 200).mark_bar()
     return marks.encode(

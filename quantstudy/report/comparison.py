@@ -1,9 +1,9 @@
 """Two revisions side by side: which variants moved by more than chance.
 
-Where both kept their predictions on the same test images, an exact McNemar test asks whether they are equally accurate,
-and Benjamini and Hochberg's procedure (*Controlling the False Discovery Rate*, JRSS B 57 (1995)) decides over all
-variants tested, so that of those called moved 5 % are expected to be by chance. Otherwise a variant has moved when the
-two 95 % intervals do not overlap, which misses small differences.
+If both revisions kept a variant's predictions on the same test images, an exact McNemar test asks whether the two are
+equally accurate. Benjamini and Hochberg's procedure (*Controlling the False Discovery Rate*, JRSS B 57 (1995)) then
+decides over all tested variants: 5 % of those called moved are expected to be chance. Otherwise a variant has moved if
+the two 95 % intervals do not overlap. This misses small differences.
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from quantstudy.report.revisions import Revision
 from quantstudy.report.tables import NOTHING, latency, markdown_table, p_value, signed
 
 FALSE_DISCOVERIES = 0.05
-"""Share of the variants called moved that chance may make."""
+"""The expected share of false alarms among the variants called moved."""
 MEASURED = ("top1", "size_mb", "latency_ms_b1", "latency_ms_b16")
-"""What is shown of both sides."""
+"""The metrics that are shown for both sides."""
 Metrics = dict[str, Any]
 Verdict = Literal["better", "worse", "same", "only before", "only after"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A variant before and after; `p` is McNemar's, None where the intervals decide."""
+    """A variant before and after; `p` is McNemar's, or None if the intervals decide."""
 
     study: str
     variant: str
@@ -60,7 +60,7 @@ def _same_labels(before: Revision, after: Revision, study: str) -> Any:
 
 
 def _p(before: Revision, after: Revision, study: str, variant: str, labels: Any) -> float | None:
-    """Return McNemar's p-value; None unless both have predictions of images with the same `labels`."""
+    """Return McNemar's p-value; None unless both revisions have predictions on the images of `labels`."""
     if labels is None:
         return None
     old, new = before.predictions(study, variant), after.predictions(study, variant)
@@ -124,7 +124,7 @@ def to_record(before: Revision, after: Revision, rows: Sequence[Row]) -> dict[st
 
 
 def changed_params(before: Any, after: Any, prefix: str = "") -> list[tuple[str, str, str]]:
-    """Return (key, old value, new value) of every param that differs; a dash stands for one that is not there."""
+    """Return (key, old value, new value) of every param that differs; a dash stands for a missing param."""
     if isinstance(before, dict) and isinstance(after, dict):
         found = []
         for key in dict.fromkeys([*before, *after]):

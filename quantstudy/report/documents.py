@@ -1,16 +1,16 @@
-"""What is generated in README.md and the pages of `docs/`: tables and pictures of the committed reports.
+"""Fill the generated places of README.md and the pages of `docs/`: tables and pictures of the committed reports.
 
-A page marks a place with `<!-- <kind>: <study> -->` and `<!-- end -->`, and what stands between is replaced, so that no
-number there is typed by hand. The kinds are
+A page marks a place with `<!-- <kind>: <study> -->` and `<!-- end -->`. The text between is replaced, so no number
+there is typed by hand. The kinds are
 
 - `results`: the study's result table;
-- `decision`: for each line `<what a user wants> = <variant>` of the mark, what that variant costs and buys;
+- `decision`: for each line `<what a user wants> = <variant>` of the mark, what that variant costs and gains;
 - `peers`: the comparison with other tools (`benchmarks/peers.py`);
 - `ablation`: what each technique adds (`benchmarks/ablation.py`);
 - `front`: accuracy against size for budgets of bits (`benchmarks/budget_front.py`);
-- `reliability`: what was tried to break it, and what came of that (`tests/harness`): of runs, params or files.
+- `reliability`: how often tests tried to break runs, params or files, and what happened (`tests/harness`).
 
-Names behind the study of a table, of variants, tools or schemes, leave only the rows that begin with one of them.
+If names of variants, tools or schemes follow the study, the table keeps only the rows that begin with one of them.
 """
 
 import json
@@ -35,7 +35,7 @@ COMMANDS = {
     "front": "make front",
     "reliability": "python -m tests.harness.runs, .params and .files",
 }
-"""What writes the files of each kind."""
+"""The command that writes the files of each kind."""
 
 Read = Callable[[Path], str]
 
@@ -51,10 +51,10 @@ def pages() -> list[Path]:
 
 
 def filled(page: Path, text: str, read: Read = read_utf8) -> str:
-    """Return the text of a page with every marked place as the reports have it.
+    """Return the text of a page with every marked place filled from the reports.
 
     Raises:
-        UserError: a report is missing, or its table has no row of a name.
+        UserError: a report is missing, or its table has no row with one of the names.
     """
 
     def place(found: re.Match[str]) -> str:
@@ -70,7 +70,7 @@ def filled(page: Path, text: str, read: Read = read_utf8) -> str:
 
 
 def content(kind: str, study: str, names: Sequence[str], page: Path, read: Read) -> str:
-    """Return what stands in a marked place, Markdown."""
+    """Return the Markdown text of a marked place."""
     if kind == "front":
         return front(study, page, read)
     if kind == "reliability":
@@ -80,7 +80,7 @@ def content(kind: str, study: str, names: Sequence[str], page: Path, read: Read)
 
 
 def with_rows(table: str, wanted: Sequence[str], where: str) -> str:
-    """Return a table, and the text under it, with only the rows whose first cell is one of `wanted`."""
+    """Return a table and the text under it, with only the rows whose first word is one of `wanted`."""
     lines = table.splitlines(keepends=True)
     names = {line: line.strip("| ").split(" ", 1)[0] for line in lines[2:] if line.startswith("|")}
     for name in wanted:
@@ -90,7 +90,7 @@ def with_rows(table: str, wanted: Sequence[str], where: str) -> str:
 
 
 def decision(study: str, wishes: Sequence[str], read: Read) -> str:
-    """Return a table of what is wanted, the variant that gives it, and that variant's figures.
+    """Return a table of what the user wants, the variant that gives it, and the variant's figures.
 
     `wishes` are lines `<what is wanted> = <variant>`.
     """
@@ -107,7 +107,7 @@ def decision(study: str, wishes: Sequence[str], read: Read) -> str:
 
 
 def front(study: str, page: Path, read: Read) -> str:
-    """Return the picture of a study's front, and a table of what each choice of bits has at the same size."""
+    """Return the picture of a study's front, and a table that compares choices of bits at the same size."""
     picture = layout.budget_front(study, "png")
     if not picture.is_file():
         raise FileNotFoundError(2, "no such file", str(picture))
@@ -123,7 +123,7 @@ def front(study: str, page: Path, read: Read) -> str:
 
 
 def reliability(found: dict[str, Any]) -> str:
-    """Return the counts of a harness as a table, and under it what they were taken on."""
+    """Return the counts of a harness as a table, and under it the machine that ran it."""
     rows = [[what, str(count)] for what, count in found["counts"].items()]
     return f"{markdown_table([('what', 'how often'), *rows], words=1)}\n{found['machine']}.\n"
 

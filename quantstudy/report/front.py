@@ -1,4 +1,4 @@
-"""Accuracy against size for budgets of bits, beside uniform widths and the two rules."""
+"""Accuracy against size for budgets of bits, compared with uniform widths and the two rules."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,8 @@ SERIES = {
 def plot_budget_front(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Draw top-1 with its 95 % interval, and the SQNR of the logits, over the bytes of the model file, as a PNG.
 
-    `rows` have `series`, `label`, `size_mb`, `top1`, `top1_low`, `top1_high`, `sqnr_db`; the series fp32 is a band.
+    The rows have `series`, `label`, `size_mb`, `top1`, `top1_low`, `top1_high`, `sqnr_db`. The series fp32 becomes a
+    band.
     """
     with plot_style():
         figure = Figure(figsize=(14, 6), layout="constrained")

@@ -17,13 +17,13 @@ PANELS = (
 )
 """Column, title, colour map (dark is bad) and decimals of each panel."""
 BRIGHTEST_DB = 60.0
-"""An SQNR that leaves no error to be told from another."""
+"""From this SQNR on, errors are too small to tell apart."""
 
 
 def plot_sensitivity(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Draw one panel a measure as a PNG, a line a layer in the order of `rows` and a column a width.
+    """Draw one panel per measure as a PNG, with a line per layer in the order of `rows`, and a column per width.
 
-    `rows` are those of sensitivity.json, every layer at the same widths.
+    `rows` are those of sensitivity.json, with every layer at the same widths.
     """
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     widths = sorted({row["bits"] for row in rows})
@@ -44,9 +44,9 @@ def plot_sensitivity(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) 
 
 
 def _draw(axes: Axes, values: np.ndarray, colors: str, decimals: int, *, is_loss: bool) -> None:
-    """Colour the cells and write their values; of a loss that is nothing to these decimals, none.
+    """Colour the cells and write their values, except losses that round to zero.
 
-    A few layers at few bits lose most: the root of a loss tells the others apart.
+    A few layers at few bits lose most. The colours show the root of a loss, which keeps the other layers apart.
     """
     colored = np.sqrt(np.maximum(values, 0.0)) if is_loss else np.minimum(values, BRIGHTEST_DB)
     image = axes.imshow(colored, cmap=colors, aspect="auto", interpolation="nearest")

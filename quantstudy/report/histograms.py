@@ -1,7 +1,6 @@
 """The outlier report: statistics and histograms of every layer's input, from the calibration file.
 
-Everything is computed from the same histograms that the clipped methods take their ranges from, so that a
-threshold drawn here is the one that is used.
+The clipped methods take their ranges from the same histograms. So a threshold drawn here is the threshold in use.
 """
 
 import re
@@ -26,7 +25,7 @@ _CLIP_STYLES = ((VERMILLION, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"))
 
 
 def load_histograms(study: str) -> tuple[dict[str, dict[str, Any]], int]:
-    """Return the statistics of every layer's input, by layer, and the number of images; raise `UserError` without."""
+    """Return the statistics of every layer's input, and the number of images; raise `UserError` if they are missing."""
     path = layout.calibration(study)
     calibration = load_tensors(path)
     return check_calibration(calibration, path, study), calibration["images"]
@@ -35,11 +34,11 @@ def load_histograms(study: str) -> tuple[dict[str, dict[str, Any]], int]:
 def layer_statistics(layer: Mapping[str, Any], percentiles: Sequence[float]) -> dict[str, Any]:
     """Return the numbers of one layer's input, as plain JSON values.
 
-    `layer` has min, max, mean and std as numbers, `edges` float32 [bins + 1], `counts` [bins]. Returned are these four,
-    `kurtosis` (of the histogram, 3 for a normal distribution, null for a constant input), and `percentiles`: per
-    percentile p the two-sided range `low`, `high` that leaves (100 - p) % of the values out at each end,
-    `outlier_fraction` (the share of values outside it) and `range_ratio` (the whole range over it: how much finer the
-    quantization step becomes by clipping there).
+    `layer` has min, max, mean and std as numbers, `edges` float32 [bins + 1], `counts` [bins]. The result has the four
+    numbers, `kurtosis` (of the histogram, 3 for a normal distribution, null for a constant input), and `percentiles`:
+    per percentile p the two-sided range `low`, `high` that leaves (100 - p) % of the values out at each end,
+    `outlier_fraction` (the share of values outside this range) and `range_ratio` (the whole range divided by this
+    range: how much finer the quantization step becomes by clipping there).
     """
     edges, counts = as_array(layer["edges"]), as_array(layer["counts"])
     centers = (edges[:-1] + edges[1:]) / 2
@@ -63,7 +62,7 @@ def histogram_name(layer: str) -> str:
 
 
 def plot_histograms(folder: Path, layers: Mapping[str, Mapping[str, Any]], percentiles: Sequence[float]) -> None:
-    """Draw one PNG a layer into `folder`: the input's histogram and the ranges of `percentiles`."""
+    """Draw one PNG per layer into `folder`: the input's histogram and the ranges of `percentiles`."""
     with plot_style():
         figure = Figure(figsize=(7.6, 3.4), dpi=90)
         axes = figure.add_axes((0.12, 0.16, 0.59, 0.72))
@@ -99,7 +98,7 @@ def _draw(axes: Axes, name: str, layer: Mapping[str, Any], percentiles: Sequence
 def rebin(
     edges: NDArray[np.float64], counts: NDArray[np.float64], bins: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Merge neighbouring bins to about `bins`: more than pixels can show only costs time."""
+    """Merge neighbouring bins to about `bins`: more bins than pixels only cost time."""
     step = max(1, len(counts) // bins)
     starts = np.arange(0, len(counts), step)
     return np.append(edges[starts], edges[-1]), np.add.reduceat(counts, starts)

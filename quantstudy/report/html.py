@@ -13,14 +13,14 @@ from quantstudy.report.charts import SHAPES, specifications
 
 PAGE = Path(__file__).with_name("page")
 SCRIPTS = ("dom", "recommend", "state", "table", "charts", "layers", "confusion", "comparison", "main")
-"""In the order that they are put together; they share one scope."""
+"""The scripts, in the order in which they are joined; they share one scope."""
 
 
 def build_page(studies: Sequence[dict[str, Any]], comparison: dict[str, Any] | None = None) -> str:
     """Return the whole page.
 
-    `studies` are what `page_data` returned, one a study, in the order of `run`; `comparison` is what
-    `comparison.to_record` returned, to show what moved since another revision.
+    `studies` has the result of `page_data` for each study, in the order of `run`. `comparison`, the result of
+    `comparison.to_record`, shows what moved since another revision.
     """
     data = {"studies": list(studies), "charts": specifications(), "shapes": SHAPES, "comparison": comparison}
     version = alt.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0]
@@ -37,5 +37,5 @@ def _read(name: str) -> str:
 
 
 def _inline(script: str) -> str:
-    """Return a script that no text in it ends early."""
+    """Escape `</script` within a script: it would end the script early."""
     return script.replace("</script", "<\\/script")

@@ -16,7 +16,7 @@ from quantstudy.report.style import BLACK, BLUE, GREEN, INK, ORANGE, OUTLINED, P
 
 SERIES = {"PTQ": ("o", VERMILLION, "post-training (PTQ)"), "QAT": ("s", BLUE, "with training (QAT)")}
 ASIDE = {"PTQ": 2**-0.07, "QAT": 2**0.07}
-"""By what a series is drawn beside its bits, so that neither hides the other."""
+"""The factor that moves a series away from its bits: neither series hides the other."""
 RUN_STYLES = (("o", BLUE), ("s", VERMILLION), ("^", GREEN), ("D", ORANGE), ("v", PURPLE), ("P", SKY))
 
 Curve = list[dict[str, float]]
@@ -50,7 +50,7 @@ def plot_scaling_law(path: Path, title: str, points: Sequence[Mapping[str, Any]]
 
 
 def _name_points(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
-    """Write each value beside its point; where both series have one variant, once."""
+    """Write each value next to its point, but only once where both series have the same variant."""
     for bits in {row["bits"]: None for row in points}:
         rows = sorted((row for row in points if row["bits"] == bits), key=lambda row: -row["top1"])
         shown = rows[:1] if len({row["variant"] for row in rows}) == 1 else rows
@@ -64,7 +64,7 @@ def _name_points(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_curve(path: Path) -> Curve:
-    """Read a training curve, one row an epoch; an empty cell (epoch 0 was not trained) is left out.
+    """Read a training curve, one row per epoch; empty cells are left out (epoch 0 was not trained).
 
     Raises:
         UserError: the file is missing or a cell is no number.

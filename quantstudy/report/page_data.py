@@ -1,7 +1,7 @@
 """What the HTML report shows of one study, as plain JSON: the `page` stage writes it, the `report` stage embeds it.
 
-It holds the predictions on every test image too, so that two variants, or the same variant of two revisions, can be
-compared on the same images from this file alone.
+It also holds the predictions on every test image. So this file alone is enough to compare two variants, or one variant
+of two revisions, on the same images.
 """
 
 import base64
@@ -29,9 +29,9 @@ from quantstudy.report.tables import facts, record, scaling_law
 from quantstudy.report.verdict import sentence
 
 BINS = 64
-"""Bins of a histogram on the page."""
+"""The number of bins of a histogram on the page."""
 COSTS = ("size_mb", "tbops", "latency_ms_b1", "latency_ms_b16")
-"""What accuracy is traded for."""
+"""The costs that are traded against accuracy."""
 LAYER_COLUMNS = ("name", "weight", "activation", "real", "macs", "bytes", "sqnr_db")
 FREE_TO_SHOW = ("digits",)
 """Sources whose images may be copied into a page: UCI's digits, CC BY 4.0."""
@@ -42,7 +42,7 @@ Row = dict[str, Any]
 def page_data(params: Params, study: str, results: Sequence[Result], test: Split) -> Row:
     """Return everything that the page shows of `study`.
 
-    `results` are one a variant of `params`, fp32 first; `test` is the split that the predictions are of.
+    `results` has one per variant of `params`, fp32 first; `test` is the split that the predictions are of.
 
     Raises:
         UserError: a file of predictions, the calibration or the outliers is missing or does not fit.
@@ -80,7 +80,7 @@ def variant_rows(
     labels: NDArray[np.int64],
     exported: Collection[str] = (),
 ) -> list[Row]:
-    """Return a row a variant: its metrics, intervals, sentences, settings, and the Pareto fronts that it is on."""
+    """Return one row per variant: its metrics, intervals, sentences, settings, and the Pareto fronts that it is on."""
     right = {variant: found == labels for variant, found in predictions.items()}
     fronts = {f"front_{cost}": on_front(results, cost) for cost in COSTS}
     rows = []
@@ -110,7 +110,7 @@ def exported(params: Params) -> list[str]:
 
 
 def shipped(study: str) -> Row | None:
-    """Return what the search of a study found; None where there was none."""
+    """Return what the search of a study found; None if there was no search."""
     path = layout.search(study)
     if not path.is_file():
         return None
@@ -132,7 +132,7 @@ def quartiles(result: Result) -> dict[str, float | None]:
 
 
 def timing_spread(results: Sequence[Result]) -> dict[str, float]:
-    """Return, by batch size, how far apart fp32's own timings lie, one beside each variant: a share of their median.
+    """Return by batch size how far apart fp32's own timings lie, as a share of their median; each variant has one.
 
     It is the distance of their quartiles, on the runtime where that is largest; 0 with fewer than four timings.
     """
@@ -149,9 +149,10 @@ def timing_spread(results: Sequence[Result]) -> dict[str, float]:
 
 
 def layer_columns(result: Result) -> dict[str, list[Any]]:
-    """Return the rows of a variant's layers column by column; what was not taken is null.
+    """Return the rows of a variant's layers column by column; a missing value is null.
 
-    Equalization scales the channels between layers, which says nothing of their noise, so the SQNR is left out.
+    Equalization scales the channels between layers. Their difference from fp32 is then not noise, so the SQNR is left
+    out.
     """
     rows = result.details.get("layers", [])
     columns = {column: [row.get(column) for row in rows] for column in LAYER_COLUMNS}
@@ -163,8 +164,8 @@ def layer_columns(result: Result) -> dict[str, list[Any]]:
 def layer_inputs(params: Params, study: str, results: Sequence[Result]) -> list[Row]:
     """Return the histogram of every layer's input, the percentiles of the outlier study, and where variants clip.
 
-    `clips` has the range of every static post-training variant on these histograms: training, run time and
-    equalization make the others' ranges.
+    `clips` has the range of every static post-training variant on these histograms. The other variants have ranges
+    from training, from run time, or from an equalized network.
     """
     layers, _ = load_histograms(study)
     path = layout.activation_stats(study)

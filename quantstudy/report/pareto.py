@@ -27,7 +27,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 def on_front(results: Sequence[Result], cost: str) -> list[Result]:
     """Return the variants that no other beats in both top-1 and the metric `cost`, from the cheapest up.
 
-    One whose `cost` is null, or a latency that cannot be compared, is on no front.
+    A variant is on no front if its `cost` is null, or is a latency that cannot be compared.
     """
     points = {
         result.variant: (value, result.value("top1"))
@@ -40,10 +40,10 @@ def on_front(results: Sequence[Result], cost: str) -> list[Result]:
 
 
 def split_level(values: Sequence[float]) -> float | None:
-    """Return where to break an accuracy axis (percent), or None when one scale serves all `values`.
+    """Return where to break an accuracy axis (percent), or None if one scale serves all `values`.
 
-    It is the middle of the first gap, from the top, that is wider than a quarter of the whole span and has at
-    least half of the values above it; an axis that spans less than 12 points is not broken.
+    The break is the middle of the first gap, from the top, that is wider than a quarter of the whole span and has at
+    least half of the values above it. An axis that spans less than 12 points is not broken.
     """
     ordered = sorted(values, reverse=True)
     span = ordered[0] - ordered[-1] if ordered else 0.0

@@ -1,4 +1,4 @@
-"""The table and the plot of `benchmarks/peers.py`: this project's models beside those of other tools."""
+"""The table and the plot of `benchmarks/peers.py`: models of this project and of other tools."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ _HEADER = ("tool", "method", "runtime", "top-1 %", "size MB", "quantized in s", 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the rows, dictionaries with `RECORD_KEYS`, as a Markdown table.
 
-    The fastest at batch 16 come first, then what was not timed (None, as a simulation is), the most accurate first.
+    The fastest at batch 16 come first. Rows that were not timed (None, as for a simulation) follow, the most accurate
+    first.
     """
     cells = []
     for row in _sorted(rows):
@@ -30,7 +31,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def plot_peers(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Draw the latency of every row at batch 1 and 16 as bars, its accuracy beside them."""
+    """Draw the latency of every timed row at batch 1 and 16 as bars, each with its accuracy."""
     rows = [row for row in _sorted(rows) if row["latency_ms_b16"] is not None][::-1]
     names = [f"{row['tool']} {row['method']}, {row['runtime']}" for row in rows]
     with plot_style():

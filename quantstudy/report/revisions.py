@@ -1,7 +1,7 @@
 """What a git revision or an experiment holds: its params, its metrics, and the predictions that DVC keeps of it.
 
-Metrics lie in git, predictions and images in DVC's cache or a remote. A revision whose predictions were never pushed,
-or were removed by `dvc gc`, has its metrics all the same.
+Metrics are in git; predictions and images are in DVC's cache or a remote. A revision keeps its metrics even if its
+predictions were never pushed, or if `dvc gc` removed them.
 """
 
 import io
@@ -22,7 +22,7 @@ WORKSPACE = "workspace"
 
 
 class Revision:
-    """A git revision, the name of an experiment, or `workspace`, which is the files as they lie there.
+    """A git revision, an experiment by its name, or `workspace`: the files of the working directory.
 
     Raises:
         UserError: there is no such revision, no DVC repository, or no params in it.
@@ -44,7 +44,7 @@ class Revision:
         self.params = parse_params(content.decode("utf-8", "replace"), PARAMS_FILE)
 
     def close(self) -> None:
-        """Let go of the repository."""
+        """Close the repository."""
         self._files.close()
 
     @property
@@ -63,16 +63,16 @@ class Revision:
         }
 
     def metrics(self, study: str, variant: str) -> dict[str, Any] | None:
-        """Return a variant's metrics; None when the revision's params do not list it or it was not measured.
+        """Return a variant's metrics; None if the revision's params do not list it or it was not measured.
 
-        `busy` has the batch sizes that were timed on a busy machine, as far as the details are kept.
+        `busy` lists the batch sizes that were timed on a busy machine, if the details are kept.
         """
         metrics = self._read_json(layout.metrics(study, variant)) if (study, variant) in self.variants else None
         details = metrics and self._read_json(layout.details(study, variant))
         return metrics and metrics | {"busy": details.get("busy", []) if details else []}
 
     def page(self, study: str) -> dict[str, Any] | None:
-        """Return what the HTML report shows of a study; None when it was not written."""
+        """Return what the HTML report shows of a study; None if it was not written."""
         return self._read_json(layout.page(study))
 
     def predictions(self, study: str, variant: str) -> NDArray[np.int16] | None:
@@ -81,7 +81,7 @@ class Revision:
         return None if content is None else predictions_in(content, study, variant)
 
     def test_md5(self, study: str) -> str | None:
-        """Return the checksum by which DVC knows a study's test split; None when it does not."""
+        """Return DVC's checksum of a study's test split; None if DVC has none."""
         try:
             return self._files.info(layout.split(study, "test").as_posix()).get("dvc_info", {}).get("md5")
         except FileNotFoundError:
@@ -96,7 +96,7 @@ class Revision:
 
     @property
     def _methods(self) -> list[str]:
-        """The methods that run; a revision may be older than those of a budget."""
+        """The methods that run; an old revision has no methods of a budget."""
         budget = self.params.get("budget", {}).get("methods", [])
         return [*self.params["ptq"], *budget, *self.params["qat"]]
 

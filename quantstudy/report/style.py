@@ -1,7 +1,7 @@
 """What all plots share: colours, sizes, and files with the same bytes for the same numbers.
 
-The colours are Okabe and Ito's (*Color Universal Design*, 2008), which the common kinds of colour blindness keep
-apart; every series also has its own marker, so that nothing is said by colour alone.
+The colours are Okabe and Ito's (*Color Universal Design*, 2008): readers with the common kinds of colour blindness can
+tell them apart. Every series also has its own marker, so colour alone never carries a meaning.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
 """Marker and colour of each family of variants."""
 
 OUTLINED = [withStroke(linewidth=2.5, foreground="white")]
-"""What makes a text readable over lines."""
+"""The effects that keep a text readable over lines."""
 
 _RC: Any = {
     "figure.dpi": 120,
@@ -62,7 +62,7 @@ _RC: Any = {
 
 @contextmanager
 def plot_style() -> Iterator[None]:
-    """Draw in the style of the report, whatever matplotlibrc says; leaves matplotlib as it was."""
+    """Draw in the style of the report, whatever matplotlibrc says; restore matplotlib's settings afterwards."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_RC)
@@ -70,7 +70,7 @@ def plot_style() -> Iterator[None]:
 
 
 def save(figure: Figure, path: Path, dpi: int = 120) -> None:
-    """Write `figure` as a PNG, atomically and without the software's name, so equal plots are equal files."""
+    """Write `figure` as a PNG, atomically and without the software's name: equal plots give equal files."""
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
 

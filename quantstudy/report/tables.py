@@ -19,7 +19,7 @@ HEADER = (
 
 
 def write_tables(params: Params, study: str, results: Sequence[Result]) -> str:
-    """Write every table of `study` and return the Markdown one; `results` are one a variant of `params`, fp32 first."""
+    """Write every table of `study` and return the Markdown table; `results` has one per variant, fp32 first."""
     row, folder = params.study(study), layout.report(study)
     untrained = [result for result in results if result.group != "qat"]
     trained = [result for result in results if result.group in ("baseline", "qat")]
@@ -83,7 +83,7 @@ def _cells(result: Result) -> tuple[str, ...]:
 
 
 def _kernel(result: Result) -> str:
-    """Return real or simulated, with the layers that run on a real kernel where only some do."""
+    """Return `real` or `simulated`; if only some layers run on a real kernel, with their number."""
     if result["kernel_real"] is None:
         return NOTHING
     layers = result.details.get("kernel", {})
@@ -105,17 +105,17 @@ def signed(points: float) -> str:
 
 
 def number(value: float | None, decimals: int) -> str:
-    """Return a number, or a dash for one that there is not."""
+    """Return a number, or a dash for None."""
     return NOTHING if value is None else f"{value:.{decimals}f}"
 
 
 def latency(milliseconds: float | None, busy: bool) -> str:
-    """Return a latency, marked where the machine was busy."""
+    """Return a latency, marked if the machine was busy."""
     return number(milliseconds, 2) + (" busy" if busy else "")
 
 
 def facts(row: Study, results: Sequence[Result]) -> dict[str, str]:
-    """Return what was run, on what, as names and values to read."""
+    """Return the network, images and machine of a study, as names and values to read."""
     height, width = row.data.size
     size = height if height == width else f"{height} by {width}"
     origin = row.data.dataset or row.data.path or row.data.source

@@ -1,7 +1,7 @@
 """Accuracy against what it costs: file size, and latency at two batch sizes.
 
-Where a few variants collapse, they are named under the axis instead of drawn, so that the others can be told apart. The
-grey band is fp32's 95 % interval: a variant inside it has not measurably lost accuracy.
+If a few variants collapse, they are named under the axis instead of drawn: the others can then be told apart. The grey
+band is fp32's 95 % interval: a variant inside it has not measurably lost accuracy.
 """
 
 import textwrap
@@ -22,7 +22,7 @@ from quantstudy.report.results import Result
 from quantstudy.report.style import FAMILIES, GREY, INK, OUTLINED, log_axis, plot_style, save
 
 BOTTOM, HEIGHT = 0.19, 0.75
-"""Of the axes, as shares of the figure."""
+"""The axes' lower edge and height, as shares of the figure."""
 
 
 def plot_accuracy_vs_size(path: Path, title: str, results: Sequence[Result]) -> None:
@@ -37,9 +37,9 @@ def plot_accuracy_vs_size(path: Path, title: str, results: Sequence[Result]) -> 
 
 
 def plot_accuracy_vs_latency(path: Path, title: str, results: Sequence[Result]) -> None:
-    """Draw every variant's top-1 over its latency (ms a batch, logarithmic), batch 16 and batch 1 side by side.
+    """Draw every variant's top-1 over its latency (ms per batch, logarithmic), batch 16 and batch 1 side by side.
 
-    What a simulated kernel or a busy machine took is hollow, has no name, and is no part of the Pareto front.
+    The point of a simulated kernel or of a busy machine is hollow, has no name, and is not on the Pareto front.
     """
     with plot_style():
         figure = Figure(figsize=(15, 7.4))
@@ -52,7 +52,7 @@ def plot_accuracy_vs_latency(path: Path, title: str, results: Sequence[Result]) 
 
 
 def _panel(axes: Axes, results: Sequence[Result], key: str) -> None:
-    """Draw top-1 over the metric `key`; what cannot be compared is hollow and off the Pareto front."""
+    """Draw top-1 over the metric `key`; points that cannot be compared are hollow and off the Pareto front."""
     costs = {result.variant: value for result in results if (value := result[key]) is not None}
     timed = [result for result in results if result.variant in costs]
     axes.set_ylabel("top-1 accuracy, %")
@@ -81,7 +81,7 @@ def _panel(axes: Axes, results: Sequence[Result], key: str) -> None:
 
 
 def _points(axes: Axes, results: Sequence[Result], costs: Mapping[str, float], key: str) -> None:
-    """Draw the results that lie within `axes`, but for their names."""
+    """Draw the points of the results that lie within `axes`, without their names."""
     for result in results:
         marker, color = FAMILIES[result.family]
         point, top = (costs[result.variant], result.value("top1")), marker == "*"
@@ -98,7 +98,7 @@ def _names(
     costs: Mapping[str, float],
     front: tuple[Any, Any],
 ) -> None:
-    """Write the name of each result beside its point, from the top down, off all that are drawn and the `front`."""
+    """Write the name of each result next to its point, from the top down, clear of all points and of the `front`."""
     ordered = sorted(results, key=lambda result: -result.value("top1"))
     x, y = [costs[result.variant] for result in ordered], [result.value("top1") for result in ordered]
     names = [result.variant for result in ordered]

@@ -1,4 +1,4 @@
-"""What a variant costs and buys, as one sentence that needs no table beside it."""
+"""What a variant costs and gains, as one sentence that you can read without a table."""
 
 from quantstudy.report.results import Result
 

@@ -1,17 +1,18 @@
-"""The ways a model can be run here, each an executable that says which of its layers run in their stated type.
+"""The ways to run a model here. Each is an executable that says which of its layers run in their stated type.
 
 - `eager`: on an x86 CPU, layers with integer weights per channel and integer inputs run on oneDNN's int8 kernels
-  (`runtimes.lowering`); on CUDA linear layers with 4-bit weights alone run on kernels that read these
-  (`runtimes.weight_only`); every other quantized layer is simulated in floating point.
+  (`runtimes.lowering`). On CUDA, linear layers with 4-bit weights and float inputs run on kernels that read these
+  weights (`runtimes.weight_only`). Every other quantized layer is simulated in floating point.
 - `inductor`: `torch.compile` with frozen weights. It fuses the quantize and dequantize operators around
   convolutions and linear layers with a calibrated input into oneDNN int8 kernels. On CUDA it records CUDA graphs.
-- `onnxruntime` and `openvino`: the exported ONNX model on a CPU (`runtimes.sessions`), which say themselves what they
-  compute in int8.
+- `onnxruntime` and `openvino`: the exported ONNX model on a CPU (`runtimes.sessions`). Each runtime reports which
+  layers it computes in int8.
 
-A layer is real when its multiplications run in the types its scheme names, of which 7-bit weights are int8 with its
-range reduced. Codes of fewer bits run on int8 kernels too, with the same result as in their own type, but that is int8
-arithmetic: not real. On a CPU without VNNI, sums that may saturate (`quantization.saturation`) are not real in eager
-mode, which simulates them, nor on inductor and OpenVINO, which saturate; ONNX Runtime gets them in uint8 and is exact.
+A layer is real when its multiplications run in the types that its scheme names. 7-bit weights count as int8 with a
+reduced range. Codes of fewer bits run on int8 kernels too, with the same result as in their own type. But this is int8
+arithmetic, so it is not real. On a CPU without VNNI, layers whose sums may saturate (`quantization.saturation`) are not
+real in eager mode, which simulates them, nor on inductor and OpenVINO, which saturate. ONNX Runtime gets their weights
+in uint8 and is exact.
 """
 
 import warnings
@@ -46,9 +47,9 @@ class Executable:
     layers: dict[str, bool]
     """Whether each Conv2d and Linear runs in the types that its scheme names, by its name in the fp32 network."""
     memory_format: torch.memory_format = torch.channels_last
-    """How `run` wants the images to lie in memory."""
+    """The memory format that `run` expects of the images."""
     exported: str | None = None
-    """Which form of the exported model it runs (`onnx_tuning.form_of`), if it runs one."""
+    """The form of the exported model that it runs (`onnx_tuning.form_of`); None for eager mode and inductor."""
 
     @property
     def real(self) -> bool:
@@ -57,7 +58,7 @@ class Executable:
 
 
 def build_executable(model: nn.Module, runtime: str, device: torch.device) -> Executable:
-    """Turn `model`, an fp32 network or a `Variant`, into an executable; the model is used up."""
+    """Turn `model`, an fp32 network or a `Variant`, into an executable. This changes `model`: do not use it again."""
     model = model.to(device).eval()
     dtype = network_of(model)[1]
     layers = real_layers(model, runtime, device)
@@ -84,7 +85,7 @@ def open_executable(model: nn.Module, exported: "onnx.ModelProto", runtime: str)
 
     session = open_session(exported, runtime, torch.get_num_threads())
     network, dtype = network_of(model)
-    layers = dict.fromkeys(quantizable_layers(network), dtype == torch.float32)  # what is stored in 16 bits runs in 32
+    layers = dict.fromkeys(quantizable_layers(network), dtype == torch.float32)  # 16-bit weights run in 32 bits
     for name, layer in quantized_layers(network).items():
         exact = runtime == "onnxruntime" or not saturates(layer)
         layers[name] = _is_int8(layer) and exact and name in session.integer_layers
@@ -92,7 +93,7 @@ def open_executable(model: nn.Module, exported: "onnx.ModelProto", runtime: str)
 
 
 class _WideConvolutions(TorchFunctionMode):
-    """16-bit convolutions in float32, rounded to 16 bits: the same sums, and faster than PyTorch emulates them."""
+    """Compute 16-bit convolutions in float32, then round to 16 bits: the same sums, faster than PyTorch's emulation."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -104,9 +105,9 @@ class _WideConvolutions(TorchFunctionMode):
 
 
 def worth_compiling(model: nn.Module, device: torch.device) -> bool:
-    """Whether inductor is tried for `model`: if it runs in its stated types there, or some layers read codes on a GPU.
+    """Whether to try inductor for `model`: it runs in its stated types there, or some layers read codes on a GPU.
 
-    A range found at run time keeps convolutions out of inductor's int8 patterns.
+    Inductor's int8 patterns leave out convolutions whose input range is found at run time.
     """
     reads = any(has_kernel(layer, device) for layer in quantized_layers(model).values())
     return reads or all(real_layers(model, "inductor", device).values())
@@ -142,12 +143,12 @@ def _is_native(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def _is_int8(layer: Any) -> bool:
-    """Whether the stated types are int8 with all of its range or, in weights, a reduced one, and 8-bit inputs."""
+    """Whether the scheme names int8 weights, of the full range or of 7 bits, and 8-bit inputs."""
     return layer.scheme.weight.bits in (7, 8) and layer.scheme.activation.bits == 8
 
 
 class Int8Network(nn.Module):
-    """A variant on int8 kernels. With its first images it hands on codes from kernel to kernel where it can."""
+    """A variant on int8 kernels. The first call fuses the kernels, so that they pass on codes where possible."""
 
     def __init__(self, variant: Variant) -> None:
         super().__init__()
@@ -155,7 +156,7 @@ class Int8Network(nn.Module):
         use_kernels(variant.network)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images to logits, as the variant's."""
+        """Return the logits of images, as the variant does."""
         if not self._is_fused:
             fuse(self.variant.network, images.to(self.variant.dtype))
             self._is_fused = True

@@ -2,16 +2,16 @@
 
 The input is quantized to unsigned 8-bit codes and multiplied with int8 weights by oneDNN (the operators
 `torch.ops.onednn.qconv2d_pointwise` and `qlinear_pointwise`, to which inductor lowers too), which accumulates in
-int32 and returns float32: y = (sum (q_x - zero_point) * q_w) * scale_x * scale_w + bias. Up to float32 rounding
-that is the simulated layer, so accuracy measured on either holds for the other. The range of the input is fixed
-(`StaticActivation`) or the batch's own, found in each forward pass (`DynamicActivation`).
+int32 and returns float32: y = (sum (q_x - zero_point) * q_w) * scale_x * scale_w + bias. Up to float32 rounding this
+equals the simulated layer, so accuracy measured on one holds for the other. The input range is either fixed
+(`StaticActivation`) or found from the batch in each forward pass (`DynamicActivation`).
 
-A layer whose output only feeds layers with one known input grid can write that grid's codes itself (`output`), and
-those layers then read uint8: no float32 image is written or read in between. `lowering.py` decides where.
+If all readers of a layer's output share one known input grid, the layer can write the codes of that grid itself
+(`output`), and the readers take uint8. No float32 image is written or read in between. `lowering.py` decides where.
 
-oneDNN is always told a zero point of 0: the part of the sums that it contributes goes into the bias, and an image that
-needs padding is padded with it. oneDNN's own correction term is computed anew in each call, and is wrong for some
-geometries. A 1x1 convolution of stride 1 is computed as a linear layer over the channels.
+oneDNN's convolution always gets a zero point of 0. The zero point's part of the sums goes into the bias, and an image
+that needs padding is padded with the zero point. oneDNN's own correction term is computed anew in each call, and is
+wrong for some geometries. A 1x1 convolution of stride 1 is computed as a linear layer over the channels.
 
 On an x86 CPU without VNNI the kernels refuse weights whose sums may saturate (`quantization.saturation`).
 """
@@ -38,7 +38,7 @@ _ATTRIBUTES: dict[PostOp, tuple[str, list[float]]] = {
     "relu": ("relu", []),
     "relu6": ("hardtanh", [0.0, 6.0]),
 }
-"""What oneDNN calls a post-op, and its numbers."""
+"""oneDNN's name for each post-op, and its numbers."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ Activation = StaticActivation | DynamicActivation
 class _Int8Layer(nn.Module):
     """What the two kernel layers share: the scales, the bias and the quantization of the input.
 
-    They hold plain tensors, no parameters: nothing to train, to save or to move off the CPU.
+    The layers hold plain tensors instead of parameters: there is nothing to train, to save or to move off the CPU.
     """
 
     _packed: Tensor
@@ -91,7 +91,7 @@ class _Int8Layer(nn.Module):
         self._code_sum = weight_codes.flatten(1).sum(dim=1).double().mul(self._scale).float()
 
     def fused(self, post_op: PostOp, output: StaticActivation | None) -> "_Int8Layer":
-        """Return the layer with an activation in it, writing the codes of `output` where that is given."""
+        """Return a copy that applies an activation and, if `output` is given, writes the codes of that grid."""
         layer = copy.copy(self)
         layer._set_output(post_op, output)
         return layer
@@ -119,7 +119,7 @@ class _Int8Layer(nn.Module):
         return codes, scale, zero_point
 
     def _shifted_bias(self, scale: float, zero_point: int) -> Tensor | None:
-        """Return the bias with the zero point's part of the sums, zero_point * sum(q_w), in it."""
+        """Return the bias less the zero point's part of the sums, zero_point * sum(q_w), times both scales."""
         if not zero_point:
             return self._bias
         shift = self._code_sum * (-zero_point * scale)
@@ -140,9 +140,9 @@ class Int8Conv2d(_Int8Layer):
     the grid `output`.
 
     `weight_codes` is int8 [O, I / groups, kH, kW], `weight_scale` float32 [O] (symmetric), `bias` float32 [O] or
-    None; `stride`, `padding` ("same" and "valid" too), `dilation` and `groups` are those of `nn.Conv2d`. `fused` is
-    `post_op`, which is applied to the output inside the kernel, and `output`, the grid of the codes it writes. Padding
-    stands for the value zero, whatever the zero point. Inputs must be finite.
+    None; `stride`, `padding` ("same" and "valid" too), `dilation` and `groups` are those of `nn.Conv2d`. `fused` holds
+    `post_op`, which the kernel applies to its output, and `output`, the grid of the codes that the kernel writes.
+    Padding means the value zero, whatever the zero point. Inputs must be finite.
 
     Raises:
         RuntimeError: the sums may saturate, or `int8_kernels_available` is False.
@@ -196,8 +196,8 @@ class Int8Conv2d(_Int8Layer):
 class Int8Linear(_Int8Layer):
     """A Linear in int8: [..., I] in, [..., O] out; float32 or uint8 codes, as for `Int8Conv2d`.
 
-    `weight_codes` is int8 [O, I], `weight_scale` float32 [O] (symmetric), `bias` float32 [O] or None; `fused` and
-    what is raised are those of `Int8Conv2d`. Inputs must be finite.
+    `weight_codes` is int8 [O, I], `weight_scale` float32 [O] (symmetric), `bias` float32 [O] or None. `fused` and the
+    RuntimeError and ValueError are as for `Int8Conv2d`. Inputs must be finite.
     """
 
     def __init__(
@@ -213,10 +213,11 @@ class Int8Linear(_Int8Layer):
 
 
 def int8_kernels_available(device: torch.device | str = "cpu") -> bool:
-    """Whether `Int8Conv2d` and `Int8Linear` run, fast and exact, on `device`: an x86 CPU, oneDNN's operators.
+    """Whether `Int8Conv2d` and `Int8Linear` run fast and exactly on `device`: an x86 CPU with oneDNN's operators.
 
-    The answer is found once per process, by looking at the CPU and by computing a convolution whose sums saturate
-    in 16 bits, or just do not on a CPU without VNNI: there, some weights are refused (`lowering.runs_in_int8`).
+    The answer is found once per process, by looking at the CPU and by computing a convolution whose sums would saturate
+    in 16 bits. On a CPU without VNNI the sums just fit: weights with larger sums are refused there
+    (`lowering.runs_in_int8`).
     """
     return torch.device(device).type == "cpu" and _probe()
 
@@ -232,6 +233,6 @@ def _probe() -> bool:
             weight = torch.full((16, 16, 3, 3), code, dtype=torch.int8)
             layer = Int8Conv2d(weight, torch.ones(16), None, StaticActivation(1.0, 0))
             y = layer(torch.full((1, 16, 3, 3), 300.0))
-    except (RuntimeError, TypeError, AttributeError):  # an operator of another torch, or of a build without oneDNN
+    except (RuntimeError, TypeError, AttributeError):  # another version of torch, or a build without oneDNN
         return False
     return bool((y == 255 * code * 16 * 9).all())

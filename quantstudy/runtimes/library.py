@@ -1,4 +1,4 @@
-"""The package from Python: load a model, quantize it, run it, save and export it, as `import quantstudy` offers."""
+"""The Python interface of `import quantstudy`: load a model, quantize it, run it, save it and export it."""
 
 import copy
 import functools
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 
 RUNTIMES = ("eager", "inductor", "onnxruntime", "openvino")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of red, green, blue, of pixels from 0 to 1."""
+"""Of red, green and blue, for pixels from 0 to 1."""
 
 
 class Model:
-    """A network, fp32 with BatchNorm folded or a `Variant`, and what its file says of it.
+    """A network, fp32 with BatchNorm folded or a `Variant`, and the facts in its file.
 
     Attributes:
-        network: float32 images [N, C, H, W], normalized with the `preprocessing`, to float32 logits [N, classes].
-        facts: its `architecture`, `classes`, `preprocessing` and perhaps `class_names`, as the file has them.
-        variant: the method it was quantized with, or fp32.
+        network: maps float32 images [N, C, H, W], normalized with the `preprocessing`, to float32 logits [N, classes].
+        facts: `architecture`, `classes`, `preprocessing` and perhaps `class_names`, as in the file.
+        variant: the method that quantized the network, or fp32.
     """
 
     def __init__(self, network: nn.Module, facts: dict[str, Any], variant: str = "fp32") -> None:
@@ -48,7 +48,7 @@ class Model:
 
     @property
     def preprocessing(self) -> P.Preprocessing:
-        """What the model wants its input to be."""
+        """The preprocessing that the model expects."""
         return P.Preprocessing.model_validate(self.facts["preprocessing"])
 
     @functools.cached_property
@@ -63,7 +63,7 @@ class Model:
         return graph_of(network, shape)
 
     def executable(self, runtime: str, device: torch.device) -> Executable:
-        """Return the model ready to run on a runtime of `RUNTIMES`; it is made once."""
+        """Return the model ready to run on a runtime of `RUNTIMES`; it is built once per runtime and device."""
         if runtime not in RUNTIMES:
             raise unknown("runtime", runtime, RUNTIMES)
         if (runtime, device) in self._executables:
@@ -81,20 +81,20 @@ class Model:
                 made = open_executable(self.network, exported, runtime)
                 if not (int8_sums_saturate() and may_saturate(exported)):
                     self._judge(made, runtime)
-            except RuntimeError as error:  # what a runtime raises at an operator it lacks
+            except RuntimeError as error:  # the runtime lacks an operator
                 raise UserError(f"{runtime} cannot run the model: {one_line(error, -1)}") from None
         return self._executables.setdefault((runtime, device), made)
 
     @functools.cached_property
     def _wanted(self) -> tuple[Tensor, np.ndarray, float]:
-        """Random images, PyTorch's logits of them, and the SQNR that other logits need to have."""
+        """Random images, PyTorch's logits for them, and the least SQNR that a runtime's logits must reach."""
         images = torch.randn(4, *self.preprocessing.shape, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             exact, wanted = (model(images.clone()).numpy() for model in (unrounded(self.network), self.network))
         return images, wanted, least_sqnr_db(sqnr_db(exact, wanted))
 
     def _judge(self, made: Executable, runtime: str) -> None:
-        """Compare the logits of random images with PyTorch's; raise `UserError` where they are others."""
+        """Compare a runtime's logits on random images with PyTorch's; raise `UserError` if they differ too much."""
         images, wanted, least = self._wanted
         if (sqnr := sqnr_db(wanted, made.run(images).numpy())) < least:
             raise UserError(f"{runtime}: the exported model is at {sqnr:.1f} dB of PyTorch, less than {least:.1f}")
@@ -110,20 +110,22 @@ def load_model(
     std: Sequence[float] = IMAGENET_STD,
     weights_key: str | None = None,
 ) -> Model:
-    """Read a model file: of this project, fp32 or a variant, or a state_dict.
+    """Read a model file: a state_dict, or a file of this project, fp32 or a variant.
+
+    All arguments but `path` are for a state_dict only.
 
     Args:
         path: the file.
-        architecture: of a state_dict: a torchvision name, `vgg11_small`, or `package.module:factory`.
-        preprocessing: of a state_dict: `torchvision` for that of torchvision's weights, the name of some of them, or
-            a row of one's own; None for what follows.
-        image_size: of a state_dict: pixels a side.
-        mean: of a state_dict: of red, green, blue, of pixels from 0 to 1.
+        architecture: a torchvision name, `vgg11_small`, or `package.module:factory`.
+        preprocessing: `torchvision` for the preprocessing of torchvision's default weights, the name of other
+            torchvision weights, or your own row; None to use the next three arguments.
+        image_size: pixels a side.
+        mean: of red, green and blue, for pixels from 0 to 1.
         std: likewise.
-        weights_key: of a file that holds several state_dicts: the name of one, `state_dict_ema` for example.
+        weights_key: the name of one state_dict, for a file that holds several: `state_dict_ema` for example.
 
     Raises:
-        UserError: the file cannot be read, or is not of the architecture.
+        UserError: the file cannot be read, or does not fit the architecture.
     """
     path = Path(path)
     if architecture is None:
@@ -154,9 +156,9 @@ def quantize(model: Model, images: Tensor | Sequence[Tensor], method: str | P.Me
 
     Args:
         model: fp32.
-        images: what it is calibrated on: float32 [N, C, H, W], normalized, or batches of them.
-        method: a row of `methods` in the folder's params.yaml, else of those that come with the package, that does not
-            train; or such a row itself, `quantstudy.params.WeightOnly(kind="weight_only", weight_bits=3)` for one.
+        images: calibration images, float32 [N, C, H, W], normalized; or a sequence of such batches.
+        method: the name of a method that does not train, from `methods` in params.yaml of the working directory or else
+            from the package; or a row, for example `quantstudy.params.WeightOnly(kind="weight_only", weight_bits=3)`.
 
     Raises:
         UserError: there is no such method, or it cannot be applied to this network.
@@ -171,7 +173,7 @@ def quantize(model: Model, images: Tensor | Sequence[Tensor], method: str | P.Me
 def post_training_row(method: str, key: str = "method") -> P.MethodRow:
     """Return the row of a method that needs neither training nor sensitivities; else raise `UserError`, naming `key`.
 
-    Rows are those of the folder's params.yaml, else those that come with the package.
+    The rows come from params.yaml in the working directory, or else from the package.
     """
     rows: dict[str, P.MethodRow] = P.load_methods()
     names = [name for name, row in rows.items() if not row.trains and not row.needs_sensitivity]
@@ -185,8 +187,8 @@ def run(model: Model, images: Tensor, runtime: str = "eager") -> Tensor:
     """Return the logits of a model on a runtime, float32 [N, classes].
 
     Args:
-        model: fp32 or a variant; what it takes to run it is made at the first call.
-        images: float32 [N, C, H, W], normalized. Eager mode and inductor run where they lie, the others on the CPU.
+        model: fp32 or a variant. The first call on a runtime builds the executable.
+        images: float32 [N, C, H, W], normalized. Eager mode and inductor run on their device, the others on the CPU.
         runtime: one of `RUNTIMES`.
 
     Raises:
@@ -197,7 +199,7 @@ def run(model: Model, images: Tensor, runtime: str = "eager") -> Tensor:
 
 
 def save(model: Model, path: str | Path) -> None:
-    """Write a variant, its codes packed; `load_model` reads it.
+    """Write a variant with packed codes; `load_model` reads the file.
 
     Raises:
         UserError: the model is fp32.
@@ -208,7 +210,9 @@ def save(model: Model, path: str | Path) -> None:
 
 
 def export_onnx(model: Model, path: str | Path) -> None:
-    """Write a model as ONNX: weights in four or eight bits, any batch size; a .json beside it describes both.
+    """Write a model as ONNX, for any batch size, and its preprocessing and class names as a .json next to it.
+
+    Integer weights are stored in four or eight bits.
 
     Raises:
         UserError: the network cannot be exported, or ONNX Runtime computes something else on random images.

@@ -1,14 +1,14 @@
 """Turn a simulated quantized network into one that runs in int8 on a CPU, in eager mode, in a second.
 
 1. Each frozen quantized layer that the kernels can run becomes an `Int8Conv2d` or `Int8Linear`.
-2. A ReLU or ReLU6 that alone reads such a layer moves into it, as the network's captured graph tells.
-3. What is left between two layers and does not change the values, or keeps their order, is followed: Identity,
-   Dropout, max pooling, flattening. Where every reader at the end is a layer with one and the same static 8-bit
-   grid, the first layer writes the codes of that grid and the readers take them. No float32 image exists there;
-   the pooling and flattening run on uint8.
+2. A ReLU or ReLU6 that is the only reader of such a layer moves into it. The network's captured graph shows the
+   readers.
+3. Some modules between two layers keep the values, or at least their order: Identity, Dropout, max pooling, flattening.
+   If all readers behind them are layers with the same static 8-bit grid, the first layer writes the codes of that grid
+   and the readers take them. No float32 image exists in between; pooling and flattening run on uint8.
 
-The rest stays in float32, and so does the input of a layer with run-time ranges. Against the simulation a fused code
-can differ by one where float32 rounding falls on the other side of a half.
+All else stays in float32, including the input of a layer with run-time ranges. A fused code can differ from the
+simulated code by one, where float32 rounding falls on the other side of a half.
 """
 
 import copy
@@ -29,30 +29,31 @@ _POST_OPS: dict[type[nn.Module], PostOp] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
 _RELU_CALLS = ("relu", "relu_")
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d)
 LARGEST_CHANGE = 0.03
-"""Of the norm of the logits, what codes that fall on the other side of a half may do to two images."""
+"""How far fused codes may change the logits of two images, as a share of the logits' norm."""
 
 
 def use_kernels(network: nn.Module) -> None:
-    """Put an int8 kernel in the place of each layer of `network` that can have one (`runs_in_int8`)."""
+    """Replace each layer of `network` that can run in int8 (`runs_in_int8`) by an int8 kernel."""
     layers = quantized_layers(network).items()
     put(network, {name: make_kernel(layer) for name, layer in layers if runs_in_int8(layer)})
 
 
 @torch.no_grad()
 def fuse(network: nn.Module, images: Tensor) -> None:
-    """Move activations into the kernels of `network`, and let them hand on codes, in place.
+    """Move activations into the kernels of `network`, and let the kernels pass on codes, in place.
 
-    A network whose graph has a problem, or fails on two images, or would compute something else, stays as it is.
+    The network stays as it is if its graph has a problem, if it fails on two images, or if it would compute something
+    else.
 
     Args:
         network: after `use_kernels`, in eval mode.
-        images: float32 [N, C, H, W], to capture it on.
+        images: float32 [N, C, H, W], to capture the graph on.
     """
-    with torch.inference_mode(False):  # whose tensors do not tell who writes to them
+    with torch.inference_mode(False):  # tensors of inference mode do not tell who writes to them
         images = images[:2].clone()
         try:
             graph, before = capture(network, images), run_in_eval(network, images)
-        except Exception:  # the code of a network of one's own may raise anything at two images
+        except Exception:  # your network's code may raise anything on two images
             return
         if graph.problem is not None:
             return
@@ -64,7 +65,7 @@ def fuse(network: nn.Module, images: Tensor) -> None:
 
 
 def _fusions(graph: Graph) -> dict[str, nn.Module]:
-    """Return what takes the place of which modules."""
+    """Return the modules to put in, by the name of the module that each replaces."""
     replaced: dict[str, nn.Module] = {}
     for name, calls in graph.calls_of.items():
         module = calls[0].module
@@ -85,7 +86,7 @@ def _fusions(graph: Graph) -> dict[str, nn.Module]:
 def lower_int8(model: nn.Module, images: Tensor) -> nn.Module:
     """Return an int8 network for CPU inference that computes what `model` simulates; `model` stays as it is.
 
-    `model` is in eval mode, on the CPU, float32, its quantized layers frozen; `images` are those of `fuse`. Layers that
+    `model` is in eval mode, on the CPU, float32, its quantized layers frozen. `images` are as for `fuse`. Layers that
     the kernels cannot run (`runs_in_int8`) stay simulated.
 
     Raises:
@@ -133,9 +134,9 @@ def _grid(layer: Any) -> Activation:
 
 
 def _post_op(graph: Graph, call: Call) -> tuple[PostOp, str | None]:
-    """Return the activation that alone reads a call, and the name of its module if it runs nowhere else.
+    """Return the activation that is a call's only reader, and the name of its module if it runs nowhere else.
 
-    A ReLU that stays computes the same once more; a ReLU6 would not, on codes, so that it has to go.
+    A ReLU may also stay where it is: it computes the same once more. A ReLU6 may not: it would clamp codes.
     """
     reader = call.readers[0] if len(call.readers) == 1 else Call("nothing")
     while isinstance(reader.module, _NOTHING) and len(reader.readers) == 1:
@@ -151,7 +152,7 @@ def _post_op(graph: Graph, call: Call) -> tuple[PostOp, str | None]:
 
 
 def _readers(call: Call, is_positive: bool, removed: str | None) -> set[Activation | None]:
-    """Return the input grids of the layers that read `call`, through order-keeping calls; None for any other reader.
+    """Return the input grids of the layers that read `call`, also behind order-keeping calls; None for other readers.
 
     `removed` is the activation that moves into the kernel. A ReLU6 that stays would clamp codes, not values.
     """

@@ -1,10 +1,10 @@
-"""The ONNX graph of an architecture, without weights: what every variant of a study has in common.
+"""The ONNX graph of an architecture, without weights. All variants of a study share it.
 
-`torch.onnx.export` writes it once, from a network of random weights, so that no two of them are equal: its optimizer
-merges equal tensors, and the names by which the weights are filled in later would be lost. What is computed from
-weights is not computed beforehand, since it would be that of the random ones. BatchNorm is folded. A
-weight that PyTorch stored transposed gets its own layout back, and a Transpose after it. Pooling over single
-pixels, which is what adaptive pooling comes to when the image already has the size that is asked for, is left out.
+`torch.onnx.export` writes the graph once, from a network with random weights. Random weights differ from each other:
+the exporter's optimizer merges equal tensors, and would lose names that are needed to fill in the weights later.
+Nothing that depends on weights is computed in advance, since it would be computed from the random weights. BatchNorm is
+folded. A weight that the exporter stored transposed gets its own layout back, with a Transpose behind it. Pooling over
+single pixels is left out; adaptive pooling becomes this when the image already has the requested size.
 """
 
 import ast
@@ -44,11 +44,11 @@ def network_graph(architecture: str, classes: int, image_size: int | Shape) -> o
 def graph_of(network: nn.Module, shape: Sequence[int]) -> onnx.ModelProto:
     """Return a network's graph, float32 [batch, C, H, W] to float32 [batch, classes]; batch is free.
 
-    Each parameter of the network is an initializer of its name and shape, without data. Other constants have theirs. A
-    Clip or MatMul that is the only one of a module has the module's name.
+    Each parameter of the network becomes an initializer with the same name and shape, without data. Other constants
+    keep their data. If a module has exactly one Clip or MatMul, this node has the module's name.
 
     Args:
-        network: fp32 with BatchNorm folded; it stays as it is.
+        network: fp32 with BatchNorm folded; it is not changed.
         shape: of an image, [C, H, W].
 
     Raises:
@@ -65,7 +65,7 @@ def graph_of(network: nn.Module, shape: Sequence[int]) -> onnx.ModelProto:
             tensor.uniform_(0.5, 1.5, generator=generator)
     try:
         model = _exported(network, shape, frozenset(state))
-    except Exception as error:  # the exporter raises many types, and so may the code of a network of one's own
+    except Exception as error:  # the exporter raises many types, and so may your network's code
         raise UserError(f"export: the network cannot be exported to ONNX: {one_line(error)}") from None
     if not model.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
         what = "its code fixes the number of images, with len(x) for one; write x.shape[0] or x.new_zeros"
@@ -80,7 +80,7 @@ def graph_of(network: nn.Module, shape: Sequence[int]) -> onnx.ModelProto:
 
 
 class _Exportable(TorchFunctionMode):
-    """What `torch.onnx.export` gets wrong, from operators that it gets right."""
+    """Replace functions that `torch.onnx.export` gets wrong by operators that it gets right."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         plain = _PLAIN.get(function)
@@ -98,7 +98,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    """By its statistics: the optimizer would compute with the random ones."""
+    """Write BatchNorm out: the optimizer would compute constants from the random statistics."""
     if training or running_mean is None:
         return NotImplemented
     shape = (1, -1, *[1] * (input.ndim - 2))
@@ -117,7 +117,7 @@ def _avg_pool(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Any:
-    """With a divisor of its own, which the exporter drops."""
+    """Apply `divisor_override`, which the exporter drops."""
     if divisor_override is None or ceil_mode:
         return NotImplemented
     area = math.prod(kernel_size) if isinstance(kernel_size, tuple) else kernel_size ** (input.ndim - 2)
@@ -125,7 +125,7 @@ def _avg_pool(
 
 
 def _clamp(input: Tensor, min: Any = None, max: Any = None) -> Any:
-    """Between an int and a float, which the exporter makes a tensor and a number of."""
+    """Turn int bounds into floats: the exporter turns an int and a float bound into a tensor and a number."""
     if not input.is_floating_point():
         return NotImplemented
     low, high = (float(bound) if isinstance(bound, int) else bound for bound in (min, max))
@@ -133,7 +133,7 @@ def _clamp(input: Tensor, min: Any = None, max: Any = None) -> Any:
 
 
 def _pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
-    """Circular from its parts: OpenVINO does not read Pad of that mode."""
+    """Build circular padding from slices: OpenVINO cannot read Pad in this mode."""
     if mode != "circular":
         return NotImplemented
     x = input
@@ -150,23 +150,23 @@ _PLAIN |= dict.fromkeys((torch.clamp, torch.clip, Tensor.clamp, Tensor.clip), _c
 
 
 def load_graph(path: Path, study: str = "") -> onnx.ModelProto:
-    """Read the graph that `trace` wrote; raise `UserError` when it is not there, damaged or another study's."""
+    """Read the graph that the stage trace wrote; raise `UserError` if it is missing, damaged or another study's."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; run the stage trace")
     return unsealed(path, study, "run the stage trace again")
 
 
 def sealed(content: bytes, study: str = "") -> bytes:
-    """Return the bytes of an ONNX model and, behind them, its metadata `sha256`: of these bytes and of its study.
+    """Append a metadata entry `sha256` to the bytes of an ONNX model, computed from these bytes and the study's name.
 
-    Protocol buffers of one message may be written one behind another; every reader takes them together.
+    A protocol buffer may be written in several parts, one behind another. Every reader merges them.
     """
     entry = onnx.StringStringEntryProto(key="sha256", value=seal(content, study))
     return content + onnx.ModelProto(metadata_props=[entry]).SerializeToString()
 
 
 def unsealed(path: Path, study: str, remedy: str) -> onnx.ModelProto:
-    """Read a model that `sealed` made the bytes of; raise `UserError`, with the remedy, unless it is as written."""
+    """Read a model file written by `sealed`; raise `UserError`, with the remedy, if the file has changed since."""
     found = path.read_bytes()
     content = found[: len(found) - len(sealed(b""))]
     if found != sealed(content, study):
@@ -175,7 +175,7 @@ def unsealed(path: Path, study: str, remedy: str) -> onnx.ModelProto:
 
 
 def _untie(network: nn.Module) -> None:
-    """Give each of several layers that share a weight one of its own: their inputs are quantized apart."""
+    """Give each layer that shares a weight its own copy: the inputs of these layers are quantized separately."""
     seen: set[int] = set()
     for module in network.modules():
         for key, parameter in module.named_parameters(recurse=False):
@@ -210,7 +210,7 @@ def _exported(network: nn.Module, shape: Sequence[int], weights: frozenset[str])
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Remove what only a debugger reads, larger than a small network's 4-bit weights, but for names of modules."""
+    """Remove debugging data, which is larger than a small network's 4-bit weights; keep some names of modules."""
     graph = model.graph
     del graph.value_info[:]
     calls: dict[str, list[onnx.NodeProto]] = defaultdict(list)

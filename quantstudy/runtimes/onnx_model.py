@@ -1,13 +1,14 @@
-"""A model or variant as ONNX: its weights and its quantization put into the graph of its architecture.
+"""Write a model or variant as ONNX: put its weights and its quantization into the graph of its architecture.
 
-- A weight in integers is an initializer of int8 or, up to 4 bits, int4 codes, and a DequantizeLinear: per channel, or
-  block-wise for scales per group. Group scales stay bfloat16 in the file, behind a Cast.
-- A calibrated input is a QuantizeLinear and a DequantizeLinear to and from uint8; fewer than 8 bits add a Clip.
-- An input with the batch's own range is a DynamicQuantizeLinear, and the layer a ConvInteger or MatMulInteger.
-- A 16-bit weight is stored as such, behind a Cast: the arithmetic around it is float32.
+- An integer weight becomes an initializer of codes, int4 up to 4 bits and else int8, and a DequantizeLinear. The
+  DequantizeLinear works per channel, or block-wise for scales per group. Scales per group stay bfloat16 in the file,
+  followed by a Cast.
+- A calibrated input becomes a QuantizeLinear and a DequantizeLinear, to and from uint8; fewer than 8 bits add a Clip.
+- An input with the batch's own range becomes a DynamicQuantizeLinear, and its layer a ConvInteger or MatMulInteger.
+- A 16-bit weight is stored in 16 bits, followed by a Cast: the arithmetic is float32.
 
-The grids are those of the quantized layers, so a runtime computes what the variant does, up to rounding. See the
-operators' pages at https://onnx.ai/onnx/operators/.
+The grids are those of the quantized layers, so a runtime computes the same as the variant, up to rounding. The
+operators are described at https://onnx.ai/onnx/operators/.
 """
 
 import copy
@@ -32,34 +33,35 @@ from quantstudy.runtimes.onnx_graph import sealed
 
 PRODUCER = "quantstudy"
 CALL = "@"
-"""Between a layer's name and the number of a call of it that is not the first, in a node's name."""
+"""Separates a layer's name from the number of the call, in the node names of its second and later calls."""
 _MULTIPLIES = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
 def to_onnx(model: nn.Module, graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Return an ONNX model that computes what `model`, an fp32 network or a frozen `Variant`, does.
+    """Return an ONNX model that computes the same as `model`, an fp32 network or a frozen `Variant`.
 
-    `graph` is its architecture's, from `graph_of`; it stays as it is. The nodes of the layers have the layers' names.
+    `graph` is the graph of its architecture, from `graph_of`; it is not changed. A layer's node has the layer's name.
     The model is checked before it is returned.
 
     Raises:
-        UserError: the graph has no Clip for a ReLU6 that equalization gave a bound per channel.
+        UserError: the graph has no Clip for a ReLU6 that equalization gave a bound per channel, or no node for a
+            quantized product of activations.
     """
     return _Builder(model.network if isinstance(model, Variant) else model, graph).build()
 
 
 def checked(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return `model`, once it is known to be valid; more than 2 GB cannot be checked."""
+    """Check that `model` is valid and return it; a model of more than 2 GB cannot be checked."""
     if model.ByteSize() < onnx.checker.MAXIMUM_PROTOBUF:
         onnx.checker.check_model(model)
     return model
 
 
 def described(model: onnx.ModelProto, facts: dict[str, Any]) -> onnx.ModelProto:
-    """Give a model the facts of its checkpoint that one needs to show it an image and to name what it sees; return it.
+    """Add to a model the facts that you need to feed it an image and to name its classes; return the model.
 
-    They are its metadata `preprocessing` and, where the checkpoint has them, `class_names`, in JSON.
+    They come from its checkpoint and become the metadata `preprocessing` and, if present, `class_names`, in JSON.
     """
     for key in ("preprocessing", "class_names"):
         if key in facts:
@@ -72,9 +74,9 @@ def _metadata(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def save_onnx(path: Path, model: onnx.ModelProto, study: str = "") -> None:
-    """Write an ONNX file atomically, equal models as equal bytes, and a .json beside it of what `described` it.
+    """Write an ONNX file atomically, and a .json next to it with what `described` added; equal models, equal bytes.
 
-    Its metadata `sha256` tells a damaged file, and with `study` one of another study, when it is read here.
+    From the metadata `sha256` this project recognizes a damaged file and, with `study`, a file of another study.
 
     Raises:
         UserError: more than 2 GB, which one file cannot hold.
@@ -150,9 +152,8 @@ class _Builder:
         if not is_transposed(layer):
             self._dequantize_rows(name, layer)
             return
-        rows = self._dequantize_rows(
-            f"{name}.rows", layer
-        )  # [O, I / groups, ...]; ConvTranspose wants [I, O / groups, ...]
+        # The rows are [O, I / groups, ...]; ConvTranspose wants [I, O / groups, ...].
+        rows = self._dequantize_rows(f"{name}.rows", layer)
         outputs, inputs, *kernel = layer.shape
         shapes = {"grouped": [layer.groups, outputs // layer.groups, inputs, *kernel]}
         shapes["flat"] = [layer.groups * inputs, outputs // layer.groups, *kernel]
@@ -170,7 +171,7 @@ class _Builder:
             codes = self._constant_codes(f"{name}.codes", layer.weight_codes(), bits)
             scale = self._constant(f"{name}.scale", layer.weight_scale.flatten().float())
             inputs = [codes, scale]
-            if scheme.bits > 4 and len(layer.shape) == 2:  # without it, ONNX Runtime multiplies in float32
+            if scheme.bits > 4 and len(layer.shape) == 2:  # for int8 in ONNX Runtime
                 inputs.append(self._constant(f"{name}.zero_point", np.zeros(layer.shape[0], np.int8)))
             return self._add("DequantizeLinear", inputs, name, axis=0)
         layout = scheme.layout(layer.shape)
@@ -183,7 +184,7 @@ class _Builder:
         return self._add("Reshape", [flat, shape], name)
 
     def _dequantize_blocks(self, name: str, layer: Any, groups: slice, block: int) -> str:
-        """Dequantize some groups of each row: OpenVINO wants a row to be whole blocks, so a rest stands alone."""
+        """Dequantize some groups of each row. OpenVINO needs rows of whole blocks, so a shorter group stands alone."""
         start = groups.start * layer.scheme.weight.group_size
         codes = layer.weight_codes().flatten(1)[:, start : start + (groups.stop - groups.start) * block]
         stored = self._constant_codes(f"{name}.codes", codes, layer.scheme.weight.bits)
@@ -192,7 +193,7 @@ class _Builder:
         return self._add("DequantizeLinear", [stored, scale], name, axis=1, block_size=block)
 
     def _constant_codes(self, name: str, codes: Tensor, bits: int) -> str:
-        """Store codes as int4, two to a byte as ONNX and this project pack them, or int8 where they are wider."""
+        """Store codes as int4, two in a byte as ONNX and this project pack them, or as int8 above 4 bits."""
         if bits > 4:
             return self._constant(name, codes)
         data = (pack(codes, 4).numpy() ^ 0x88).tobytes()  # two's complement instead of an offset of 8
@@ -200,7 +201,7 @@ class _Builder:
         return name
 
     def _append(self, node: onnx.NodeProto) -> None:
-        """Copy a node; quantize the input of one that multiplies with a quantized weight."""
+        """Copy a node. If it multiplies with a quantized weight, quantize its input."""
         if node.op_type == "Transpose" and node.input[0] in self.layer_of:
             self.layer_of[node.output[0]] = name = self.layer_of[node.input[0]]
             if not _multiplies_integers(self.layers[name]):
@@ -239,7 +240,7 @@ class _Builder:
         self._add("Min", [above, self._constant(f"{node.name}.bound", bound)], node.output[0])
 
     def _copied(self, node: onnx.NodeProto, name: str | None) -> onnx.NodeProto:
-        """Copy a node, give it its layer's name, and a bias that only the quantized layer has."""
+        """Copy a node and give it its layer's name, and the layer's bias if only the quantized layer has one."""
         copied = copy.deepcopy(node)
         if name is not None:
             copied.name = self._call(name)
@@ -253,7 +254,7 @@ class _Builder:
         return copied
 
     def _call(self, name: str) -> str:
-        """Return a name for the node of a layer: the layer's, and for another call of it `<layer>@2` and so on."""
+        """Return a name for a layer's node: the layer's own for the first call, then `<layer>@2` and so on."""
         self.calls[name] += 1
         return name if self.calls[name] == 1 else f"{name}{CALL}{self.calls[name]}"
 
@@ -293,7 +294,7 @@ class _Builder:
         self.nodes.append(helper.make_node(operator, [codes, stored, zero_point], [f"{call}.sums"], call, **attributes))
         sums = self._add("Cast", [f"{call}.sums"], f"{call}.float_sums", to=TensorProto.FLOAT)
         both = self._add("Mul", [scale, scales], f"{call}.scale")
-        if layer.bias is None or node.op_type == "MatMul":  # after a MatMul the bias is an Add of its own
+        if layer.bias is None or node.op_type == "MatMul":  # the bias of a MatMul is a separate Add
             self._add("Mul", [sums, both], node.output[0])
             return
         product = self._add("Mul", [sums, both], f"{call}.product")
@@ -304,7 +305,7 @@ class _Builder:
 
 
 def _multiplies_integers(layer: Any) -> bool:
-    """Whether ONNX has an operator for a layer whose input has the batch's own range."""
+    """Whether a layer's input has the batch's own range, and ONNX has an integer operator for the layer."""
     return layer.scheme.activation.mode == "dynamic" and len(layer.shape) in (2, 4) and not is_transposed(layer)
 
 

@@ -1,15 +1,15 @@
-"""An exported model in the operators that ONNX Runtime is quickest with, and exact: same weights, same grids.
+"""Rewrite an exported model in the operators that ONNX Runtime runs fastest. Weights and grids stay exactly the same.
 
-- It computes a convolution or a Gemm in int8 only where its output is quantized too. A matrix product it
-  computes in int8 with float32 output (`MatMulIntegerToFloat`), and a convolution with a 1x1 kernel is one over the
-  channels. So the layers before a residual sum and the last one become products, between transposes that ONNX Runtime
-  moves to where they cancel.
-- An x86 CPU without VNNI adds two products of uint8 and int8 in 16 bits, where they saturate. ONNX Runtime multiplies
-  uint8 by uint8 exactly, so weights that may saturate (`quantization.saturation`) become uint8 with a zero point of
-  128.
+- ONNX Runtime computes a convolution or a Gemm in int8 only if its output is quantized too. A matrix product runs in
+  int8 with a float32 output (`MatMulIntegerToFloat`), and a convolution with a 1x1 kernel is a matrix product over the
+  channels. So the layers before a residual sum and the last layer become matrix products. ONNX Runtime moves the
+  transposes around them to where they cancel.
+- An x86 CPU without VNNI adds two products of uint8 and int8 in 16 bits, and the sum can saturate. ONNX Runtime
+  multiplies uint8 by uint8 exactly. So weights that may saturate (`quantization.saturation`) become uint8 with a zero
+  point of 128.
 
-Each is slower for OpenVINO or on another CPU, which is why the exported file has none of it, and what is timed on ONNX
-Runtime (`exported_model`) has.
+Each change is slower on OpenVINO or on another CPU. So the exported file has neither; only the model that is timed on
+ONNX Runtime has them (`exported_model`).
 """
 
 import copy
@@ -33,16 +33,16 @@ from quantstudy.runtimes.onnx_model import PRODUCER, checked, save_onnx, to_onnx
 AS_EXPORTED, TUNED = "as exported", "tuned for onnxruntime"
 """The forms of an exported model."""
 _FOLLOWED = ("Relu", "Clip", "MaxPool", "Reshape", "Flatten")
-"""Operators through which ONNX Runtime looks for the codes that a layer can write."""
+"""Operators that ONNX Runtime looks through to find the QuantizeLinear behind a layer."""
 MULTIPLIES = ("Conv", "ConvTranspose", "Gemm", "MatMul", "ConvInteger", "MatMulInteger")
-"""The operators that a layer's multiplications are in."""
+"""The operators that hold a layer's multiplications."""
 _Parts = tuple[list[onnx.NodeProto], list[TensorProto]]
 
 
 def exported_model(model: nn.Module, graph: onnx.ModelProto, runtime: str) -> onnx.ModelProto:
-    """Return the ONNX model of `model` that is timed on `runtime`: for ONNX Runtime tuned for this CPU, else plain.
+    """Return the ONNX model that is timed on `runtime`: tuned for this CPU on ONNX Runtime, else as exported.
 
-    `model` and `graph` are those of `to_onnx`.
+    `model` and `graph` are the arguments of `to_onnx`.
     """
     exported = to_onnx(model, graph)
     return tuned(exported, saturates=int8_sums_saturate()) if runtime == "onnxruntime" else exported
@@ -54,13 +54,13 @@ def form_of(exported: onnx.ModelProto) -> str:
 
 
 def tuned(model: onnx.ModelProto, *, saturates: bool) -> onnx.ModelProto:
-    """Return `model`, which `to_onnx` made, as ONNX Runtime likes it; itself if there is nothing to change.
+    """Return `model` rewritten for ONNX Runtime, or `model` itself if there is nothing to change.
 
     The nodes that do a layer's multiplications keep the layer's name.
 
     Args:
-        model: stays as it is.
-        saturates: `int8_sums_saturate` on the CPU that is to run it.
+        model: a result of `to_onnx`; it is not changed.
+        saturates: `int8_sums_saturate` on the CPU that will run the model.
     """
     nodes, tensors = list(model.graph.node), list(model.graph.initializer)
     if multiplies_integers(model):
@@ -81,10 +81,10 @@ def tuned(model: onnx.ModelProto, *, saturates: bool) -> onnx.ModelProto:
 
 
 def tune(source: Path, out: Path, *, saturates: bool) -> None:
-    """Write to `out` what `tuned` makes of the exported model at `source`, and print in which form it is.
+    """Tune the exported model at `source`, write the result to `out` and print its form.
 
     Raises:
-        UserError: `source` is not a model that this project exported, or it was tuned before, or `out` is no other
+        UserError: `source` is not a model that this project exported, or it is already tuned, or `out` is not another
             .onnx file.
     """
     if out.suffix != ".onnx" or out.resolve() == source.resolve():
@@ -110,22 +110,22 @@ def tune(source: Path, out: Path, *, saturates: bool) -> None:
 
 
 def multiplies_integers(model: onnx.ModelProto) -> bool:
-    """Whether `model` is worth computing in int8: some input is quantized, no weight is in 4 bits."""
+    """Whether `model` is worth computing in int8: some input is quantized, and no weight is in 4 bits."""
     return quantizes_inputs(model) and all(tensor.data_type != TensorProto.INT4 for tensor in model.graph.initializer)
 
 
 def quantizes_inputs(model: onnx.ModelProto) -> bool:
-    """Whether the input of a layer of `model` is quantized."""
+    """Whether the input of at least one layer of `model` is quantized."""
     return any(node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") for node in model.graph.node)
 
 
 def may_saturate(model: onnx.ModelProto) -> bool:
-    """Whether sums of products may saturate where a CPU has no VNNI."""
+    """Whether sums of products may saturate on a CPU without VNNI."""
     return quantizes_inputs(model) and bool(_saturating(model.graph.node, model.graph.initializer))
 
 
 def _saturating(nodes: Sequence[onnx.NodeProto], tensors: Iterable[TensorProto]) -> dict[str, np.ndarray]:
-    """Return the int8 codes that may saturate, by name: of all that are large, those that no layer shows to be safe."""
+    """Return the int8 weights whose sums may saturate, as codes by name, judged by the layers that read them."""
     codes = {t.name: numpy_helper.to_array(t) for t in tensors if t.data_type == TensorProto.INT8 and len(t.dims) > 1}
     writer = {node.output[0]: node for node in nodes}
     safe: dict[str, bool] = {}
@@ -136,13 +136,13 @@ def _saturating(nodes: Sequence[onnx.NodeProto], tensors: Iterable[TensorProto])
                 rows = torch.from_numpy(np.array(codes[name].T if turned else codes[name]))
                 groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
                 safe[name] = safe.get(name, True) and not saturation.may_saturate(rows, groups)
-    for name in codes.keys() - safe.keys():  # however they are laid out
+    for name in codes.keys() - safe.keys():  # no layer tells the layout: take the largest pair
         safe[name] = 2 * int(np.abs(codes[name].astype(np.int16)).max()) <= saturation.LARGEST_PAIR
     return {name: found for name, found in codes.items() if not safe[name]}
 
 
 def _weight_of(node: onnx.NodeProto, writer: dict[str, onnx.NodeProto]) -> tuple[str, bool]:
-    """Return the name of a layer's stored weight, and whether it is stored [I, O] and not [O, I, ...]."""
+    """Return the name of a layer's stored weight, and whether its layout is [I, O] instead of [O, I, ...]."""
     is_gemm = node.op_type == "Gemm" and not any(a.name == "transB" and a.i for a in node.attribute)
     name, turned = node.input[1], is_gemm or node.op_type.startswith("MatMul")
     while (source := writer.get(name)) is not None and source.op_type in ("DequantizeLinear", "Transpose"):
@@ -151,7 +151,7 @@ def _weight_of(node: onnx.NodeProto, writer: dict[str, onnx.NodeProto]) -> tuple
 
 
 class _Graph:
-    """What a node's neighbours are, and the tensors that are added to the model."""
+    """The neighbours of each node, and the tensors to add to the model."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.stored = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -166,7 +166,7 @@ class _Graph:
         return value in self.writer and self.writer[value].op_type == "DequantizeLinear"
 
     def weight(self, node: onnx.NodeProto) -> tuple[np.ndarray, str] | None:
-        """Return a layer's int8 codes, [O, ...], and the name of their scales, [O]; None where it has no such."""
+        """Return a layer's int8 codes, [O, ...], and the name of their scales, [O]; None if it has no such codes."""
         if not self.is_dequantized(node.input[1]):
             return None
         codes, scale = (self.stored.get(name) for name in self.writer[node.input[1]].input[:2])
@@ -175,7 +175,7 @@ class _Graph:
         return numpy_helper.to_array(codes), scale.name
 
     def becomes_quantized(self, value: str) -> bool:
-        """Whether a value is read as codes alone, by way of `_FOLLOWED` or without."""
+        """Whether all readers of a value quantize it, directly or behind operators of `_FOLLOWED`."""
         readers = self.readers[value]
         while len(readers) == 1 and readers[0].op_type in _FOLLOWED:
             readers = self.readers[readers[0].output[0]]
@@ -190,7 +190,7 @@ class _Graph:
 
 
 def _product(graph: _Graph, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """Return a matrix product in the place of a Gemm, or of a convolution that is one, if its output stays float32."""
+    """Return the matrix product that replaces a Gemm or a 1x1 convolution with a float32 output; else no nodes."""
     found = graph.weight(node) if node.op_type in ("Conv", "Gemm") else None
     if found is None or not graph.is_dequantized(node.input[0]) or graph.becomes_quantized(node.output[0]):
         return []
@@ -202,7 +202,7 @@ def _product(graph: _Graph, node: onnx.NodeProto) -> list[onnx.NodeProto]:
     value, output = (f"{own}.input", f"{own}.output") if is_conv else (node.input[0], node.output[0])
     product = f"{own}.sums" if len(node.input) > 2 else output
     nodes = [weight, helper.make_node("MatMul", [value, weight.output[0]], [product], name=node.name)]
-    if len(node.input) > 2:  # of a product and an Add, ONNX Runtime would make a Gemm in float32
+    if len(node.input) > 2:  # ONNX Runtime would fuse a product and an Add into a Gemm in float32
         graph.added.append(numpy_helper.from_array(-numpy_helper.to_array(graph.stored[node.input[2]]), f"{own}.less"))
         nodes.append(helper.make_node("Sub", [product, f"{own}.less"], [output], name=f"{own}.bias"))
     if is_conv:
@@ -233,7 +233,7 @@ def _unsigned(nodes: Sequence[onnx.NodeProto], tensors: Sequence[TensorProto]) -
         stored[name] = numpy_helper.from_array((codes.astype(np.int16) + 128).astype(np.uint8), name)
         copied = copy.deepcopy(node)
         copied.input[place] = name
-        # [weight, scale, zero point], or [codes, weight, zero point of the codes, zero point of the weight]
+        # Inputs: [weight, scale, zero point], or [codes, weight, zero point of the codes, zero point of the weight]
         del copied.input[2 + place :]
         shape = () if place else tuple(stored[node.input[1]].dims)
         zero_point = numpy_helper.from_array(np.full(shape, 128, np.uint8), f"{name}.zero_point")
@@ -244,7 +244,7 @@ def _unsigned(nodes: Sequence[onnx.NodeProto], tensors: Sequence[TensorProto]) -
 
 
 def _needed(nodes: Sequence[onnx.NodeProto], tensors: Sequence[TensorProto]) -> _Parts:
-    """Leave out dequantized weights and constants that nothing reads any more."""
+    """Leave out dequantized weights and constants that nothing reads."""
     read = {value for node in nodes for value in node.input}
     nodes = [node for node in nodes if node.op_type != "DequantizeLinear" or node.output[0] in read]
     read = {value for node in nodes for value in node.input}

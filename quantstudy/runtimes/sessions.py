@@ -1,8 +1,8 @@
 """ONNX models on the runtimes that people deploy to: ONNX Runtime and OpenVINO, on a CPU.
 
-Both decide themselves which layers they compute in int8, and are asked afterwards: ONNX Runtime for the graph it made
-of the model, OpenVINO for the one it executes. Both compute the rest in float32, OpenVINO where it would take bfloat16
-too.
+Each runtime decides by itself which layers it computes in int8. This module asks afterwards: it reads the graph that
+ONNX Runtime optimized, or the graph that OpenVINO executes. Both compute all other layers in float32. OpenVINO would
+take bfloat16 on some CPUs, and is told not to.
 """
 
 import functools
@@ -25,33 +25,33 @@ from quantstudy.runtimes.onnx_model import CALL
 from quantstudy.runtimes.onnx_tuning import MULTIPLIES, multiplies_integers
 
 PACKAGES = ("onnxruntime", "openvino")
-"""The runtimes, named like the packages that bring them and the project's optional dependencies."""
+"""The runtimes. Each has the name of its package and of the project's optional dependency."""
 _EXECUTED = ("Convolution", "FullyConnected", "MatMul", "GroupConvolution")
-"""What OpenVINO calls the operators that multiply."""
+"""OpenVINO's names for the operators that multiply."""
 _INTEGER_OPERATOR = re.compile("QLinear(Conv|MatMul)|QGemm|(Conv|MatMul)Integer|DynamicQuantizeMatMul")
-"""What ONNX Runtime's operators that multiply integers begin with."""
+"""How the names of ONNX Runtime's operators that multiply integers begin."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """A loaded ONNX model: float32 images [N, 3, S, S], contiguous, to logits [N, classes]."""
+    """A loaded ONNX model. `run` maps contiguous float32 images [N, 3, S, S] to logits [N, classes]."""
 
     run: Callable[[Tensor], Tensor]
     _find_integer_layers: Callable[[], frozenset[str]]
 
     @functools.cached_property
     def integer_layers(self) -> frozenset[str]:
-        """The names of the layers whose multiplications run in int8, each time that they are called."""
+        """The names of the layers whose multiplications run in int8 at every call of the layer."""
         return self._find_integer_layers()
 
 
 def why_missing(runtime: str) -> str | None:
-    """Return why a runtime cannot be used, None when it can."""
+    """Return why a runtime cannot be used, or None if it can."""
     return None if importlib.util.find_spec(runtime) else f"not installed: pip install '.[{runtime}]'"
 
 
 def open_session(model: onnx.ModelProto, runtime: str, threads: int) -> Session:
-    """Load `model`, as it is, into a runtime of `PACKAGES`.
+    """Load `model`, unchanged, into a runtime of `PACKAGES`.
 
     Raises:
         UserError: the runtime is not installed.
@@ -67,13 +67,13 @@ def _onnxruntime(model: onnx.ModelProto, threads: int) -> Session:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # leave the cores to whoever is timed next
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # leave the cores to the next timing
     integers = multiplies_integers(model)
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         if integers:
             options.optimized_model_filepath = str(optimized)
-        else:  # dequantize weights once, when they are loaded, instead of in each run
+        else:  # dequantize weights once, at loading, instead of in each run
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         content = model.SerializeToString()
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
@@ -87,7 +87,7 @@ def _onnxruntime(model: onnx.ModelProto, threads: int) -> Session:
 
 
 def _layers(model: onnx.ModelProto, integer: set[str]) -> frozenset[str]:
-    """Return the layers of `model` of whose nodes that multiply all are in `integer`."""
+    """Return the layers of `model` whose multiplying nodes are all in `integer`."""
     nodes = defaultdict(set)
     for node in model.graph.node:
         if node.op_type in MULTIPLIES:
@@ -108,15 +108,16 @@ def _integer_layers(request: Any, model: onnx.ModelProto) -> frozenset[str]:
     multiplying = [fact for fact in facts if fact["layerType"] in _EXECUTED]
     integer = [fact for fact in multiplying if fact["runtimePrecision"] in ("u8", "i8")]
     nodes = [node for node in model.graph.node if node.op_type in MULTIPLIES]
-    if len(integer) == len(multiplying) == len(nodes):  # what is fused may have lost its name
+    if len(integer) == len(multiplying) == len(nodes):  # a fused node may have lost its name
         return _layers(model, {node.name for node in nodes})
-    layer_of = {output: node.name for node in model.graph.node for output in node.output}  # some go by their output
+    # OpenVINO names some nodes after their output.
+    layer_of = {output: node.name for node in model.graph.node for output in node.output}
     found = {name.partition("/")[0] for fact in integer for name in fact["originalLayersNames"].split(",")}
     return _layers(model, found | {layer_of[name] for name in found if name in layer_of})
 
 
 class OpenVino:
-    """An OpenVINO model (`openvino.Model`) as a function of images, compiled for each batch size: that is faster."""
+    """An OpenVINO model (`openvino.Model`) as a function of images. Compiling it for each batch size is faster."""
 
     def __init__(self, model: Any, threads: int) -> None:
         self._model, self._requests = model, dict[int, Any]()
@@ -138,6 +139,7 @@ class OpenVino:
         import openvino
 
         request = self.request(len(images))
-        request.set_input_tensor(openvino.Tensor(images.numpy(), shared_memory=True))  # not to infer: 0.25 ms more
+        # Handing the images to infer() instead takes 0.25 ms more.
+        request.set_input_tensor(openvino.Tensor(images.numpy(), shared_memory=True))
         request.infer()
         return torch.from_numpy(request.get_output_tensor(0).data.copy())

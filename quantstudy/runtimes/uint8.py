@@ -1,7 +1,7 @@
 """Unsigned 8-bit codes of activations, made fast in eager mode: quantize, find a range, pool.
 
-- `torch.quantize_per_tensor` is the one eager operator that quantizes in a single pass; its bytes are viewed as
-  uint8 where `int_repr()` would copy them.
+- `torch.quantize_per_tensor` is the only eager operator that quantizes in a single pass. Its bytes are viewed as
+  uint8; `int_repr()` would copy them.
 - `torch.aminmax` is slow on a channels_last tensor, and fast on the same memory seen as one row.
 """
 
@@ -21,8 +21,8 @@ _SMALLEST_SCALE = np.float32(SMALLEST_SCALE)
 def quantize_to_uint8(x: Tensor, scale: float, zero_point: int) -> Tensor:
     """Return uint8 codes clamp(round(x * (1 / scale)) + zero_point, 0, 255), in the shape of `x`.
 
-    They lie in memory as `x` does, unless that is one image whose strides are those of no batch. `x` is float32;
-    rounding is half to even. Values beyond 2^31 steps (infinity) give a wrong code.
+    The codes have the strides of `x`, unless `x` is a single image whose strides fit no batch. `x` is float32; rounding
+    is half to even. Values beyond 2^31 steps (infinity) give a wrong code.
     """
     quantized = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
     storage: Any = quantized.untyped_storage()
@@ -30,10 +30,10 @@ def quantize_to_uint8(x: Tensor, scale: float, zero_point: int) -> Tensor:
 
 
 def choose_dynamic_qparams(x: Tensor, highest: int = 255) -> tuple[float, int]:
-    """Return the scale and the zero point for the values of float32 `x`, in a range that is made to hold zero.
+    """Return the scale and the zero point for float32 `x`, whose range is widened to contain zero.
 
     The arithmetic is float32: scale = max((high - low) / highest, eps), zero_point = round(-low / scale). Values
-    that are not finite give a scale of NaN, so that the sums are NaN too.
+    that are not finite give a scale of NaN, and so sums of NaN.
     """
     row = x.permute(0, 2, 3, 1).reshape(-1) if x.ndim == 4 else x.reshape(-1)
     least, most = (value.item() for value in torch.aminmax(row))
@@ -45,7 +45,7 @@ def choose_dynamic_qparams(x: Tensor, highest: int = 255) -> tuple[float, int]:
 
 
 class CodeMaxPool2d(nn.Module):
-    """`pool` for float32 or for uint8 codes, channels_last, on which torch's own operator refuses most sizes.
+    """`pool` for float32 or for uint8 codes, channels_last. Torch's own operator refuses most sizes of uint8 images.
 
     Codes keep the order of values, so the maximum of the codes is the code of the maximum.
     """

@@ -1,8 +1,8 @@
-"""Linear layers that read 4-bit weights and multiply in bfloat16: for when reading the weights is what takes time.
+"""Linear layers that read 4-bit weights and multiply in bfloat16. They help when reading the weights takes the time.
 
-On CUDA PyTorch's tinygemm (`_weight_int4pack_mm`) widens the codes in registers. The input is rounded to bfloat16, sums
-are float32, the output is rounded to bfloat16 again; scales of groups are bfloat16 in the file already. Elsewhere such
-layers are simulated.
+On CUDA, PyTorch's tinygemm (`_weight_int4pack_mm`) widens the codes in registers. The input is rounded to bfloat16,
+sums are float32, and the output is rounded to bfloat16 again. Group scales are already bfloat16 in the file. Elsewhere
+such layers are simulated.
 """
 
 from typing import Any
@@ -15,11 +15,11 @@ from quantstudy.quantization.layers import QuantLinear, quantized_layers
 
 INT4_GROUPS = (32, 64, 128, 256)
 _TILES = (8, 4, 2)
-"""Tinygemm reads rows in tiles of 16 codes, so many at a time."""
+"""How many tiles of 16 codes tinygemm can read from a row at a time."""
 
 
 def has_kernel(layer: Any, device: torch.device) -> bool:
-    """Whether a frozen layer can become a `WeightOnlyLinear` on `device`: a linear one of 4 bits in groups."""
+    """Whether a frozen layer can become a `WeightOnlyLinear` on `device`: a linear layer with 4-bit groups, on CUDA."""
     if not isinstance(layer, QuantLinear) or layer.scheme.activation.mode != "none" or device.type != "cuda":
         return False
     scheme, (outputs, inputs) = layer.scheme.weight, layer.shape
@@ -51,6 +51,6 @@ class WeightOnlyLinear(nn.Module):
 
 
 def use_weight_only_kernels(network: nn.Module, device: torch.device) -> None:
-    """Put a `WeightOnlyLinear` in the place of each layer of `network` that can become one."""
+    """Replace each layer of `network` that can become a `WeightOnlyLinear` by one."""
     layers = quantized_layers(network).items()
     put(network, {name: WeightOnlyLinear(layer) for name, layer in layers if has_kernel(layer, device)})

@@ -1,1 +1,1 @@
-"""To a goal: the smallest or fastest variant that loses no more than a study allows."""
+"""Search to a goal: the smallest or fastest variant that loses no more than a study allows."""

@@ -1,8 +1,9 @@
-"""What a search tries, from cheap to dear.
+"""The methods that a search tries, from cheap to expensive.
 
-`quick` are the rows of `methods` that take seconds, and between them rows of the same techniques whose layers get other
-bits, by the integer program of `methods.allocation`: they are a uniform row with another `fragile_share`. `learned`
-are the rows that learn their rounding from calibration images, which takes minutes, `trained` those that train.
+- `quick`: the rows of `methods` that take seconds. Between them the search adds rows with the same techniques, whose
+  layers get other bits by the integer program of `methods.allocation`: a uniform row with another `fragile_share`.
+- `learned`: the rows that learn their rounding from calibration images, which takes minutes.
+- `trained`: the rows that train.
 """
 
 import math
@@ -17,15 +18,15 @@ from quantstudy.quantization.schemes import WeightScheme
 
 Group = Literal["quick", "learned", "trained"]
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)
-"""By how much the weights of a row between two others may be larger than in uniform bits."""
+"""How much larger than in uniform bits the weights of a row between two others may be."""
 FLOAT_BITS = 32
 SPENT_ON: dict[Group, float] = {"quick": 2.0, "learned": 1.0, "trained": 2.0}
-"""How the allowed error is shared out among the groups that may be tried."""
+"""How the groups that may be tried share the allowed error."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method that is tried; `row` is as params.yaml has it, or one between two that are there."""
+    """A method to try; `row` is a row of params.yaml, or a row between two of them."""
 
     name: str
     row: Any
@@ -33,7 +34,7 @@ class Candidate:
 
 
 def candidates(params: P.Params, goal: P.Goal) -> tuple[list[Candidate], dict[str, str]]:
-    """Return what is tried, in the order of the params, and why any other method is not, by name."""
+    """Return the methods to try, in the order of the params, and by name why each other method is left out."""
     found, left = list[Candidate](), dict[str, str]()
     for name, row in params.methods.items():
         if row.needs_sensitivity:
@@ -44,7 +45,7 @@ def candidates(params: P.Params, goal: P.Goal) -> tuple[list[Candidate], dict[st
             left[name] = "trains, and goal.may_train is false"
         else:
             found.append(Candidate(name, row, group_of(row)))
-    if goal.minimize != "latency":  # no runtime is quicker with other bits of the weights
+    if goal.minimize != "latency":  # no runtime is faster with other weight bits
         found += [between for candidate in list(found) for between in _between(candidate, goal.minimize)]
     return found, left
 
@@ -52,9 +53,9 @@ def candidates(params: P.Params, goal: P.Goal) -> tuple[list[Candidate], dict[st
 def error_of(group: Group, goal: P.Goal, members: int = 1) -> float:
     """Return how often one test of a group may be wrong.
 
-    The quick candidates are tested in an order that no validation image chose, until one is not accepted: each test may
-    take all of the group's share. Which of the other groups' `members` are tested depends on what was accepted before,
-    so each takes a part.
+    The order of the quick candidates depends on no validation image, and the first that is not accepted ends their
+    tests. So each test may spend all of the group's share. In the other groups, earlier acceptances decide which
+    `members` are tested, so each test may spend only a part.
     """
     tried = [other for other in SPENT_ON if other != "trained" or goal.may_train]
     share = SPENT_ON[group] / sum(SPENT_ON[other] for other in tried)
@@ -62,7 +63,7 @@ def error_of(group: Group, goal: P.Goal, members: int = 1) -> float:
 
 
 def group_of(row: Any) -> Group:
-    """Return how much work a method is."""
+    """Return the group of a method, by how much work it is."""
     if row.trains:
         return "trained"
     return "learned" if _learns(row) else "quick"
@@ -75,8 +76,8 @@ def _learns(row: Any) -> bool:
 def _between(candidate: Candidate, minimize: str) -> Iterator[Candidate]:
     """Yield the rows between a row of few bits, rounded by GPTQ, and the next width.
 
-    Where the size of an ONNX file is minimized, of four bits or eight, which it stores as they are, and with
-    activations in float32: integers make nothing smaller.
+    If the goal minimizes the size of an ONNX file, only weight-only rows of four bits qualify, and their layers get
+    four or eight bits. The file stores these widths as they are, and integer activations make nothing smaller.
     """
     row = candidate.row
     if candidate.group != "quick" or not isinstance(row, P.Scheme) or row.rounding != "gptq":
@@ -92,14 +93,14 @@ def _between(candidate: Candidate, minimize: str) -> Iterator[Candidate]:
 
 
 def scheme_of(row: Any) -> dict[str, Any]:
-    """Return what a row says of widths and groups, not how it rounds; nothing for a row of no uniform scheme."""
+    """Return the widths and groups of a row, without its rounding; nothing if the row has no uniform scheme."""
     widths = ("group_size", "weight_bits", "activation_bits", "edge_bits")
     keys = (*widths, "fragile_bits", "fragile_share", "fragile_between", "fragile_operations")
     return {key: getattr(row, key, None) for key in keys} if isinstance(row, P.Scheme) and not row.is_mixed else {}
 
 
 def least_objective(row: Any, goal: P.Goal, layers: Mapping[str, Any], macs: Mapping[str, int]) -> float:
-    """Return what a variant of `row` has at least of what is minimized: MB, or 10^12 bit-operations; 0 if unknown."""
+    """Return a lower bound of what the goal minimizes for `row`: MB, or 10^12 bit-operations; 0 if unknown."""
     if not isinstance(row, P.Scheme) or row.is_mixed or goal.minimize == "latency":
         return 0.0
     bits = row.weight_bits if row.weight_bits > LOW_BITS else max(2, row.weight_bits - (row.fragile_bits is not None))

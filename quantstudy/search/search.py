@@ -1,15 +1,19 @@
 """Find the smallest or fastest variant that loses no more than a study's goal allows.
 
-The candidates of a group (`candidates`) are made, and of each is measured, on calibration images alone, how far its
-predictions diverge from fp32's and what the goal minimizes. One that diverges more than another and is no smaller is
-not tried further. The quick ones that are left are tested on validation images, beginning with the one that diverges
-least, until one is not accepted (`measure.sequential`); what was accepted last is the smallest so far. As that order is
-fixed before a validation image is seen and the first failure ends it, all of these tests together may be wrong as often
-as one (fixed sequence testing; Angelopoulos, Bates, Candès, Jordan and Lei, *Learn then Test*, Annals of Applied
-Statistics 19 (2025), section 4). The groups that take minutes come after; what of them is made and tested depends on
-what was accepted before, so their tests share out what their group may be wrong (Bonferroni).
+The search makes the candidates of a group (`candidates`). On calibration images alone it measures how far the
+predictions of each candidate diverge from fp32's, and what the goal minimizes: size, latency or bit-operations. A
+candidate that diverges more than another and is no smaller drops out.
 
-What was made is kept in a folder until the search ends, so that one that was killed goes on where it was.
+The quick candidates that are left are tested on validation images (`measure.sequential`), beginning with the one that
+diverges least, until one is not accepted. The last accepted candidate is the smallest so far. This order is fixed
+before the search sees a validation image, and the first failure ends it. So all of these tests together are wrong as
+rarely as a single test (fixed sequence testing; Angelopoulos, Bates, Candès, Jordan and Lei, *Learn then Test*, Annals
+of Applied Statistics 19 (2025), section 4).
+
+The groups that take minutes come later. Earlier acceptances decide which of their candidates are made and tested, so
+the tests of such a group share the error that the group is allowed (Bonferroni).
+
+The search keeps its variants in a folder until it ends. A search that was killed goes on from there.
 """
 
 import functools
@@ -36,10 +40,10 @@ from quantstudy.search.candidates import SPENT_ON, Candidate, Group, candidates,
 from quantstudy.search.judging import Judge
 
 ALIKE = {"size": 0.01, "bit_operations": 0.01, "latency": 0.05}
-"""By which share two candidates have to differ in what is minimized, not to count as equal."""
+"""Two candidates that differ by less than this share in what is minimized count as equal."""
 TIMING_SECONDS = 1.0
 TWINS = 0.95
-"""What two roundings of one scheme have of each other's size at least: fragile layers may get other bits."""
+"""Two roundings of one scheme have at least this share of each other's size: fragile layers may get other bits."""
 
 
 @dataclass
@@ -53,23 +57,23 @@ class Trial:
     tbops: float | None = None
     latency_ms: float | None = None
     fp32_latency_ms: float | None = None
-    """In turns with it."""
+    """Of fp32, timed in turns with the candidate."""
     busy: bool = False
     """Whether the timing cannot be trusted."""
     agreement: dict[str, Any] | None = None
     """Of the ONNX file with eager PyTorch, on calibration images."""
     divergence: float | None = None
-    """Of the predictions from fp32's on calibration images, nats."""
+    """Of the predictions from fp32's on calibration images, in nats."""
     seconds: float = 0.0
-    """That it took to make and measure, and then to test."""
+    """The time to make, measure and test the candidate."""
     verdict: str = ""
     """Accepted, rejected or undecided; or why it was not tested."""
     drop: float | None = None
-    """On the validation images that were looked at, percentage points."""
+    """On the validation images that were looked at, in percentage points."""
     images: int = 0
 
     def of(self, minimize: str) -> float:
-        """Return what is minimized: MB, 10^12 bit-operations, or the share of fp32's latency."""
+        """Return the minimized value: MB, 10^12 bit-operations, or the share of fp32's latency."""
         if minimize == "latency":
             assert self.latency_ms is not None and self.fp32_latency_ms is not None
             return self.latency_ms / self.fp32_latency_ms
@@ -100,7 +104,7 @@ class Workshop:
         return self.folder / f"{trial.name}.pth"
 
     def close(self) -> None:
-        """Delete what the search has made: it has ended."""
+        """Delete what the search has made, after it has ended."""
         shutil.rmtree(self.folder.parent, ignore_errors=True)
 
     @functools.cached_property
@@ -110,13 +114,13 @@ class Workshop:
 
     @functools.cached_property
     def logits(self) -> Tensor:
-        """The fp32 model's on the calibration images."""
+        """The fp32 model's logits on the calibration images."""
         return _logits(self.calibration.model, self.calibration.images)
 
 
 @dataclass
 class Found:
-    """The end of a search."""
+    """The result of a search."""
 
     best: Trial | None
     trials: list[Trial]
@@ -128,7 +132,7 @@ class Found:
 
 
 def search(shop: Workshop) -> Found:
-    """Return the candidate that minimizes the goal among those that are sure to keep it, and all that were tried."""
+    """Return the candidate that minimizes the goal among those shown to keep it, and all candidates that were tried."""
     goal = shop.goal
     tried, left = candidates(shop.params, goal)
     found = Found(None, [], left, "no candidate was left", 0.0)
@@ -144,7 +148,7 @@ def search(shop: Workshop) -> Found:
 
 
 def _made(shop: Workshop, members: Iterable[Candidate], tried: Iterable[Candidate], found: Found) -> list[Trial]:
-    """Make and measure the candidates of a group, while there is time; those that cannot be the best are named only."""
+    """Make and measure the candidates of a group while time is left; only list those that cannot be the best."""
     goal, trials = shop.goal, list[Trial]()
     for candidate in members:
         trial = Trial(candidate.name, candidate.group)
@@ -166,7 +170,7 @@ def _made(shop: Workshop, members: Iterable[Candidate], tried: Iterable[Candidat
 
 
 def _twin(candidate: Candidate, tried: Iterable[Candidate], trials: Iterable[Trial]) -> Trial | None:
-    """Return a trial that has been measured, of another rounding of the same scheme: as large and as fast."""
+    """Return a measured trial of the same scheme with another rounding: it is about as large and as fast."""
     known = {trial.name: trial for trial in trials if trial.size_mb is not None}
     scheme = scheme_of(candidate.row)
     alike = (known[other.name] for other in tried if other.name in known and scheme_of(other.row) == scheme)
@@ -174,12 +178,12 @@ def _twin(candidate: Candidate, tried: Iterable[Candidate], trials: Iterable[Tri
 
 
 def _measure(shop: Workshop, candidate: Candidate, trial: Trial) -> None:
-    """Fill in `trial`, from the folder where a killed search has left it."""
+    """Fill in `trial`: from the folder, if a killed search left it there, or by making and measuring the candidate."""
     note, path = shop.folder / f"{trial.name}.json", shop.variant(trial)
     if note.is_file() and (path.is_file() or read_json(note)["verdict"]):
         trial.__dict__.update(read_json(note))
     started, before = time.perf_counter(), asdict(trial)
-    torch.manual_seed(shop.params.study(shop.study).seed)  # whatever was made before it in this process
+    torch.manual_seed(shop.params.study(shop.study).seed)  # whatever this process made before
     if trial.divergence is None and not trial.verdict:
         try:
             variant = shop.train(candidate) if candidate.group == "trained" else _quantized(shop, candidate)
@@ -207,7 +211,7 @@ def _weigh(shop: Workshop, variant: Variant, trial: Trial) -> None:
     try:
         shipped = shop.judge.shipped(variant)
         trial.agreement = shop.judge.check(variant, shipped, shop.calibration_images)
-    except Exception as error:  # whatever a runtime raises at an operator it lacks
+    except Exception as error:  # a runtime that lacks an operator may raise anything
         trial.verdict = f"cannot be exported: {error if isinstance(error, UserError) else one_line(error)}"
     else:
         trial.size_mb = shipped.exported.ByteSize() / 1e6
@@ -219,7 +223,7 @@ def _quantized(shop: Workshop, candidate: Candidate) -> Variant:
 
 
 def _beyond(goal: P.Goal, trial: Trial) -> str:
-    """Return which limit beside the drop a candidate is beyond, or that it is no faster than fp32."""
+    """Return which limit other than the drop a candidate exceeds, or why its latency rules it out; else ''."""
     limits = {"max_size_mb": trial.size_mb, "max_latency_ms": trial.latency_ms, "max_tbops": trial.tbops}
     for key, value in limits.items():
         limit = getattr(goal, key)
@@ -231,7 +235,7 @@ def _beyond(goal: P.Goal, trial: Trial) -> str:
 
 
 def _front(trials: Iterable[Trial], minimize: str) -> list[Trial]:
-    """Return the trials smaller than all that diverge less, by divergence; the verdicts of the others say why not."""
+    """Return the trials that are smaller than all that diverge less, by divergence; give the others a verdict."""
     kept: list[Trial] = []
     for trial in sorted(trials, key=lambda trial: (trial.divergence, trial.of(minimize))):
         if kept and trial.of(minimize) >= (1 - ALIKE[minimize]) * kept[-1].of(minimize):
@@ -242,7 +246,7 @@ def _front(trials: Iterable[Trial], minimize: str) -> list[Trial]:
 
 
 def _test(shop: Workshop, front: list[Trial], group: Group, error: float, found: Found) -> None:
-    """Test one trial of `front` after the other; the first that is not accepted ends it."""
+    """Test the trials of `front` one after the other; the first that is not accepted ends the test."""
     goal = shop.goal
     for number, trial in enumerate(front):
         if found.best and trial.of(goal.minimize) >= (1 - ALIKE[goal.minimize]) * found.best.of(goal.minimize):

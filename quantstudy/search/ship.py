@@ -1,11 +1,11 @@
-"""The folder that a search ends in: what is deployed, what is known of it, and ten lines that run it.
+"""Write the folder that a search ends with: the model to deploy, its figures, and a script of ten lines that runs it.
 
     models/<study>/ship/
-      model.pth model.onnx model.json   the variant; its ONNX file, made for the goal's runtime; what that wants to see
-      ship.json                         the goal, the validation figures that it was chosen by, then the test figures
-      run.py README.md                  classify an image file; a model card
+      model.pth model.onnx model.json   the variant; its ONNX file, made for the goal's runtime; the input it expects
+      ship.json                         the goal, the validation figures behind the choice, then the test figures
+      run.py README.md                  a script that classifies an image file; a model card
 
-Where nothing meets the goal it holds ship.json and README.md alone.
+If no variant meets the goal, the folder holds only ship.json and README.md.
 """
 
 import shutil
@@ -31,7 +31,7 @@ _SENTENCE = {"size": "the smallest", "latency": "the fastest", "bit_operations":
 
 
 def ship(shop: Workshop, found: Found, test: Split, folder: Path) -> dict[str, Any]:
-    """Write the folder; return what ship.json says. The test split is looked at here alone, once."""
+    """Write the folder; return the content of ship.json. Only this function looks at the test split, and only once."""
     shutil.rmtree(folder, ignore_errors=True)
     facts = described_search(shop, found)
     if found.best:
@@ -47,7 +47,7 @@ def ship(shop: Workshop, found: Found, test: Split, folder: Path) -> dict[str, A
         facts["onnx_form"] = form_of(shipped.exported)
         saturates = may_saturate(shipped.exported)
         facts["saturation"] = "Its int8 sums need an x86 CPU with VNNI." if saturates else "It is exact on any x86 CPU."
-        if shop.judge.preprocessing.antialias:  # Pillow resizes no other way
+        if shop.judge.preprocessing.antialias:  # Pillow always antialiases
             write_text(folder / "run.py", run_script(shop.judge.preprocessing, shop.goal.runtime))
     write_text(folder / "README.md", card(shop, found, facts))
     write_json(folder / "ship.json", facts)
@@ -81,14 +81,14 @@ def described_search(shop: Workshop, found: Found) -> dict[str, Any]:
 
 
 def judged_on(shop: Workshop) -> str:
-    """Return what is known of the validation images."""
+    """Return in words what is known of the validation images."""
     if shop.params.study(shop.study).training.epochs:
         return "images of the training split that neither trained nor calibrated"
     return "images of the training split that did not calibrate; whether they trained the given weights is not known"
 
 
 def sentence(shop: Workshop, found: Found) -> str:
-    """Return what was found in words; where nothing keeps the goal, how near the nearest came."""
+    """Return the result in words; if nothing keeps the goal, how near the nearest candidate came."""
     goal = shop.goal
     limit = f"lose no more than {goal.max_drop:g} points of top-1 with {100 * goal.confidence:g} % confidence"
     if found.best:
@@ -108,7 +108,7 @@ def _drop(trial: Trial) -> float:
 
 
 def figures_on(judge: Judge, shipped: Shipped, test: Split) -> dict[str, Any]:
-    """Return what `accuracy` has of the test split, fp32's top-1, and half the paired 95 % interval of the drop."""
+    """Return the metrics of `accuracy` on the test split, fp32's top-1, and half the drop's paired 95 % interval."""
     labels = test.labels.numpy()
     before, after = (judge.logits(each, test) for each in (judge.fp32, shipped))
     found: dict[str, Any] = accuracy(after, before, labels)
@@ -117,7 +117,7 @@ def figures_on(judge: Judge, shipped: Shipped, test: Split) -> dict[str, Any]:
 
 
 def latency_figures(goal: P.Goal, own: Timing, fp32: Timing) -> dict[str, Any]:
-    """Return milliseconds a batch of both on the goal's runtime; no speed-up where the machine was busy."""
+    """Return the milliseconds per batch of the variant and of fp32; no speed-up if the machine was busy."""
     return {
         "runtime": goal.runtime,
         "batch_size": goal.batch_size,
@@ -130,7 +130,7 @@ def latency_figures(goal: P.Goal, own: Timing, fp32: Timing) -> dict[str, Any]:
 
 
 def metrics(facts: dict[str, Any]) -> dict[str, float | None]:
-    """Return the numbers of ship.json flat, as DVC compares them between experiments; null where nothing is shipped."""
+    """Return the numbers of ship.json as one flat row, for DVC to compare experiments; null if nothing is shipped."""
     test, latency = facts.get("test", {}), facts.get("latency", {})
     return {
         "goal_met": int(facts["goal_met"]),
@@ -148,7 +148,7 @@ def metrics(facts: dict[str, Any]) -> dict[str, float | None]:
 
 
 def run_script(seen: P.Preprocessing, runtime: str) -> str:
-    """Return a script that prints the class of an image file, by the runtime alone beside NumPy and Pillow."""
+    """Return a script that prints the class of an image file; it needs only the runtime, NumPy and Pillow."""
     height, width = seen.size
     how, mode = f"Image.Resampling.{seen.interpolation.upper()}", "RGB" if seen.channels == 3 else "L"
     turned = "ImageOps.exif_transpose(Image.open(sys.argv[1]))" if seen.exif else "Image.open(sys.argv[1])"
@@ -181,7 +181,7 @@ def run_script(seen: P.Preprocessing, runtime: str) -> str:
 
 
 def card(shop: Workshop, found: Found, facts: dict[str, Any]) -> str:
-    """Return the model card: what it is and does on the test images, how it was chosen, made, and is run."""
+    """Return the model card: the model, its test figures, how it was chosen and made, and how to run it."""
     title = f"# {shop.study}: {facts['variant'] or 'nothing to ship'}"
     goal, lines = shop.goal, [title, "", facts["sentence"] + ".", ""]
     if found.best:
@@ -226,7 +226,7 @@ def card(shop: Workshop, found: Found, facts: dict[str, Any]) -> str:
 
 
 def records(found: Found) -> list[dict[str, Any]]:
-    """Return a row a candidate, and one for each method that was not tried, as the report shows them."""
+    """Return one row per candidate, and one per method that was not tried, as the report shows them."""
     left = [Trial(name, "not tried", verdict=reason) for name, reason in found.left.items()]
     rows = [asdict(trial) for trial in (*found.trials, *left)]
     return [{key: value for key, value in row.items() if key != "agreement"} for row in rows]

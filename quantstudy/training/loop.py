@@ -2,8 +2,8 @@
 
 It keeps the epoch with the best top-1 on the validation images (a part of the training split), writes its
 curve after every epoch, and resumes after a kill from the last epoch whose state it saved. Saving is skipped
-while it would take more than a tenth of the time trained since the last save, so a large model on a small
-data set is not slowed by it.
+while it would take more than a tenth of the time trained since the last save, so it does not slow down a large model on
+a small data set.
 """
 
 import json
@@ -168,11 +168,11 @@ def training_and_validation(
 ) -> tuple[Batches, Batches]:
     """Return the batches to train on and the validation batches, both of the training split.
 
-    With 0 epochs the split may be empty, and so are they.
+    With 0 epochs the split may be empty; then the batches are empty too.
 
     Raises:
-        UserError: naming `key`, the param that asks for training: some class has no images, though more are taken than
-            there are classes.
+        UserError: naming `key`, the param that asks for training: a class has no images, though there are as many
+            images as classes, or a batch has fewer than two images per process.
     """
     if settings.epochs:
         _check_classes(split, f"{key or 'training.epochs'}: {settings.epochs}")
@@ -201,7 +201,7 @@ def _check_classes(split: Split, setting: str) -> None:
 
 
 def summary(state: State, training: Batches, validation: Batches) -> dict[str, Any]:
-    """Return what a finished run is remembered by."""
+    """Return the facts to keep of a finished run."""
     return {
         "train_images": training.images,
         "validation_images": validation.images,
@@ -211,5 +211,5 @@ def summary(state: State, training: Batches, validation: Batches) -> dict[str, A
 
 
 def fingerprint(*parts: Any) -> str:
-    """Return a text that is equal exactly for runs of equal `parts`: settings, seed, checksums of the files read."""
+    """Return a text that is equal only for runs of equal `parts`: settings, seed, checksums of the files read."""
     return json.dumps([part.model_dump() if isinstance(part, P.Section) else part for part in parts])

@@ -14,7 +14,7 @@ def training_loss(
 ) -> Tensor:
     """Return the mean cross-entropy of logits [N, classes] with labels int64 [N].
 
-    With `taught`, a teacher's probabilities [N, classes], these are a `share` of the targets (Hinton et al.,
+    With `taught`, a teacher's probabilities [N, classes] make up a `share` of the targets (Hinton et al.,
     *Distilling the Knowledge in a Neural Network*, 2015, at temperature 1).
     """
     loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
@@ -26,7 +26,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Return SGD or AdamW of a model's parameters, or Adam of `groups` with their own rates.
 
-    Weight decay applies to matrices and kernels, not to biases and BatchNorm. Beside a gradient scaler the step is not
+    Weight decay applies to matrices and kernels, not to biases and BatchNorm. With a gradient scaler, do not set
     `fused`: the fused step on a CPU does not skip gradients that overflowed.
     """
     if groups is not None:

@@ -1,10 +1,10 @@
 """Data-parallel training: several processes of one stage, each on its own GPU or its share of the CPU's cores.
 
-With `runtime.processes` above 1 a training stage starts itself again under torchrun. A stage that torchrun started
-already, on one machine or several (https://docs.pytorch.org/docs/stable/elastic/run.html), joins its group: gradients
-are averaged by DistributedDataParallel over NCCL, or gloo without a GPU. Each global batch is shared out among the
-processes, so that batch size and learning rate mean the same with any number of them. BatchNorm sees its process's
-share; its running statistics are those of the first process, as in torchvision's reference training.
+With `runtime.processes` above 1, a training stage starts itself again under torchrun. A stage that torchrun has already
+started, on one machine or several (https://docs.pytorch.org/docs/stable/elastic/run.html), joins its group.
+DistributedDataParallel averages the gradients, over NCCL, or gloo without a GPU. Each global batch is divided among the
+processes, so batch size and learning rate mean the same with any number of processes. BatchNorm sees its process's
+share; the running statistics are the first process's, as in torchvision's reference training.
 """
 
 import os
@@ -19,7 +19,7 @@ from quantstudy.errors import UserError, run_stage
 
 
 def launched(stage: str, arguments: Sequence[str], processes: int) -> bool:
-    """Run a stage in `processes` processes if it has to be and is not yet; return whether that was done.
+    """Run a stage in `processes` processes, unless one is enough or it already runs so; return whether it was run.
 
     Raises:
         UserError: the processes failed; what they printed says why.
@@ -35,7 +35,7 @@ def launched(stage: str, arguments: Sequence[str], processes: int) -> bool:
         try:
             status = torchrun.wait()
         finally:
-            torchrun.terminate()  # this process is told to end; torchrun ends the others, which are no group of its own
+            torchrun.terminate()  # if this process is told to end, torchrun has to end the others
     if status:
         raise UserError(f"runtime.processes: {processes} processes of {stage} failed with status {status}")
     return True
@@ -54,7 +54,7 @@ def join(device: torch.device) -> torch.device:
 
 
 def rank() -> int:
-    """Return the number of this process in its group; the first, 0, is the one that writes files."""
+    """Return the number of this process in its group; the first, 0, writes the files."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
@@ -64,7 +64,7 @@ def world() -> int:
 
 
 def averaging(model: nn.Module) -> nn.Module:
-    """Wrap `model` so that its gradients are averaged over the processes; alone, return it as it is."""
+    """Wrap `model` so that its gradients are averaged over the processes; a single process gets it as it is."""
     if world() == 1:
         return model
     return nn.parallel.DistributedDataParallel(model)

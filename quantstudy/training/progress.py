@@ -30,7 +30,7 @@ class Run:
     curve: Path
     resume: Path
     fingerprint: str
-    """Identifies data, model and settings: a saved state of another fingerprint is not resumed from."""
+    """Identifies data, model and settings: a saved state with another fingerprint is not resumed."""
     dtype: torch.dtype | None = None
     """Autocast type, None for float32; float16 brings a gradient scaler."""
     score_start: bool = False
@@ -38,7 +38,7 @@ class Run:
     before_validation: Callable[[nn.Module], None] | None = None
     """Called with the model at the start and after each epoch, before it is scored and kept."""
     groups: list[dict[str, Any]] | None = None
-    """What Adam trains, each group at its rate, in eval mode; None: all parameters, as the settings say."""
+    """Adam's groups, each with its rate, to train in eval mode; None: all parameters, as the settings say."""
     teacher: nn.Module | None = None
     distillation: float = 0.0
     """The share of the teacher's probabilities in the targets (Hinton et al. 2015, at temperature 1)."""
@@ -46,7 +46,7 @@ class Run:
 
 @dataclass
 class State:
-    """What grows during a run."""
+    """What changes during a run."""
 
     epoch: int = 0
     rows: list[dict[str, float]] = field(default_factory=list)
@@ -65,12 +65,12 @@ def keep(state: State, model: nn.Module, row: dict[str, float]) -> None:
 
 
 def write_curve(path: Path, rows: list[dict[str, float]]) -> None:
-    """Write the curve, one row an epoch, as CSV."""
+    """Write the curve, one row per epoch, as CSV."""
     write_csv(path, COLUMNS, [{name: f"{value:.6g}" for name, value in row.items()} for row in rows])
 
 
 def save(run: Run, parts: dict[str, Any], state: State) -> float:
-    """Write all that a run needs to go on, and return the seconds that took."""
+    """Write all that a run needs to resume, and return the seconds that this took."""
     started = time.perf_counter()
     content = {name: part.state_dict() for name, part in parts.items()}
     content |= {"fingerprint": run.fingerprint, "state": vars(state), "random": torch.get_rng_state()}
