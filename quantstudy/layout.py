@@ -1,15 +1,15 @@
-"""Where every file of a study lies, relative to the project root that a stage runs in."""
+"""The path of every file of a study, relative to the project root that stages run in."""
 
 from pathlib import Path
 
 
 def split(study: str, name: str) -> Path:
-    """A split's container file; `name` is train, calibration or test."""
+    """A split's container file; `name` is train, validation, calibration or test."""
     return Path("data") / study / f"{name}.pt"
 
 
 def model(study: str, variant: str) -> Path:
-    """A variant's model file, `fp32` among them."""
+    """A variant's model file; `fp32` is a variant too."""
     return Path("models") / study / f"{variant}.pth"
 
 
@@ -29,7 +29,7 @@ def calibration(study: str) -> Path:
 
 
 def reference(study: str) -> Path:
-    """What the variants are compared with: the fp32 model's logits on the test split, float32 [images, classes]."""
+    """The fp32 model's logits on the test split, float32 [images, classes]; variants are compared with them."""
     return Path("models") / study / "reference.npy"
 
 
@@ -54,22 +54,22 @@ def resume(study: str, name: str) -> Path:
 
 
 def ship(study: str) -> Path:
-    """The folder of what is deployed: the result of the stage `search`."""
+    """The folder of the model to deploy, which the stage `search` writes."""
     return Path("models") / study / "ship"
 
 
 def searching(study: str) -> Path:
-    """Where a search keeps the variants it has made; deleted when it ends."""
+    """The folder where a search keeps the variants that it has made; deleted when the search ends."""
     return Path("models") / study / "resume" / "search"
 
 
 def ship_metrics(study: str) -> Path:
-    """The numbers of what is deployed, flat: DVC metrics."""
+    """The DVC metrics of the model to deploy, one flat JSON."""
     return report(study) / "ship.json"
 
 
 def search(study: str) -> Path:
-    """Every candidate of the search, and what became of it."""
+    """Every candidate of the search, with its outcome."""
     return report(study) / "search.json"
 
 
@@ -79,12 +79,12 @@ def report(study: str) -> Path:
 
 
 def metrics(study: str, variant: str) -> Path:
-    """One flat JSON a variant: the DVC metrics."""
+    """The DVC metrics of a variant, one flat JSON."""
     return report(study) / "metrics" / f"{variant}.json"
 
 
 def details(study: str, variant: str) -> Path:
-    """Strings, rows per layer and all timings of a variant; no DVC metric."""
+    """Strings, rows per layer and all timings of a variant; these are not DVC metrics."""
     return report(study) / "details" / f"{variant}.json"
 
 
@@ -99,12 +99,12 @@ def peers(study: str, suffix: str) -> Path:
 
 
 def reliability(name: str) -> Path:
-    """What `tests.harness` counted: of runs, params or files."""
+    """The counts of `tests.harness`, of runs, params or files."""
     return Path("reports") / "reliability" / f"{name}.json"
 
 
 def curve(study: str, name: str) -> Path:
-    """A training curve, one row an epoch; `name` is finetune or a QAT method."""
+    """A training curve, one row per epoch; `name` is finetune or a QAT method."""
     return report(study) / "curves" / f"{name}.csv"
 
 
@@ -119,7 +119,7 @@ def activation_stats(study: str) -> Path:
 
 
 def page(study: str) -> Path:
-    """What the HTML report shows of a study."""
+    """A study's part of the HTML report."""
     return Path("reports") / "pages" / f"{study}.json"
 
 

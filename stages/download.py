@@ -1,4 +1,4 @@
-"""Turn a study's data source into three files: the training, calibration and test splits."""
+"""Turn a study's data source into four files: the training, validation, calibration and test splits."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,11 @@ from stages._flags import flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Fetch the study's images, draw the calibration images from the training split, write all three splits."""
+    """Fetch the study's images, draw validation and calibration images from the training split, write all splits."""
     name = flags(argv, __doc__).study
     study = load_params().study(name)
 
-    splits = prepare(study.data, name, study.calibration, study.seed)
+    splits = prepare(study.data, name, study.calibration, study.seed, study.training.validation_fraction)
     files = {layout.split(name, part): split for part, split in splits.items()}
     save_splits(files)
     for path, split in files.items():

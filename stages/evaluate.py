@@ -1,6 +1,8 @@
-"""Measure one variant of a study on its test split: accuracy, latency, memory, size, bit-operations."""
+"""Measure one variant of a study on its test and validation splits: accuracy, latency, memory, size, bit-operations."""
 
 from collections.abc import Sequence
+
+import numpy as np
 
 from quantstudy import layout
 from quantstudy.data.container import load_split
@@ -24,16 +26,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise unknown("variant", variant, params.variants)
     device = set_up(study.seed, params.measure.threads)
 
-    test = load_split(layout.split(name, "test"))
+    test, validation = (load_split(layout.split(name, part)) for part in ("test", "validation"))
     for needed in ("fp32", variant):
         model_file(name, needed, study.model.architecture)
-    reference = None if variant == "fp32" else load_reference(name, len(test), len(test.classes))
+    images = len(test) + len(validation)
+    reference = None if variant == "fp32" else load_reference(name, images, len(test.classes))
     task = Task(name, study, variant, params.measure, device)
-    metrics, details, found = evaluate(task, test, reference)
+    metrics, details, found = evaluate(task, test, validation, reference)
 
     if variant == "fp32":
-        save_reference(name, found)
-    save_predictions(name, variant, found)
+        save_reference(name, np.concatenate(found))
+    save_predictions(name, variant, found.test)
     write_json(layout.details(name, variant), details)
     write_json(layout.metrics(name, variant), metrics)
     busy = ", the machine was busy" if 16 in details["busy"] else ""

@@ -1,4 +1,4 @@
-"""Which images: stratified subsets, the validation split and the calibration draw, all fixed by a seed."""
+"""Choose images: stratified subsets, the validation split and the calibration draw, all fixed by a seed."""
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ def balanced_indices(labels: Tensor, maximum: int | None) -> Tensor:
 def validation_indices(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Split images with int64 `labels` [N] into (train, validation) indices, int64, ascending, disjoint.
 
-    Validation gets `fraction` of each class, at least one image; no class gives its last image to it before
-    every other image is taken.
+    Validation gets `fraction` of each class, at least one image in all. A class gives its last image only after every
+    other image is taken.
     Raise `UserError` for fewer than two images.
     """
     if len(labels) < 2:
@@ -35,11 +35,12 @@ def validation_indices(labels: Tensor, fraction: float, seed: int) -> tuple[Tens
 def calibration_indices(images: int, calibration: Calibration, seed: int, study: str) -> Tensor:
     """Draw the calibration images of `images`, int64, without replacement, in the order drawn.
 
-    Raise `UserError` when the training split, or `calibration.path`, has fewer than `batches` times `batch_size`.
+    Raise `UserError` when the training split without its validation part, or `calibration.path`, has fewer than
+    `batches` times `batch_size`.
     """
     needed = calibration.batches * calibration.batch_size
     if needed > images:
-        origin = calibration.path or "the training split"
+        origin = calibration.path or "the training split without its validation part"
         remedy = "raise data.max_train" if images else "name a folder of images in calibration.path"
         raise UserError(
             f"studies.{study}.calibration: {calibration.batches} batches of {calibration.batch_size} need {needed} "

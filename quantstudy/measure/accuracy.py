@@ -1,19 +1,20 @@
-"""How good logits are: their accuracy on labels, and how far they lie from those of fp32."""
+"""How good logits are: their accuracy on labels, and their distance from fp32's logits."""
 
 import numpy as np
 
-from quantstudy.measure.statistics import mcnemar_exact_p, wilson_half_width
+from quantstudy.measure.statistics import mcnemar_exact_p, paired_drop_half_width, wilson_half_width
 from quantstudy.quantization.sqnr import sqnr_db
 
 
 def accuracy(logits: np.ndarray, reference: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Return the metrics that compare a variant's logits with the labels and with fp32's logits.
 
-    `top1_drop` is how many points fp32 is better, so that less than zero is a gain. Of equal logits the first counts.
+    `top1_drop` is fp32's top-1 minus the variant's, in points: a negative drop is a gain. Of equal logits the first
+    counts.
 
     Args:
         logits: float [images, classes].
-        reference: fp32's, on the same images in the same order; the same array when the variant is fp32.
+        reference: fp32's logits on the same images in the same order; the same array if the variant is fp32.
         labels: int [images].
     """
     predicted, expected = logits.argmax(1), reference.argmax(1)
@@ -32,6 +33,21 @@ def accuracy(logits: np.ndarray, reference: np.ndarray, labels: np.ndarray) -> d
     }
 
 
+def validation_figures(logits: np.ndarray, reference: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
+    """Return top-1 and its drop on the validation images, in percentage points; null without images.
+
+    Variants are chosen by these figures, never by those of the test images.
+    The arguments are those of `accuracy`. `validation_drop_ci95` is half the width of the drop's 95 % interval.
+    """
+    found: dict[str, float | None] = dict.fromkeys(("validation_top1", "validation_drop", "validation_drop_ci95"))
+    if images := len(labels):
+        right, right_before = logits.argmax(1) == labels, reference.argmax(1) == labels
+        found["validation_top1"] = 100 * float(right.mean())
+        found["validation_drop"] = 100 * float(right_before.mean() - right.mean())
+        found["validation_drop_ci95"] = paired_drop_half_width(right_before, right)
+    return found | {"validation_images": images}
+
+
 def percent_equal(logits: np.ndarray, others: np.ndarray) -> float:
-    """Return on what percent of the images two models predict the same class, from logits [images, classes]."""
+    """Return the percentage of images on which two models predict the same class, from logits [images, classes]."""
     return 100 * float((logits.argmax(1) == others.argmax(1)).mean())

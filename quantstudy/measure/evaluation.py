@@ -1,8 +1,7 @@
 """Measure one variant of a study: accuracy, latency, memory and size, as one flat record and its details.
 
-The executables of the variant and of fp32 are timed first, taking turns. The variant's fastest runtime, by the
-sum of its medians, is the one that is reported, and accuracy is measured on that same executable, in batches of
-at least the larger timed size.
+The executables of the variant and of fp32 are timed first, in turns. The variant's fastest runtime, by the sum of its
+medians, is reported. Accuracy is measured on this executable too, in batches of at least the larger timed size.
 """
 
 import copy
@@ -22,7 +21,7 @@ from quantstudy.data.container import Split
 from quantstudy.errors import UserError, one_line
 from quantstudy.machine.device import DTYPES
 from quantstudy.machine.hardware import arithmetic_is_native, describe_machine, int8_sums_saturate, remarks
-from quantstudy.measure.accuracy import accuracy, percent_equal
+from quantstudy.measure.accuracy import accuracy, percent_equal, validation_figures
 from quantstudy.measure.coverage import not_quantized, remark, stored
 from quantstudy.measure.latency import Load, Timing, Timings, busy_sizes, fastest, latencies, time_calmly
 from quantstudy.measure.memory import with_peak_memory_mb
@@ -40,12 +39,12 @@ Record = dict[str, Any]
 BATCH_SIZES = (1, 16)
 """The batch sizes that are timed."""
 EAGER_BATCH = 64
-"""The batch size of accuracy where no graph is built for a size: a large layer's weights are read less often."""
+"""The batch size for accuracy in eager mode, which builds no graph per size. Large batches read weights less often."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is measured, on what."""
+    """The variant to measure, with its study, settings and device."""
 
     name: str
     study: P.Study
@@ -69,11 +68,11 @@ class Task:
 
     @functools.cached_property
     def preprocessing(self) -> P.Preprocessing:
-        """What the model wants its input to be."""
+        """The preprocessing that the model expects."""
         return load_preprocessing(self.path)
 
     def noise(self, batch_size: int) -> Tensor:
-        """Return images to time on, float32 [batch_size, C, H, W], channels_last on the device."""
+        """Return random images for timing, float32 [batch_size, C, H, W], channels_last on the device."""
         generator = torch.Generator().manual_seed(self.study.seed)
         images = torch.randn(batch_size, *self.preprocessing.shape, generator=generator)
         return images.to(self.device, memory_format=torch.channels_last)
@@ -87,24 +86,32 @@ class Task:
 
 
 class _Model(NamedTuple):
-    """What a model says of itself, before it is used up."""
+    """Facts of a model, read before its executable is built: that changes the model."""
 
     stored: Record
     bits: dict[str, tuple[int, int]]
     storage: dict[str, tuple[int, int]]
     left: Record
     method: Record
-    """What the params said of its method."""
+    """The settings of its method, as the params had them."""
     skipped: Record
-    """What its method could not do: technique -> layer -> reason."""
+    """Where its method could not apply a technique: technique -> layer -> reason."""
+
+
+class Logits(NamedTuple):
+    """Of the images of both splits, float32 [images, classes] each."""
+
+    test: np.ndarray
+    validation: np.ndarray
 
 
 @torch.no_grad()
-def evaluate(task: Task, test: Split, reference: np.ndarray | None) -> tuple[Record, Record, np.ndarray]:
-    """Return the metrics, the details and the logits, [images, classes], of a variant.
+def evaluate(task: Task, test: Split, validation: Split, reference: np.ndarray | None) -> tuple[Record, Record, Logits]:
+    """Return the metrics, the details and the logits of a variant.
 
-    `reference` are fp32's logits on the same images; None when the variant is fp32 itself. Call it before the process
-    has computed anything, so that the memory it measures is the variant's alone.
+    `validation` may be empty. `reference` holds fp32's logits on the images of `test`, then on those of `validation`;
+    it is None if the variant is fp32 itself. Call this function before the process computes anything else: then the
+    measured memory is the variant's alone.
     """
     (eager, model), memory = with_peak_memory_mb(lambda: _eager_after_a_batch(task), task.device)
     total_macs, macs = count_macs(task.fp32, task.preprocessing.shape)
@@ -116,7 +123,10 @@ def evaluate(task: Task, test: Split, reference: np.ndarray | None) -> tuple[Rec
     logits = logits_of[chosen.runtime]
     if memory is None:
         failed["peak_memory_mb"] = "the system does not let a process reset its peak"
-    metrics: Record = accuracy(logits, logits if reference is None else reference, test.labels.numpy())
+    judged = _logits(chosen, task, validation) if len(validation) else logits[:0]
+    before, judged_before = (logits, judged) if reference is None else np.split(reference, [len(test)])
+    metrics: Record = accuracy(logits, before, test.labels.numpy())
+    metrics |= validation_figures(judged, judged_before, validation.labels.numpy())
     size, fp32_size = task.path.stat().st_size, layout.model(task.name, "fp32").stat().st_size
     metrics |= {"size_mb": size / 1e6, "compression": fp32_size / size} | model.stored
     metrics |= {"gmacs": total_macs / 1e9, "tbops": tera_bit_operations(macs, model.bits)}
@@ -138,12 +148,12 @@ def evaluate(task: Task, test: Split, reference: np.ndarray | None) -> tuple[Rec
         "sqnr_db_with_eager": {runtime: sqnr_db(eager_logits, found) for runtime, found in logits_of.items()},
     }
     details["remarks"] += remark(model.left)
-    return metrics, details, logits
+    return metrics, details, Logits(logits, judged)
 
 
-def _logits(executable: Executable, task: Task, test: Split) -> np.ndarray:
+def _logits(executable: Executable, task: Task, images: Split) -> np.ndarray:
     size = EAGER_BATCH if executable.runtime == "eager" else max(BATCH_SIZES)
-    return run_on_split(executable.run, test, task.preprocessing, size, task.device, executable.memory_format)
+    return run_on_split(executable.run, images, task.preprocessing, size, task.device, executable.memory_format)
 
 
 def _eager_after_a_batch(task: Task) -> tuple[Executable, _Model]:
@@ -156,7 +166,7 @@ def _eager_after_a_batch(task: Task) -> tuple[Executable, _Model]:
 
 
 def _executables(task: Task, eager: Executable) -> tuple[list[Executable], list[Executable], dict[str, str]]:
-    """Return the variant on every runtime worth it, fp32 on all if a speed-up can be reported, and what failed, why."""
+    """Return the variant on each useful runtime, fp32 if a speed-up can be reported, and why other runtimes failed."""
     failed: dict[str, str] = {}
     built = [eager, *_others(task, task.variant, failed)]
     if task.variant == "fp32" or not any(executable.real for executable in built):
@@ -166,7 +176,7 @@ def _executables(task: Task, eager: Executable) -> tuple[list[Executable], list[
 
 
 def _others(task: Task, variant: str, failed: dict[str, str]) -> list[Executable]:
-    """Build a variant on the runtimes of the params; say in `failed` where it cannot be had and why."""
+    """Build a variant on the runtimes of the params; note in `failed` which runtimes fail and why."""
     found = []
     for runtime in task.measure.runtimes:
         try:
@@ -210,7 +220,7 @@ def _layer_sqnr(task: Task, test: Split) -> dict[str, float]:
 
 
 def _layer_rows(chosen: Executable, model: _Model, macs: dict[str, int], sqnr: dict[str, float]) -> list[Record]:
-    """One row a layer; `sqnr_db` is null for fp32, which is what the others are compared with."""
+    """Return one row per layer; `sqnr_db` is null for fp32, the reference."""
     return [
         {
             **{"name": name, "weight": weight, "activation": activation, "real": chosen.layers[name]},

@@ -1,4 +1,4 @@
-"""What models made of the test images, as files: fp32's logits, and the class that each variant predicts."""
+"""Files of the predictions on the test images: fp32's logits, and the class that each variant predicts."""
 
 from pathlib import Path
 
@@ -11,17 +11,17 @@ from quantstudy.files import load_array, save_array
 
 
 def save_reference(study: str, logits: NDArray[np.float32]) -> None:
-    """Write fp32's logits, [images, classes]."""
+    """Write fp32's logits on the test images, then on the validation images, [images, classes]."""
     save_array(layout.reference(study), logits, _logits_of(study))
 
 
 def load_reference(study: str, images: int, classes: int) -> NDArray[np.float32]:
-    """Return fp32's logits, float32 [images, classes]; raise `UserError` when they are damaged or of others."""
+    """Return fp32's logits, float32 [images, classes]; raise `UserError` if they are damaged or of other images."""
     path = layout.reference(study)
     found = load_array(_content(path, "fp32"), path, _logits_of(study))
     if found.shape != (images, classes) or found.dtype != np.float32:
         what = f"{found.dtype} of shape {found.shape}, not float32 of shape {(images, classes)}"
-        raise UserError(f"{path}: {what} as the test split has it; run evaluate for fp32 again")
+        raise UserError(f"{path}: {what} as the test and validation splits have it; run evaluate for fp32 again")
     return found
 
 
@@ -32,7 +32,7 @@ def save_predictions(study: str, variant: str, logits: NDArray[np.float32]) -> N
 
 
 def load_predictions(study: str, variant: str, images: int, classes: int) -> NDArray[np.int16]:
-    """Return the predicted classes of a variant, int16 [images]; raise `UserError` when they are of other images."""
+    """Return the predicted classes of a variant, int16 [images]; raise `UserError` if they are of other images."""
     path = layout.predictions(study, variant)
     found = predictions_in(_content(path, variant), study, variant)
     if found.shape != (images,):
@@ -43,7 +43,7 @@ def load_predictions(study: str, variant: str, images: int, classes: int) -> NDA
 
 
 def predictions_in(content: bytes, study: str, variant: str) -> NDArray[np.int16]:
-    """Return the predictions in a file's content; raise `UserError` when it is damaged or of another variant."""
+    """Return the predictions in a file's content; raise `UserError` if it is damaged or of another variant."""
     path = layout.predictions(study, variant)
     found = load_array(content, path, _predictions_of(study, variant))
     if found.ndim != 1 or found.dtype != np.int16:

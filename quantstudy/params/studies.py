@@ -27,14 +27,14 @@ class Model(Section):
     """A classifier and the weights that its training starts from."""
 
     architecture: Text
-    """A name of torchvision's, `vgg11_small`, or `package.module:factory`, one's own function of `num_classes`."""
+    """A torchvision name, `vgg11_small`, or `package.module:factory`, your own function of `num_classes`."""
     code_sha256: Sha256 | None = None
-    """Of the code of one's own architecture, so that a change of it trains anew."""
+    """The SHA-256 of the code of your own architecture, so that changed code trains anew."""
     weights: Text | None = None
     """None: random; `imagenet`: torchvision's; otherwise the path of a local state_dict."""
     weights_sha256: Sha256 | None = None
     weights_key: str | None = None
-    """Where a file of weights holds several: the name of one, `state_dict_ema` or `ema.module`."""
+    """The state_dict to take if the file holds several, `state_dict_ema` or `ema.module` for example."""
 
     @field_validator("code_sha256", "weights_sha256")
     @classmethod
@@ -57,7 +57,7 @@ class Model(Section):
 class Preprocessing(Section):
     """What the model sees of an image, in torchvision's and timm's words; `data/preprocessing.py` does it.
 
-    The image is resized, its centre of `image_size` is cut out, and its pixels / 255 less `mean` are divided by `std`.
+    The image is resized, and its centre of `image_size` is cut out. A pixel becomes (pixel / 255 - `mean`) / `std`.
     """
 
     image_size: int | tuple[int, int]
@@ -71,7 +71,7 @@ class Preprocessing(Section):
     channels: Literal[1, 3] = 3
     """1 for grey, 3 for red, green and blue."""
     exif: bool = False
-    """Whether the rotation that a camera noted is applied; torchvision's ImageFolder does not."""
+    """Whether to apply the rotation that a camera noted; torchvision's ImageFolder does not."""
     mean: tuple[Annotated[float, Field(ge=-256, le=256)], ...] = Field(strict=False)
     std: tuple[Annotated[float, Field(gt=1e-3, le=256)], ...] = Field(strict=False)
 
@@ -112,7 +112,7 @@ class Preprocessing(Section):
 class Data(Preprocessing):
     """Images, where they come from, and how the model sees them.
 
-    A row of params.yaml may say `preprocessing: torchvision` instead of the latter: `presets.py` writes it out.
+    Instead of the preprocessing keys, a row may say `preprocessing: torchvision`; `presets.py` writes the keys out.
     """
 
     source: Literal["digits", "torchvision", "folder"]
@@ -120,7 +120,7 @@ class Data(Preprocessing):
     path: Text | None = Field(None, validate_default=True)
     sha256: Sha256 | None = None
     test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Of a folder of classes without train/ and test/: the share of each class that is drawn for testing."""
+    """For a folder of classes without train/ and test/: the share of each class to draw for testing."""
     max_train: Images | None = None
     max_test: Images | None = None
 
@@ -137,7 +137,7 @@ class Data(Preprocessing):
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """The part that a model is trained for and its file keeps."""
+        """The preprocessing keys, which the model is trained for and its file keeps."""
         return Preprocessing(**{key: getattr(self, key) for key in Preprocessing.model_fields})
 
 
@@ -145,10 +145,10 @@ class Training(Section):
     """One training run: fine-tuning or QAT."""
 
     epochs: Annotated[int, Field(ge=0, le=10_000)]
-    """0 keeps the weights as they are: they have been trained."""
+    """0 keeps the weights as they are: they are already trained."""
     learning_rate: Rate
     batch_size: Annotated[int, Field(ge=2, le=16_384)] = 64
-    """Batch normalization needs two images."""
+    """At least 2, which batch normalization needs."""
     optimizer: Optimizer = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 5e-4
@@ -162,7 +162,7 @@ class Training(Section):
 
 
 class QatOverrides(Section):
-    """How a method that trains with its scales trains in one study, where that is not as the study's others do."""
+    """How a method that trains its scales trains in one study, if not as the study's other methods do."""
 
     epochs: Epochs | None = None
     learning_rate: Rate | None = None
@@ -177,11 +177,14 @@ class Qat(Training):
     schedule: Schedule = "constant"
     precision: Literal["fp32"] = "fp32"
     methods: dict[Name, QatOverrides] = Field(default_factory=dict)
-    """What a method that trains with its scales takes in this study instead of its own numbers."""
+    """What methods that train their scales take in this study instead of their own numbers, by name."""
 
 
 class Calibration(Section):
-    """The calibration images: `batches` of `batch_size`, drawn by seed from the training split or from `path`."""
+    """The calibration images: `batches` of `batch_size`, drawn by seed.
+
+    They are of `path`, or else of the training split without its validation part.
+    """
 
     batches: Annotated[int, Field(ge=1, le=10_000)] = 4
     batch_size: BatchSize = 64
@@ -208,4 +211,4 @@ class Study(Section):
     qat: Qat
     seed: Seed
     goal: Goal | None = None
-    """What to look for where the study is in `ship`."""
+    """What the search looks for if the study is in `ship`."""

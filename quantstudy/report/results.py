@@ -1,7 +1,7 @@
-"""The results of a study, one a variant, read from its metrics files in the order of `params.yaml`.
+"""The results of a study, one per variant, read from its metrics files in the order of `params.yaml`.
 
-The variants come from the lists in `params.yaml` and never from the files that happen to lie there, so a removed
-variant does not haunt a report.
+The variants come from the lists in `params.yaml`, never from the files that happen to exist. So a variant that you
+remove from the lists does not stay in a report.
 """
 
 import math
@@ -19,17 +19,18 @@ METRIC_KEYS = (
     *("top1", "top5", "top1_ci95", "top1_drop", "top1_drop_p", "images", "agreement", "sqnr_db"),
     *("size_mb", "compression", "weight_bits", "layers_quantized", "layers_quantizable", "gmacs", "tbops"),
     *("latency_ms_b1", "latency_ms_b16", "speedup_b1", "speedup_b16", "kernel_real", "peak_memory_mb", "seed"),
+    *("validation_images", "validation_top1", "validation_drop", "validation_drop_ci95"),
 )
 """The keys of a metrics file, in the order of the tables."""
 
 NEVER_NULL = ("top1", "top1_ci95", "images", "size_mb")
-"""What no table or plot can do without."""
+"""The metrics that every table and plot needs."""
 
 MOST_NAMES = 12
-"""Layers that a remark names before it counts the rest; `details/<variant>.json` names all."""
+"""The number of layers that a remark names before it counts the rest; `details/<variant>.json` names all."""
 
 PLOTS = ("scaling_law_plot", "accuracy_vs_size_plot", "accuracy_vs_latency_plot", "training_curves")
-"""The pictures that the stage `plots` writes of each study."""
+"""The pictures that the stage `plots` writes for each study."""
 
 Group = Literal["baseline", "ptq", "outlier", "qat"]
 Family = Literal["fp32", "16-bit float", "INT8", "INT8 clipped", "uniform INT4", "INT4 clipped", "mixed", "other"]
@@ -37,22 +38,22 @@ Family = Literal["fp32", "16-bit float", "INT8", "INT8 clipped", "uniform INT4",
 
 @dataclass(frozen=True)
 class Result:
-    """What one variant is and what was measured of it."""
+    """One variant and its measurements."""
 
     variant: str
     group: Group
-    """`outlier` is a static method that says `clip_percentile`, if only null: a row of the outlier study."""
+    """`outlier` is a static method whose row sets `clip_percentile`, even to null: a row of the outlier study."""
     family: Family
     """How the variant is drawn; a method that trains belongs to the family of its scheme."""
     kind: str
     widths: str
     """Bits of weights and activations, e.g. `4/8`; `8/-` leaves the activations in float32."""
     bits: int
-    """Bits of the weights, the stored mean where each layer has its own: its place on the scaling law."""
+    """Bits of the weights: the variant's place on the scaling law. If the layers differ, the stored mean, rounded."""
     metrics: dict[str, float | None]
     details: dict[str, Any]
     row: MethodRow | None = None
-    """Of the method that made it; None for fp32."""
+    """The row of the method that made it; None for fp32."""
 
     def __getitem__(self, key: str) -> float | None:
         """Return a metric; None when it does not exist on this machine."""
@@ -66,16 +67,16 @@ class Result:
 
     @property
     def simulated(self) -> bool:
-        """Whether its arithmetic runs in another type than the stated one, so that its latency says nothing."""
+        """Whether its arithmetic runs in another type than the stated one; its latency then says nothing."""
         return self.metrics["kernel_real"] == 0
 
     @property
     def busy(self) -> list[int]:
-        """The batch sizes whose latency was taken while the machine was busy, so that it says nothing."""
+        """The batch sizes that were timed while the machine was busy; their latency says nothing."""
         return self.details.get("busy", [])
 
     def comparable(self, key: str) -> bool:
-        """Whether the metric `key` can be compared: a latency where its kernel is real and the machine was not busy."""
+        """Whether the metric `key` can be compared; a latency needs a real kernel and a machine that was not busy."""
         _, latency, size = key.partition("latency_ms_b")
         return not latency or not (self.simulated or int(size) in self.busy)
 
@@ -118,7 +119,7 @@ def _load(params: Params, study: str, variant: str) -> Result:
 
 
 def _row(params: Params, variant: str, said: Any) -> MethodRow:
-    """Return the row that a variant was made by, as its details have it; without them, that of the params."""
+    """Return the row that made a variant, from its details or, without them, from the params."""
     if said is None:
         return params.method(variant)  # type: ignore[no-any-return]
     try:
@@ -138,7 +139,7 @@ def _family(row: MethodRow, group: Group) -> Family:
 
 
 def remarks(results: Sequence[Result]) -> list[str]:
-    """Return what a reader has to know beside the numbers: each remark once, then one a technique that was left out.
+    """Return what a reader must know besides the numbers: each remark once, then one per technique that was left out.
 
     `details["skipped"]` has the layers that a technique was not applied to, with the reason: technique -> layer -> why.
     """
@@ -158,7 +159,7 @@ def remarks(results: Sequence[Result]) -> list[str]:
 
 
 def pictures(params: Params, study: str) -> tuple[list[Path], list[Path]]:
-    """Return the pictures of a study that are of its fp32 model as it is now, and those that an older one left."""
+    """Return the pictures that show a study's present fp32 model, and those that an older model left behind."""
     current = {layout.report(study) / f"{name}.png" for name in PLOTS}
     if study in params.budget.studies:
         current.add(layout.sensitivity(study, "png"))

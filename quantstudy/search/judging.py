@@ -1,7 +1,7 @@
 """Judge a variant in the form that would be shipped: its ONNX file, made for a runtime and run there.
 
-It is judged on validation images: images of the training split that neither trained nor calibrated. They are looked at
-in an order drawn by seed, and no more of them than a decision takes.
+The judge uses validation images: images of the training split that neither trained nor calibrated. It looks at them in
+an order drawn by seed, and stops as soon as it can decide.
 """
 
 import copy
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from quantstudy import params as P
 from quantstudy.data.batches import run_on_split
 from quantstudy.data.container import Split
-from quantstudy.data.sampling import calibration_indices, validation_indices
+from quantstudy.data.sampling import validation_indices
 from quantstudy.errors import UserError
 from quantstudy.measure.agreement import check
 from quantstudy.measure.latency import Timing, time_calmly
@@ -33,12 +33,12 @@ _CPU = torch.device("cpu")
 
 
 def drawn(study: P.Study, goal: P.Goal, name: str, split: Split) -> tuple[Split, Split]:
-    """Return the images of the training split that judge, in the order they are looked at, and the others.
+    """Return the images of the training split that judge, in the order they are looked at, and the other images.
 
-    The former are the validation part of the fp32 model's training. Methods calibrate and train on the others.
+    The judging images are the validation part of the fp32 model's training. Methods calibrate and train on the others.
 
     Raises:
-        UserError: the former are too few to prove the goal of a variant that predicts as fp32 does.
+        UserError: there are too few judging images to accept even a variant that predicts exactly as fp32 does.
     """
     key = f"studies.{name}"
     if len(split) < 2:
@@ -53,11 +53,6 @@ def drawn(study: P.Study, goal: P.Goal, name: str, split: Split) -> tuple[Split,
     return split.subset(judging[order]), split.subset(rest)
 
 
-def calibrating(study: P.Study, name: str, rest: Split) -> Split:
-    """Return as many of the images that do not judge as the study's calibration has, drawn by seed."""
-    return rest.subset(calibration_indices(len(rest), study.calibration, study.seed, name))
-
-
 @dataclass
 class Shipped:
     """A variant as it would be shipped."""
@@ -69,7 +64,7 @@ class Shipped:
 
 @dataclass
 class Judge:
-    """What variants of a study are judged with."""
+    """Everything that a study's variants are judged with."""
 
     model: nn.Module
     """The study's fp32 model."""
@@ -80,37 +75,37 @@ class Judge:
     """The validation images, shuffled."""
     goal: P.Goal
     threads: int
-    """Of the runtime."""
+    """The threads of the runtime."""
     _right: dict[int, NDArray[np.bool_]] = field(default_factory=dict, init=False)
-    """Whether fp32 gets the images of a look right, by the first of them."""
+    """Whether fp32 gets the images of a look right, by the index of the first image."""
 
     @functools.cached_property
     def fp32(self) -> Shipped:
-        """The fp32 model in the form that it would be shipped in."""
+        """The fp32 model in the form to ship."""
         return self.shipped(self.model)
 
     def shipped(self, model: nn.Module) -> Shipped:
-        """Return a model in that form; raise `UserError` where it cannot be exported."""
+        """Return a model in the form to ship; raise `UserError` if it cannot be exported."""
         exported = exported_model(model, self.graph, self.goal.runtime)
         return Shipped(exported, open_session(exported, self.goal.runtime, self.threads))
 
     def check(self, model: nn.Module, shipped: Shipped, images: Split) -> dict[str, Any]:
-        """Return how the shipped form agrees with eager PyTorch; raise `UserError` where it computes something else."""
+        """Return how the shipped form agrees with eager PyTorch; raise `UserError` if it computes something else."""
         plain = to_onnx(model, self.graph)
         timed: dict[str, onnx.ModelProto] = {self.goal.runtime: shipped.exported}
         return check(copy.deepcopy(model), plain, timed, images, self.preprocessing)
 
     def right(self, shipped: Shipped, images: Split) -> NDArray[np.bool_]:
-        """Return whether each image is given its class, bool [images]."""
+        """Return whether each image is predicted correctly, bool [images]."""
         return np.asarray(self.logits(shipped, images).argmax(1) == images.labels.numpy())
 
     def logits(self, shipped: Shipped, images: Split) -> NDArray[np.float32]:
         """Return the logits, float32 [images, classes]."""
-        size = min(self.goal.batch_size, _LARGEST_BATCH)  # a range that is found at run time depends on it
+        size = min(self.goal.batch_size, _LARGEST_BATCH)  # a range found at run time depends on it
         return run_on_split(shipped.session.run, images, self.preprocessing, size, _CPU)
 
     def judge(self, shipped: Shipped, error: float) -> PairedTest:
-        """Return the ended test of a variant against fp32, which accepts a drop at the limit with this probability."""
+        """Test a variant against fp32; return the ended test. It accepts a drop at the limit at most `error` often."""
         test = PairedTest(self.goal.max_drop, len(self.images), error)
         for end in test.ends:
             start = test.seen
@@ -123,7 +118,7 @@ class Judge:
         return test
 
     def timed(self, shipped: Shipped, seconds: float) -> tuple[Timing, Timing]:
-        """Time a batch of the goal's size of a variant and of fp32, taking turns, for about `seconds` in all."""
+        """Time a variant and fp32 in turns, on a batch of the goal's size, for about `seconds` in all."""
         images: Tensor = torch.randn(self.goal.batch_size, *self.preprocessing.shape)
         calls = {
             "variant": functools.partial(shipped.session.run, images),

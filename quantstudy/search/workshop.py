@@ -1,4 +1,4 @@
-"""Gather what a search of a study works with, from the files of its stages."""
+"""Gather the model, images and settings of a study's search, from the files of its stages."""
 
 import hashlib
 from pathlib import Path
@@ -21,22 +21,22 @@ from quantstudy.quantization.variant import Variant
 from quantstudy.runtimes.onnx_graph import load_graph
 from quantstudy.runtimes.sessions import why_missing
 from quantstudy.search.candidates import Candidate
-from quantstudy.search.judging import Judge, calibrating, drawn
+from quantstudy.search.judging import Judge, drawn
 from quantstudy.search.search import Workshop
 
 CHECKED = 64
-"""Calibration images on which the shipped form is compared with eager PyTorch."""
+"""The number of calibration images on which the shipped form is compared with eager PyTorch."""
 
 
 def opened(params: P.Params, name: str, study: P.Study, goal: P.Goal, device: torch.device) -> Workshop:
-    """Return what the search of a study works with; raise `UserError` for a file or image that is missing."""
+    """Return what the search of a study works with; raise `UserError` if a file, image or runtime is missing."""
     fp32 = model_file(name, "fp32", study.model.architecture)
     model, preprocessing = load_fp32(fp32), load_preprocessing(fp32)
     splits = {part: load_split(layout.split(name, part)) for part in ("train", "calibration")}
     if reason := why_missing(goal.runtime):
         raise UserError(f"studies.{name}.goal.runtime: {goal.runtime} is {reason}")
     images, rest = drawn(study, goal, name, splits["train"])
-    own = splits["calibration"] if study.calibration.path else calibrating(study, name, rest)
+    own = splits["calibration"]
     graph = load_graph(layout.graph(name), name)
     judge = Judge(model, graph, preprocessing, images, goal, torch.get_num_threads())
     few = own.subset(torch.arange(min(CHECKED, len(own))))
@@ -63,7 +63,7 @@ def opened(params: P.Params, name: str, study: P.Study, goal: P.Goal, device: to
 
 
 def _digest(params: P.Params, study: P.Study, goal: P.Goal, *files: Path) -> str:
-    """Return a name that is another for a search of other inputs, but for its limits."""
+    """Return a name that differs for a search with other inputs; the limits of the goal do not count."""
     rows = {name: row.said() for name, row in params.methods.items()}
     parts: list[Any] = [rows, params.target, study.qat, study.seed, study.calibration, *map(sha256, files)]
     parts += [study.training.validation_fraction, goal.runtime, goal.batch_size, torch.get_num_threads()]

@@ -5,9 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantstudy.data.container import Split
+from quantstudy.data.prepare import prepare
 from quantstudy.data.sampling import balanced_indices, calibration_indices, validation_indices
 from quantstudy.errors import UserError
-from quantstudy.params import Calibration
+from quantstudy.params import Calibration, Data
 
 Labels = st.lists(st.integers(0, 5), min_size=2, max_size=80).map(torch.tensor)
 
@@ -48,8 +50,8 @@ def test_calibration_draw_is_by_seed_and_impossible_draws_are_refused() -> None:
     with pytest.raises(UserError) as error:
         calibration_indices(100, Calibration(batches=4, batch_size=64), 0, "tiny")
     assert str(error.value) == (
-        "studies.tiny.calibration: 4 batches of 64 need 256 images, but the training split has 100; "
-        "lower batches or batch_size, or raise data.max_train"
+        "studies.tiny.calibration: 4 batches of 64 need 256 images, but the training split without its validation "
+        "part has 100; lower batches or batch_size, or raise data.max_train"
     )
 
 
@@ -60,3 +62,19 @@ def test_cap_is_as_balanced_as_the_classes_allow(labels: torch.Tensor, maximum: 
     counts, sizes = labels[chosen].bincount(minlength=6), labels.bincount(minlength=6)
     limited = counts < sizes
     assert not limited.any() or counts.max() <= counts[limited].min() + 1
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_no_image_calibrates_and_validates(seed: int) -> None:
+    data = Data(source="digits", image_size=8, mean=(0, 0, 0), std=(1, 1, 1))
+    splits = prepare(data, "digits", Calibration(batches=4, batch_size=64), seed, validation_fraction=0.2)
+    _, expected = validation_indices(splits["train"].labels, 0.2, seed)
+    assert torch.equal(splits["validation"].labels, splits["train"].labels[expected])
+    assert len(splits["calibration"]) == 256
+    train, calibration, validation = (pictures(splits[part]) for part in ("train", "calibration", "validation"))
+    twins = len(splits["train"]) - len(train)
+    assert calibration < train and validation < train and len(calibration & validation) <= twins < 3
+
+
+def pictures(split: Split) -> set[bytes]:
+    return {image.numpy().tobytes() for image in split.decode(torch.arange(len(split)))}

@@ -100,7 +100,7 @@ def food101(server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> dict[s
 
 def choose(project, dataset: str, **keys: object) -> None:
     project.edit(KEY, {"source": "torchvision", "dataset": dataset, "image_size": 32, **HALVES, **keys})
-    project.edit("studies.tiny.calibration", {"batches": 2, "batch_size": 4})
+    project.edit("studies.tiny.calibration", {"batches": 2, "batch_size": 3})
 
 
 def test_cifar100(project, cifar100) -> None:

@@ -1,6 +1,6 @@
 """What `evaluate` reports, on stand-in executables whose logits and delays are known."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -194,6 +194,8 @@ def test_a_busy_timing_of_either_side_gives_no_speed_up() -> None:
 MODEL = evaluation._Model(
     {"layers_quantizable": 2.0}, {"0": (8, 8), "1": (4, 32)}, {"0": (9, 9), "1": (9, 18)}, {}, {}, {}
 )
+VALIDATION = [9, 0, 5, 6]
+"""Numbers of images."""
 MACS = 30, {"0": 10**12, "1": 2 * 10**12}
 
 
@@ -210,7 +212,9 @@ def evaluated(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
         return executable(runtime, real, run)
 
-    def evaluate(*runtimes: tuple[Any, ...], fp32: float = 4.0) -> tuple[dict[str, Any], dict[str, Any]]:
+    def evaluate(
+        *runtimes: tuple[Any, ...], fp32: float = 4.0, validation: Sequence[int] = VALIDATION
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         built, baseline = [stand_in(*given) for given in runtimes], stand_in("eager", fp32, FP32)
         monkeypatch.setattr(evaluation, "_eager_after_a_batch", lambda task: (built[0], MODEL))
         monkeypatch.setattr(evaluation, "_executables", lambda task, eager: (built, [baseline], {}))
@@ -225,7 +229,9 @@ def evaluated(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         seen = vars(task)["preprocessing"] = Preprocessing(image_size=8, mean=(0, 0, 0), std=(1, 1, 1))
         pixels = torch.arange(10, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
         split = Split(torch.from_numpy(LABELS), tuple("abcdefg"), seen, pixels)
-        metrics, details, _ = evaluation.evaluate(task, split, FP32)
+        reference = np.concatenate([FP32, FP32[validation]])
+        metrics, details, found = evaluation.evaluate(task, split, split.subset(validation), reference)
+        assert len(found.test) == 10 and len(found.validation) == len(validation)
         return metrics, details
 
     return evaluate
@@ -243,6 +249,18 @@ def test_accuracy_and_latency_are_of_one_executable(evaluated: Evaluated) -> Non
     assert (metrics["kernel_real"], metrics["size_mb"], metrics["compression"]) == (1, 1, 4)
     assert metrics["tbops"] == 8 * 8 + 2 * 4 * 32
     assert [(row["weight"], row["activation"]) for row in details["layers"]] == [(8, 8), (4, 32)]
+
+
+def test_validation_figures_are_of_their_own_images(evaluated: Evaluated) -> None:
+    metrics, _ = evaluated(("eager", 3, FP32), ("openvino", 2, WORSE))
+    assert (metrics["validation_images"], metrics["validation_top1"], metrics["validation_drop"]) == (4, 25, 50)
+    assert metrics["validation_drop_ci95"] > 0
+    metrics, _ = evaluated(("eager", 2, WORSE), validation=[])
+    assert (metrics["validation_images"], metrics["validation_drop"], metrics["top1_drop"]) == (
+        0,
+        None,
+        pytest.approx(30),
+    )
 
 
 def test_what_was_timed_on_a_busy_machine_says_so(evaluated: Evaluated, others: list[float]) -> None:

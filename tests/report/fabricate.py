@@ -43,7 +43,8 @@ def _metrics(params: Params, variant: str, images: int, top1: float, rng: random
     layers = dict(layers_quantized=11 * (variant != "fp32"), layers_quantizable=11, kernel_real=float(real))
     speed = dict.fromkeys(("speedup_b1", "speedup_b16"), speedup if real else None)
     time = dict(latency_ms_b1=10 / speedup, latency_ms_b16=140 / speedup, peak_memory_mb=700.0)
-    return accuracy | agreement | size | layers | speed | time
+    judged = dict(validation_images=100, validation_top1=top1 - drop, validation_drop=drop, validation_drop_ci95=0.4)
+    return accuracy | agreement | size | layers | speed | time | judged
 
 
 def _curve(path: Path, epochs: int, loss: float, top1: float, rng: random.Random, start: int) -> None:

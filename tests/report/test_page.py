@@ -198,6 +198,24 @@ def test_speeds_within_the_spread_of_timings_are_equal_so_accuracy_decides(open_
     assert page.evaluate(chosen, [rows, 0.2]) == "fastest"  # where all else is equal
 
 
+def test_validation_images_choose_and_test_images_do_not(open_page: Any) -> None:
+    alike = {"speedup_b16": 6.0, "size_mb": 1.0, "simulated": False, "validation_drop_ci95": 0.1}
+    rows = [
+        alike | {"variant": "validated", "top1_drop": 3.0, "validation_drop": 0.0},
+        alike | {"variant": "lucky in the test", "top1_drop": -1.0, "validation_drop": 0.9},
+        alike | {"variant": "beyond the limit", "top1_drop": -2.0, "validation_drop": 1.1, "speedup_b16": 9.0},
+    ]
+    code = (ROOT / "quantstudy" / "report" / "page" / "recommend.js").read_text(encoding="utf-8")
+    study, limits = "{variants, timing_spread: {16: 0}}", "{drop: 1, size: ANY, latency: ANY}"
+    found = f"(variants) => {{ {code} return recommend({study}, {limits}, 16, 'accuracy'); }}"
+    page = open_page()
+    assert page.evaluate(f"(variants) => ({found})(variants).pick.variant", rows) == "validated"
+    assert len(page.evaluate(f"(variants) => ({found})(variants).meeting", rows)) == 2
+    for row in rows:
+        row["validation_drop"] = None
+    assert page.evaluate(f"(variants) => ({found})(variants).pick.variant", rows) == "beyond the limit"
+
+
 def test_a_preference_changes_the_recommendation_and_never_to_a_simulated_speed(open_page: Any) -> None:
     page = open_page()
     page.check("input[name=prefer][value=size]")

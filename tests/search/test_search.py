@@ -19,7 +19,7 @@ from quantstudy.params import load_params
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.search import search as module
 from quantstudy.search.candidates import SHARES, SPENT_ON, Candidate, candidates, error_of, least_objective
-from quantstudy.search.judging import calibrating, drawn
+from quantstudy.search.judging import drawn
 from quantstudy.search.search import Trial, search
 from tests.conftest import Project
 
@@ -208,7 +208,7 @@ def test_a_bound_is_below_what_a_variant_has(minimize: Any) -> None:
         assert 0.7 * has < least_objective(row, goal, calibration.replaceable, macs) <= has
 
 
-def test_images_that_judge_neither_train_nor_calibrate(project: Project) -> None:
+def test_images_that_judge_do_not_train(project: Project) -> None:
     study = load_params().study("tiny")
     labels = torch.arange(800) % 10
     split = Split(labels, tuple("abcdefghij"), study.data.preprocessing, images=torch.arange(800)[:, None, None, None])
@@ -218,8 +218,6 @@ def test_images_that_judge_neither_train_nor_calibrate(project: Project) -> None
     trained, held_out = validation_indices(labels, 0.1, study.seed)
     assert ids == set(held_out.tolist()) and others == set(trained.tolist())
     assert judging.images.flatten().tolist() != sorted(ids)  # type: ignore[union-attr]
-    own = calibrating(study, "tiny", rest)
-    assert len(own) == 32 and set(own.images.flatten().tolist()) <= others  # type: ignore[union-attr]
     needed = images_needed(1.0, error_of("quick", P.Goal(max_drop=1.0)))
     with pytest.raises(
         UserError, match=rf"max_drop: 1 points take {needed} validation images to prove, and .* keeps 80"

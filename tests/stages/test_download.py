@@ -22,7 +22,7 @@ from tests.params import FEW
 
 __all__ = ["make_tree"]
 
-SPLITS = ["data/tiny/calibration.pt", "data/tiny/test.pt", "data/tiny/train.pt"]
+SPLITS = [f"data/tiny/{name}.pt" for name in ("calibration", "test", "train", "validation")]
 
 
 def rows(split: Split) -> set[bytes]:
@@ -44,7 +44,7 @@ def test_calibration_comes_from_train_and_never_from_test(project) -> None:
     assert not rows(calibration) & rows(test) and not rows(train) & rows(test)
 
 
-def test_the_seed_draws_the_calibration_images_and_nothing_else(project) -> None:
+def test_the_seed_draws_calibration_and_validation_images_and_nothing_else(project) -> None:
     download.main(["--study", "tiny"])
     assert project.files() == SPLITS
     first = {name: Path(name).read_bytes() for name in SPLITS}
@@ -52,7 +52,7 @@ def test_the_seed_draws_the_calibration_images_and_nothing_else(project) -> None
     assert first == {name: Path(name).read_bytes() for name in SPLITS}
     project.edit("studies.tiny.seed", 1)
     download.main(["--study", "tiny"])
-    assert [name for name in SPLITS if Path(name).read_bytes() != first[name]] == ["data/tiny/calibration.pt"]
+    assert [name for name in SPLITS if Path(name).read_bytes() != first[name]] == [SPLITS[0], SPLITS[3]]
 
 
 def test_a_mistake_in_the_params_is_one_line_and_writes_nothing(project) -> None:

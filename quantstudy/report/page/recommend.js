@@ -21,11 +21,20 @@ function isBusy(row, batch) {
   return (row.busy ?? []).includes(Number(batch));
 }
 
+/**
+ * What a variant lost, and half the width of its 95 % interval: on validation images, so that test images choose nothing.
+ * A study without validation images leaves only the test images.
+ */
+function judged(row) {
+  const { validation_drop: drop, validation_drop_ci95: noise } = row;
+  return (drop ?? null) === null ? { drop: row.top1_drop, noise: row.drop_ci95 ?? 0 } : { drop, noise };
+}
+
 /** A latency that says nothing meets no limit of latency. */
 function meets(variant, limits, batch) {
   const latency = variant[`latency_ms_b${batch}`];
   return (
-    variant.top1_drop <= limits.drop + 1e-9 &&
+    judged(variant).drop <= limits.drop + 1e-9 &&
     variant.size_mb <= limits.size &&
     (limits.latency === ANY || (!untimed(variant, batch) && latency !== null && latency <= limits.latency))
   );
@@ -33,9 +42,8 @@ function meets(variant, limits, batch) {
 
 /** Keep the rows whose drop may be as small as that of any other: their 95 % intervals overlap. */
 function alikeInAccuracy(rows) {
-  const noise = (row) => row.drop_ci95 ?? 0;
-  const best = Math.min(...rows.map((row) => row.top1_drop + noise(row)));
-  return rows.filter((row) => row.top1_drop - noise(row) <= best + 1e-9);
+  const best = Math.min(...rows.map(judged).map(({ drop, noise }) => drop + noise));
+  return rows.filter((row) => judged(row).drop - judged(row).noise <= best + 1e-9);
 }
 
 /** Keep the rows within a share `tolerance` of the smallest value of `of`. */
@@ -88,7 +96,9 @@ function reason(study, found, limits, batch, prefer) {
   const others = found.meeting.length - 1;
   const why = study.timing_spread[batch] > SAME_TIME ? ": fp32's own timings here lie that far apart" : "";
   const equal = prefer === "speed" ? ` Speeds within ${Math.round(100 * sameTime(study, batch))} % count as equal${why}.` : "";
-  return `The ${PREFERENCES[prefer]} of ${counted(others + 1, "variant")}${limited}; p ${pValue(found.pick.top1_drop_p)} against fp32.${equal}`;
+  const images = found.pick.validation_images;
+  const chosen = images ? `Chosen by its drop on ${images} validation images.` : "Chosen by test images: this study has no validation images.";
+  return `The ${PREFERENCES[prefer]} of ${counted(others + 1, "variant")}${limited}. ${chosen} p ${pValue(found.pick.top1_drop_p)} against fp32 on the test images.${equal}`;
 }
 
 /** Say which limit alone, lifted, would let a variant through. */
