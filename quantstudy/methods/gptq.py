@@ -12,6 +12,8 @@ first code of a pair leaves room for the second weight in its current state, and
 left.
 """
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,16 @@ from quantstudy.quantization.schemes import WeightScheme
 DAMPING = 0.01
 _LAZY = 128
 """After this many columns, the rest of the row is updated at once (section 3.3, step 2 of the paper)."""
+
+
+def gptq(weight: Tensor, scheme: WeightScheme, moments: Moments) -> tuple[Tensor, Tensor]:
+    """Return int8 codes of `weight`'s shape and their scale; each weight is rounded once in each scheme."""
+    digest = hashlib.sha256(weight.cpu().contiguous().numpy().data).digest()
+    if (scheme, digest) not in moments.kept:
+        scale = scheme.choose_scale(weight)
+        moments.kept[scheme, digest] = gptq_codes(weight, scale, scheme, moments), scale
+    codes, scale = moments.kept[scheme, digest]
+    return codes.clone(), scale.clone()
 
 
 @torch.no_grad()
@@ -40,17 +52,18 @@ def gptq_codes(weight: Tensor, scale: Tensor, scheme: WeightScheme, moments: Mom
     codes = torch.empty_like(rows)
     area = weight.shape[2:].numel() if scheme.limit == "pairs" else None
     start = 0
-    for second in moments.second:
-        _round_block(rows, step, codes, scheme, second, slice(start, start + second.shape[1]), area)
-        start += second.shape[1]
+    if "factors" not in moments.kept:
+        moments.kept["factors"] = [_inverse_factor(second) for second in moments.second]
+    for factor in moments.kept["factors"]:
+        _round_block(rows, step, codes, scheme, factor, slice(start, start + factor.shape[1]), area)
+        start += factor.shape[1]
     return codes.flatten(0, 1).to(torch.int8).view(weight.shape)
 
 
 def _round_block(
-    rows: Tensor, step: Tensor, codes: Tensor, scheme: WeightScheme, second: Tensor, columns: slice, area: int | None
+    rows: Tensor, step: Tensor, codes: Tensor, scheme: WeightScheme, factor: Tensor, columns: slice, area: int | None
 ) -> None:
     """Round `columns` of `rows` [groups, O / groups, K] into `codes`; `rows` change. Pairs are `area` apart."""
-    factor = _inverse_factor(second)
     block = rows[:, :, columns]
     width = block.shape[2]
     for begin in range(0, width, _LAZY):

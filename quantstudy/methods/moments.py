@@ -7,7 +7,7 @@ group.
 
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class Moments:
 
     mean: Tensor
     second: list[Tensor]
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """What `gptq` has computed of them: one network is rounded again and again, in bits that few layers differ in."""
 
 
 @torch.no_grad()

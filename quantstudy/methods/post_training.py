@@ -20,7 +20,7 @@ from quantstudy.methods.blocks import reconstruct_blocks
 from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.equalization import TOLERANCE, absorb_high_biases, equalize, find_pairs
 from quantstudy.methods.gain_correction import correct_gains
-from quantstudy.methods.gptq import gptq_codes
+from quantstudy.methods.gptq import gptq
 from quantstudy.methods.joint import finetune_jointly
 from quantstudy.methods.reconstruction import Limits, reconstruct
 from quantstudy.methods.trainable import LARGE, split
@@ -80,9 +80,7 @@ def freeze(model: nn.Module, network: nn.Module, calibration: Calibration, row: 
             if name not in moments:
                 layer.freeze()
                 continue
-            scheme, weight = layer.scheme.weight, layer.weight.detach()
-            scale = scheme.choose_scale(weight)
-            layer.set_codes(gptq_codes(weight, scale, scheme, moments[name]), scale)
+            layer.set_codes(*gptq(layer.weight.detach(), layer.scheme.weight, moments[name]))
     if row.gain_correction:
         moments = calibration.moments(layers)
         missing = (name for name in layers if name not in moments)

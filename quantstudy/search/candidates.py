@@ -20,6 +20,8 @@ Group = Literal["quick", "learned", "trained"]
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)
 """How much larger than in uniform bits the weights of a row between two others may be."""
 FLOAT_BITS = 32
+STORED_BITS = 4, 8
+"""The widths of integer weights that an ONNX file stores as they are."""
 SPENT_ON: dict[Group, float] = {"quick": 2.0, "learned": 1.0, "trained": 2.0}
 """How the groups that may be tried share the allowed error."""
 
@@ -43,6 +45,8 @@ def candidates(params: P.Params, goal: P.Goal) -> tuple[list[Candidate], dict[st
             left[name] = "a row of the outlier study"
         elif row.trains and not goal.may_train:
             left[name] = "trains, and goal.may_train is false"
+        elif goal.minimize == "size" and (bits := getattr(row, "weight_bits", 8)) not in STORED_BITS:
+            left[name] = f"an ONNX file stores its {bits} bits in more: rows of more bits are as small"
         else:
             found.append(Candidate(name, row, group_of(row)))
     if goal.minimize != "latency":  # no runtime is faster with other weight bits
@@ -77,7 +81,8 @@ def _between(candidate: Candidate, minimize: str) -> Iterator[Candidate]:
     """Yield the rows between a row of few bits, rounded by GPTQ, and the next width.
 
     If the goal minimizes the size of an ONNX file, only weight-only rows of four bits qualify, and their layers get
-    four or eight bits. The file stores these widths as they are, and integer activations make nothing smaller.
+    four or eight bits. The file stores these widths as they are, and integer activations make nothing smaller. Then
+    there are also rows with one scale a channel, which are smaller than rows with a scale a group.
     """
     row = candidate.row
     if candidate.group != "quick" or not isinstance(row, P.Scheme) or row.rounding != "gptq":
@@ -86,10 +91,14 @@ def _between(candidate: Candidate, minimize: str) -> Iterator[Candidate]:
         return
     if minimize == "size" and (row.weight_bits < LOW_BITS or not isinstance(row, P.WeightOnly)):
         return
-    yield Candidate(f"{candidate.name}_uniform", row.model_copy(update={"fragile_bits": None}), "quick")
-    for share in SHARES:
-        changes = {"fragile_share": share, "fragile_between": minimize != "size"}
-        yield Candidate(f"{candidate.name}_share_{round(100 * share)}", row.model_copy(update=changes), "quick")
+    rows = {candidate.name: row}
+    if minimize == "size" and row.group_size is not None:
+        rows[f"{candidate.name}_channel"] = row.model_copy(update={"group_size": None})
+    for name, start in rows.items():
+        yield Candidate(f"{name}_uniform", start.model_copy(update={"fragile_bits": None}), "quick")
+        for share in SHARES if start is row else SHARES[:3]:
+            changes = {"fragile_share": share, "fragile_between": minimize != "size"}
+            yield Candidate(f"{name}_share_{round(100 * share)}", start.model_copy(update=changes), "quick")
 
 
 def scheme_of(row: Any) -> dict[str, Any]:

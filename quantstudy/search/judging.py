@@ -102,8 +102,8 @@ class Judge:
     def logits(self, shipped: Shipped, images: Split) -> NDArray[np.float32]:
         """Return the logits, float32 [images, classes].
 
-        A range that is found at run time depends on the images of its batch. Then batches are as large as the goal's, 64
-        images at most; otherwise they have 64 images, which takes a fraction of the time of single images.
+        A range that is found at run time depends on the images of its batch. Then batches are as large as the goal's,
+        64 images at most. Otherwise they have 64 images, which takes a fraction of the time of single images.
         """
         dynamic = any(node.op_type == "DynamicQuantizeLinear" for node in shipped.exported.graph.node)
         size = min(self.goal.batch_size, _LARGEST_BATCH) if dynamic else _LARGEST_BATCH

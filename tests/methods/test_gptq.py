@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantstudy.methods.gptq import gptq_codes
+from quantstudy.methods import gptq as module
+from quantstudy.methods.gptq import gptq, gptq_codes
 from quantstudy.methods.moments import Moments, input_moments, patches
 from quantstudy.quantization.schemes import WeightScheme
 
@@ -65,6 +66,23 @@ def test_the_output_error_is_below_that_of_rounding_to_nearest(case: Case, schem
         for codes in (gptq_codes(weight, scale, scheme, moments), scheme.quantize(weight, scale))
     ]
     assert errors[0] < 0.9 * errors[1]
+
+
+def test_a_weight_is_rounded_once_in_each_scheme(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = case
+    weight, moments = layer.weight.detach(), input_moments(nn.Sequential(layer), [x])["0"]
+    first, scale = gptq(weight, WeightScheme(4), moments)
+    assert torch.equal(first, gptq_codes(weight, scale, WeightScheme(4), moments))
+    other, _ = gptq(2 * weight, WeightScheme(4), moments)
+    assert torch.equal(first, other)  # a scale twice as large
+    monkeypatch.setattr(module, "gptq_codes", None)
+    again, same = gptq(weight.clone(), WeightScheme(4), moments)
+    assert torch.equal(first, again) and torch.equal(scale, same)
+    again.zero_()
+    assert torch.equal(first, gptq(weight, WeightScheme(4), moments)[0])
+    for given in ((weight + 1, WeightScheme(4)), (weight, WeightScheme(3))):
+        with pytest.raises(TypeError):
+            gptq(*given, moments)
 
 
 def test_without_correlation_it_is_rounding_to_nearest(case: Case) -> None:

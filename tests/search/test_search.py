@@ -178,7 +178,10 @@ def test_rows_are_tried_from_cheap_to_dear_and_the_others_named(project: Project
     project.edit("methods.int4_gptq", {"kind": "weight_only", "weight_bits": 4, "group_size": 32, "rounding": "gptq"})
     project.edit("methods.int4_brecq", {"kind": "weight_only", "weight_bits": 4, "rounding": "brecq"})
     params = load_params()
+    project.edit("methods.int3_gptq", {"kind": "weight_only", "weight_bits": 3, "rounding": "gptq"})
+    params = load_params()
     found, left = candidates(params, P.Goal(max_drop=1.0))
+    assert "stores its 3 bits in more" in left["int3_gptq"]
     groups = {candidate.name: candidate.group for candidate in found}
     assert groups["int8_static"] == "quick" and groups["int4_brecq"] == "learned"
     assert left["qat_int8"] == "trains, and goal.may_train is false" and "outlier" in left["clip_int8"]
@@ -186,6 +189,8 @@ def test_rows_are_tried_from_cheap_to_dear_and_the_others_named(project: Project
     between = [candidate.row for candidate in found if candidate.name.startswith("int4_gptq_share_")]
     assert [row.fragile_share for row in between] == list(SHARES) and not any(row.fragile_between for row in between)
     assert next(one.row for one in found if one.name == "int4_gptq_uniform").fragile_bits is None
+    channel = next(one.row for one in found if one.name == "int4_gptq_channel_uniform")
+    assert channel.fragile_bits is channel.group_size is None
     found, left = candidates(params, P.Goal(max_drop=1.0, may_train=True, minimize="latency"))
     assert {c.group for c in found if c.name.startswith("qat_")} == {"trained"} and not any(
         "_share_" in c.name for c in found
