@@ -1,11 +1,11 @@
-"""Compare the search to a goal with NNCF's quantization with accuracy control, on the same model, images and machine.
+"""Compare the search to a goal with those of NNCF and Olive, on the same model, images and machine.
 
     python -m benchmarks.search --study mobilenetv2_food101_64px --drops 0.5 1 2
-    .venv-peers/bin/python -m benchmarks.search --study mobilenetv2_food101_64px --drops 0.5 1 2 --tools nncf
+    .venv-peers/bin/python -m benchmarks.search --study mobilenetv2_food101_64px --drops 0.5 1 2 --tools nncf olive
 
-NNCF judges on the same validation images as the search, and calibrates on the same calibration images. The model that
-each ends with then runs on the whole test split on OpenVINO, and is timed there in turns with fp32. Candidates that a
-search has made are kept for the next drop; their seconds count each time.
+All judge on the same validation images and calibrate on the same calibration images. The model that each ends with
+then runs on the whole test split, and is timed in turns with fp32 on OpenVINO. Olive makes models for ONNX Runtime: its
+model runs there. Candidates that a search has made are kept for the next drop; their seconds count each time.
 
 The benchmark writes reports/peers/<study>_search.json and .md. It replaces existing rows of the same tool and goal.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 
 from quantstudy import layout
@@ -30,7 +31,7 @@ from quantstudy.machine.device import set_up
 from quantstudy.machine.hardware import describe_machine
 from quantstudy.quantization.variant import load_variant
 from quantstudy.report.tables import markdown_table
-from quantstudy.runtimes.sessions import OpenVino, Session
+from quantstudy.runtimes.sessions import OpenVino, Session, open_session
 from quantstudy.search.judging import Shipped
 from quantstudy.search.search import Workshop, search
 from quantstudy.search.ship import figures_on, latency_figures
@@ -38,6 +39,8 @@ from quantstudy.search.workshop import opened
 
 Row = dict[str, Any]
 TIMING_SECONDS = 6.0
+OLIVE_TRIALS = 12
+"""Of about fifty points of OnnxQuantization's search space."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -128,7 +131,94 @@ def nncf(shop: Workshop, test: Split) -> Iterable[Row]:
     yield row | {"validation_drop": 100 * float(before.mean() - right.mean())} | _measured(shop, shipped, test)
 
 
-TOOLS: dict[str, Callable[[Workshop, Split], Iterable[Row]]] = {"quantstudy": quantstudy, "nncf": nncf}
+def olive(shop: Workshop, test: Split) -> Iterable[Row]:
+    """Yield the result of Olive's search over its pass OnnxQuantization, on ONNX Runtime.
+
+    As in Olive's documentation on search strategies: joint execution, the TPE sampler, and an accuracy metric whose
+    goal is `max-degradation`. The objective of priority 1 is the size on disk, or the average latency.
+    """
+    import olive as tool
+    from olive.data.registry import Registry
+
+    judge, goal, name = shop.judge, shop.goal, "images"
+    pairs = {"judging": _batches(judge.images, shop)}
+    pairs["calibrating"] = [
+        (image[None].numpy(), 0) for batch in shop.calibration.images for image in batch.contiguous()
+    ]
+    Registry.register_dataset("qs_judging")(lambda **_: Pairs(pairs["judging"], name))
+    Registry.register_dataset("qs_calibrating")(lambda **_: Pairs(pairs["calibrating"], name))
+    Registry.register_post_process("qs_classes")(lambda logits, **_: torch.as_tensor(logits).argmax(1))
+
+    def data(kind: str, batch: int) -> dict[str, Any]:
+        return {
+            "name": kind,
+            "load_dataset_config": {"type": f"qs_{kind}"},
+            "dataloader_config": {"batch_size": batch},
+            "post_process_data_config": {"type": "qs_classes"},
+        }
+
+    classes = {"task": "multiclass", "num_classes": len(test.classes)}
+    limit = {"type": "max-degradation", "value": goal.max_drop / 100}
+    accuracy = {"name": "accuracy_score", "priority": 2, "metric_config": classes, "goal": limit}
+    small = {"name": "size", "type": "size_on_disk", "sub_types": [{"name": "bytes", "priority": 1}]}
+    quick = {
+        "name": "latency",
+        "type": "latency",
+        "data_config": "judging",
+        "sub_types": [{"name": "avg", "priority": 1}],
+    }
+    metrics = [small if goal.minimize == "size" else quick]
+    metrics += [{"name": "accuracy", "type": "accuracy", "data_config": "judging", "sub_types": [accuracy]}]
+    accelerator = {"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fp32.onnx"
+        path.write_bytes(judge.fp32.exported.SerializeToString())
+        started = time.perf_counter()
+        found = tool.run(
+            {
+                "input_model": {"type": "ONNXModel", "model_path": str(path)},
+                "systems": {"here": {"type": "LocalSystem", "accelerators": [accelerator]}},
+                "data_configs": [data("judging", 1), data("calibrating", 1)],
+                "evaluators": {"both": {"metrics": metrics}},
+                "passes": {"quantization": {"type": "OnnxQuantization", "data_config": "calibrating"}},
+                "search_strategy": {
+                    **{"execution_order": "joint", "sampler": "tpe", "max_iter": OLIVE_TRIALS},
+                    **{"max_time": round(60 * goal.minutes), "output_model_num": 1},
+                },
+                **{"host": "here", "target": "here", "evaluator": "both", "log_severity_level": 3},
+                **{"output_dir": f"{folder}/out", "cache_dir": f"{folder}/cache", "evaluate_input_model": True},
+            }
+        )
+        seconds = time.perf_counter() - started
+        row = _row("olive", goal) | {"seconds": seconds, "variant": None}
+        best = found.get_best_candidate() if found.has_output_model() else None
+        if best is None:
+            yield row
+            return
+        model = onnx.load(best.model_path)
+    shipped = Shipped(model, open_session(model, "onnxruntime", judge.threads))
+    row |= {"variant": "OnnxQuantization, on ONNX Runtime", "size_mb": model.ByteSize() / 1e6}
+    right, before = judge.right(shipped, judge.images), judge.right(judge.fp32, judge.images)
+    yield row | {"validation_drop": 100 * float(before.mean() - right.mean())} | _measured(shop, shipped, test)
+
+
+class Pairs(torch.utils.data.Dataset[Any]):
+    """Images as Olive wants them, from pairs of float32 [1, C, H, W] and class: `({input: [C, H, W]}, class)`."""
+
+    def __init__(self, pairs: Sequence[tuple[np.ndarray, int]], name: str) -> None:
+        self._pairs, self._name = pairs, name
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], int]:
+        """Return an image and its class."""
+        image, label = self._pairs[index]
+        return {self._name: image[0]}, label
+
+
+TOOLS: dict[str, Callable[[Workshop, Split], Iterable[Row]]] = {"quantstudy": quantstudy, "nncf": nncf, "olive": olive}
 
 
 def _batches(split: Split, shop: Workshop) -> list[tuple[np.ndarray, int]]:
