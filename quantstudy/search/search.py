@@ -137,7 +137,7 @@ def search(shop: Workshop) -> Found:
     tried, left = candidates(shop.params, goal)
     found = Found(None, [], left, "no candidate was left", 0.0)
     for group in SPENT_ON:
-        members = [candidate for candidate in tried if candidate.group == group]
+        members = sorted((one for one in tried if one.group == group), key=lambda one: _urgency(shop, one))
         trials = _made(shop, members, tried, found)
         front = _front([trial for trial in trials if not trial.verdict], goal.minimize)
         _test(shop, front, group, error_of(group, goal, max(len(members), 1)), found)
@@ -145,6 +145,16 @@ def search(shop: Workshop) -> Found:
         print(f"{name}: not tried: {reason}", flush=True)
     print(f"the search ended: {found.ended}", flush=True)
     return found
+
+
+def _urgency(shop: Workshop, candidate: Candidate) -> tuple[bool, float]:
+    """Return a sort key: rows that GPTQ rounds come last, since it takes a minute for a large network.
+
+    Among them the smallest come first: if the time is over, those are left out that would have saved little.
+    """
+    slow = getattr(candidate.row, "rounding", "") == "gptq"
+    least = least_objective(candidate.row, shop.goal, shop.calibration.replaceable, shop.macs)
+    return slow, least if slow else 0.0
 
 
 def _made(shop: Workshop, members: Iterable[Candidate], tried: Iterable[Candidate], found: Found) -> list[Trial]:

@@ -1,5 +1,6 @@
 """A search takes the smallest candidate that its tests accept, in an order that no validation image has chosen."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from quantstudy.quantization.layers import quantized_layers
 from quantstudy.search import search as module
 from quantstudy.search.candidates import SHARES, SPENT_ON, Candidate, candidates, error_of, least_objective
 from quantstudy.search.judging import drawn
-from quantstudy.search.search import Trial, search
+from quantstudy.search.search import Trial, _urgency, search
 from tests.conftest import Project
 
 SEARCHES = 2000
@@ -238,3 +239,16 @@ def test_the_images_that_are_needed_are_those_on_which_no_difference_is_accepted
             number = test.ends[test.ends.index(test.seen) + 1 if test.seen else 0] - test.seen
             test.look([True] * number, [True] * number)
         assert test.verdict == verdict
+
+
+def test_what_takes_a_minute_is_made_last_and_the_smallest_of_it_first() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Flatten(), nn.Linear(64 * 36, 5)).eval()
+    calibration = Calibration(network, [torch.randn(4, 3, 8, 8)])
+    shop: Any = SimpleNamespace(goal=P.Goal(max_drop=1.0), calibration=calibration, macs={})
+    rows: dict[str, Any] = {
+        "large": P.WeightOnly(kind="weight_only", weight_bits=8, rounding="gptq"),
+        "small": P.WeightOnly(kind="weight_only", weight_bits=4, rounding="gptq"),
+        "quick": P.WeightOnly(kind="weight_only", weight_bits=8),
+    }
+    order = sorted(rows, key=lambda name: _urgency(shop, Candidate(name, rows[name], "quick")))
+    assert order == ["quick", "small", "large"]
