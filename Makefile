@@ -18,7 +18,7 @@ export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro ship results compare test test-all browser check format front figures dag peers clean
+.PHONY: help setup repro ship results compare test test-all browser check format front figures evidence dag peers clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -69,12 +69,13 @@ browser:  ## Install the Chromium that the tests of the HTML report need, where 
 	then echo 'installed Chromium'; \
 	else echo 'no Chromium, and none can be installed here; the tests of the HTML report will be skipped'; fi
 
-check: $(TOOLS)  ## Lint, formatting, types, and whether code.yaml is of this code
+check: $(TOOLS)  ## Lint, formatting, types, and whether code.yaml and the evidence are of this code
 	ruff check .
 	ruff format --check .
 	mypy
 	lint-imports
 	python -m tools.code --check
+	python -m tools.evidence --check
 
 format: $(TOOLS)  ## Format the code
 	ruff check --fix .
@@ -85,6 +86,10 @@ front: setup  ## Accuracy against size for budgets of bits: make front STUDY=...
 
 figures: setup  ## Draw the figures of docs/
 	python -m docs.drawing
+
+evidence: setup  ## Make what README and docs/ show, in several sittings: make evidence [PARTS="default runtimes"]
+	@python -m tools.evidence $(PARTS)
+	@python -m quantstudy readme
 
 dag: setup  ## Draw the DAG by kind of stage, as Mermaid
 	@python -m tools.dag

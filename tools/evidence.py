@@ -1,0 +1,279 @@
+"""Make everything that README and docs/ show, in several sittings: `python -m tools.evidence [part ...]`.
+
+A part is some commands and the committed files that they write. The commands run in a clone of the current commit,
+`.cache/evidence/<folder>`, so a checkout's own params and models stay as they are. The clone keeps what it has made: a
+part that is stopped goes on in the next sitting. What a part wrote is then copied to the checkout, and
+reports/evidence.json notes its commit, day, machine, load and seconds, and the SHA-256 of all code that it ran.
+
+`--check` fails if code of a part has changed since the part was made. A part that was never made is named.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quantstudy.errors import UserError, run_stage, unknown
+from quantstudy.files import read_json, write_json
+from quantstudy.machine.hardware import describe_machine
+from quantstudy.network.source_code import scripts_sha256
+from quantstudy.params import PARAMS_FILE
+
+RECORD = Path("reports") / "evidence.json"
+FOLDER = Path(".cache") / "evidence"
+EXTERNAL = Path("data") / "external"
+PEERS = ".venv-peers/bin/python"
+STAGES = tuple(f"stages/{name}.py" for name in ("download", "finetune", "calibrate", "trace", "ptq", "qat", "evaluate"))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the evidence."""
+
+    name: str
+    commands: tuple[str, ...]
+    """Run one after the other, in a shell."""
+    writes: tuple[str, ...]
+    """Globs of the committed files that the commands write."""
+    scripts: tuple[str, ...]
+    """The scripts that the commands run; all code that they import counts."""
+    folder: str = "default"
+    """The clone that the commands run in; parts of one study share a clone, and so its models."""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of params.yaml with other values than the committed ones."""
+    needs: tuple[str, ...] = ()
+    """Files of data/external/ that the commands read."""
+
+
+def of_study(study: str, *needs: str) -> tuple[Part, ...]:
+    """Return the parts of a study of real images: all methods, what each technique adds, budgets, peers, the search."""
+    rows = yaml.safe_load(PARAMS_FILE.read_text(encoding="utf-8"))["methods"]
+    trained = [name for name, row in rows.items() if row["kind"].startswith("qat")]
+    budget = [name for name, row in rows.items() if row["kind"] == "mixed_budget"]
+    others = [name for name in rows if name not in (*trained, *budget)]
+    lists = {"run": [study], "ptq": others, "qat": trained, "budget": {"studies": [study], "methods": budget}}
+    where: Any = {"folder": study, "needs": needs, "params": lists}
+    model = f"dvc repro finetune@{study} calibrate@{study} trace@{study}"
+    reports, option = f"reports/{study}", f"--study {study}"
+    front, peers = f"dvc repro sensitivity@{study}", f"{PEERS} -m benchmarks.peers {option} --seconds 0"
+    searches = f"python -m benchmarks.search {option}", f"{PEERS} -m benchmarks.search {option} --tools nncf olive"
+    return (
+        Part(
+            study,
+            ("python -m quantstudy repro",),
+            (f"{reports}/metrics/*.json", f"{reports}/results.md", f"{reports}/*_plot.png", f"{reports}/sensitivity.*"),
+            (*STAGES, "stages/sensitivity.py", "stages/plots.py"),
+            **where,
+        ),
+        Part(
+            f"{study}-ablation",
+            (model, f"python -m benchmarks.ablation {option}"),
+            (f"{reports}/ablation.*",),
+            ("benchmarks/ablation.py",),
+            **where,
+        ),
+        Part(
+            f"{study}-front",
+            (model, front, f"python -m benchmarks.budget_front {option}"),
+            (f"{reports}/budget_front.*",),
+            ("benchmarks/budget_front.py", "stages/sensitivity.py"),
+            **where,
+        ),
+        Part(
+            f"{study}-peers",
+            (model, peers),
+            (f"reports/peers/{study}.*",),
+            ("benchmarks/peers.py",),
+            **where,
+        ),
+        Part(
+            f"{study}-search",
+            (model, *searches),
+            (f"reports/peers/{study}_search.*",),
+            ("benchmarks/search.py",),
+            **where,
+        ),
+    )
+
+
+def timed_peers(study: str, *needs: str) -> Part:
+    """Return the comparison with other tools at 224 px, accuracy and time."""
+    commands = (
+        f"dvc repro finetune@{study} calibrate@{study} trace@{study}",
+        f"{PEERS} -m benchmarks.peers --study {study}",
+    )
+    writes = (f"reports/peers/{study}.*",)
+    where: Any = {"folder": study, "params": {"run": [study]}, "needs": needs}
+    return Part(f"{study}-peers", commands, writes, ("benchmarks/peers.py",), **where)
+
+
+def all_parts() -> dict[str, Part]:
+    """Return all parts by name, in the order in which they are made."""
+    digits = ("vgg11_digits", "mobilenetv2_digits")
+    small = tuple(
+        f"reports/{study}/{what}" for study in digits for what in ("metrics/*.json", "results.md", "*_plot.png")
+    )
+    runtimes = "reports/benchmarks/int8_runtimes.txt"
+    timed = " && ".join(
+        f"python -m benchmarks.int8_runtimes --architecture {name}" for name in ("vgg11", "mobilenet_v2")
+    )
+    found = [
+        Part("default", ("python -m quantstudy repro",), ("dvc.lock", *small), (*STAGES, "stages/export.py")),
+        Part("runtimes", (f"({timed}) > {runtimes}",), (runtimes,), ("benchmarks/int8_runtimes.py",)),
+        Part("figures", ("python -m docs.drawing",), ("docs/figures/*.png",), ("docs/drawing/__main__.py",)),
+        *of_study("mobilenetv2_food101_64px", "food101_64px.tar", "mobilenet_v2_imagenet.pth"),
+        *of_study("vgg11_cifar100_32px", "cifar100.tar", "vgg11_features.pth"),
+        timed_peers("mobilenetv2_food10_224px", "food101_10classes_256px.tar", "mobilenet_v2_imagenet.pth"),
+        timed_peers("vgg11_food10_224px", "food101_10classes_256px.tar", "vgg11_features.pth"),
+    ]
+    return {part.name: part for part in found}
+
+
+def stale(parts: Iterable[Part], root: Path, made: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the parts that were made by other code, each with the scripts whose code has changed since."""
+    found = {}
+    for part in parts:
+        if part.name in made:
+            now, then = code_of(part, root), made[part.name]["code"]
+            if changed := [script for script in part.scripts if now[script] != then.get(script)]:
+                found[part.name] = changed
+    return found
+
+
+def code_of(part: Part, root: Path) -> dict[str, str]:
+    """Return by script of a part the SHA-256 of all code that it runs."""
+    scripts = [Path(script) for script in part.scripts]
+    return {path.as_posix(): digest for path, digest in scripts_sha256(scripts, root).items()}
+
+
+def make(part: Part, root: Path) -> dict[str, Any]:
+    """Run a part's commands in its clone, copy what they wrote, and return what is noted of it.
+
+    Raises:
+        UserError: the checkout has changes that no commit has, a file of data/external/ is missing, a command failed,
+            or a file was not written.
+    """
+    commit = _commit(root)
+    if missing := [name for name in part.needs if not (root / EXTERNAL / name).exists()]:
+        raise UserError(f"{part.name}: {', '.join(missing)}: no such file in {EXTERNAL}; put or link it there")
+    clone = _clone(root, part, commit)
+    load, began = os.getloadavg()[0], time.monotonic()
+    path = f"{root / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    for command in part.commands:
+        print(f"{part.name}: {command}", flush=True)
+        if status := subprocess.run(
+            ["bash", "-c", command], cwd=clone, env=os.environ | {"PATH": path}, check=False
+        ).returncode:
+            raise UserError(f"{part.name}: `{command}` ended with status {status}; the next run goes on from there")
+    for pattern in part.writes:
+        written = sorted(clone.glob(pattern))
+        if not written:
+            raise UserError(f"{part.name}: its commands wrote no {pattern}")
+        for file in written:
+            (target := root / file.relative_to(clone)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+    return {
+        "commit": commit,
+        "day": datetime.now(UTC).date().isoformat(),
+        "machine": describe_machine(),
+        "load_before": round(load, 2),
+        "seconds": round(time.monotonic() - began, 1),
+        "code": code_of(part, root),
+    }
+
+
+def _commit(root: Path) -> str:
+    """Return the current commit; raise `UserError` if a file that makes evidence differs from it."""
+    changed = [line[3:] for line in _git(root, "status", "--porcelain", "--untracked-files=no").splitlines()]
+    own = [
+        "README.md",
+        "docs/*.md",
+        RECORD.as_posix(),
+        *(name for part in all_parts().values() for name in part.writes),
+    ]
+    if other := [name for name in changed if not any(Path(name).match(pattern) for pattern in own)]:
+        raise UserError(f"{other[0]}: has changes that are not committed; evidence carries the commit that made it")
+    return _git(root, "rev-parse", "HEAD").strip()
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def _clone(root: Path, part: Part, commit: str) -> Path:
+    """Return the clone of a part, at the commit, with the part's params.
+
+    What the part has written there is kept if that was at the same commit. dvc.lock is always kept: by it DVC knows
+    what has changed.
+    """
+    clone = root / FOLDER / part.folder
+    if not clone.is_dir():
+        clone.parent.mkdir(parents=True, exist_ok=True)
+        _git(root, "clone", "--quiet", str(root), str(clone))
+        (clone / "data").mkdir(exist_ok=True)
+        for name in (".venv-peers", EXTERNAL.as_posix()):
+            (clone / name).symlink_to(root / name)
+        (clone / ".dvc" / "config.local").write_text(
+            f"[cache]\n    dir = {root / '.dvc' / 'cache'}\n", encoding="utf-8"
+        )
+    elif _git(clone, "rev-parse", "HEAD").strip() != commit:
+        lock = (clone / "dvc.lock").read_bytes()
+        _git(clone, "fetch", "--quiet", "origin")
+        _git(clone, "checkout", "--quiet", "--force", "--detach", commit)
+        (clone / "dvc.lock").write_bytes(lock)
+    begun = clone / ".cache" / f"begun-{part.name}"
+    if not begun.is_file() or begun.read_text(encoding="utf-8") != commit:
+        for pattern in part.writes:
+            for file in clone.glob(pattern):
+                if file.name != "dvc.lock":
+                    file.unlink()
+        begun.parent.mkdir(exist_ok=True)
+        begun.write_text(commit, encoding="utf-8")
+    if part.params:
+        params = yaml.safe_load((root / PARAMS_FILE).read_text(encoding="utf-8")) | dict(part.params)
+        (clone / PARAMS_FILE).write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+    return clone
+
+
+def check(parts: Mapping[str, Part], root: Path) -> int:
+    """Print which parts were never made and which were made by other code; return the exit status."""
+    made: dict[str, Any] = read_json(root / RECORD) if (root / RECORD).is_file() else {}
+    found = stale(parts.values(), root, made)
+    for name, scripts in found.items():
+        print(f"{name}: made by other code ({', '.join(scripts)}); run `make evidence PARTS={name}`", file=sys.stderr)
+    if never := [name for name in parts if name not in made]:
+        print(f"{RECORD}: {len(never)} of {len(parts)} parts were not made yet: {', '.join(never)}")
+    return int(bool(found))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make what is not current, or check that all is."""
+    parser = argparse.ArgumentParser(prog="python -m tools.evidence", description="Make what README and docs/ show.")
+    parser.add_argument("--check", action="store_true", help="only say what is not current")
+    parser.add_argument("parts", nargs="*", help="all by default, in their order")
+    given = parser.parse_args(argv)
+    root, parts = Path.cwd(), all_parts()
+    for name in given.parts:
+        if name not in parts:
+            raise unknown("part", name, list(parts))
+    if given.check:
+        sys.exit(check(parts, root))
+    for part in (parts[name] for name in given.parts or parts):
+        made: dict[str, Any] = read_json(root / RECORD) if (root / RECORD).is_file() else {}
+        if part.name in made and not stale([part], root, made):
+            print(f"{part.name}: current, made by {made[part.name]['commit'][:7]}")
+            continue
+        write_json(root / RECORD, made | {part.name: make(part, root)})
+
+
+if __name__ == "__main__":
+    run_stage(main)
