@@ -29,7 +29,7 @@ def calibration(study: str) -> Path:
 
 
 def reference(study: str) -> Path:
-    """The fp32 model's logits on the test split, float32 [images, classes]; variants are compared with them."""
+    """The fp32 model's logits on the test and then the validation images, float32 [images, classes]."""
     return Path("models") / study / "reference.npy"
 
 

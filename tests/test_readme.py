@@ -73,6 +73,9 @@ def test_a_table_has_the_rows_that_are_asked_for_and_a_place_needs_its_report(
         ("A small file", "int8"),
         ("Speed", "int4"),
     ]
+    for broken in (f"<!-- decision: s\nSpeed\n-->\n{end}", "<!-- results: s -->\n", f"<!-- results: s, a -->\n{end}"):
+        with pytest.raises(UserError, match=r"README.md: one of 1 marks is not"):
+            filled(Path("README.md"), broken)
     with pytest.raises(UserError, match="'int8' is unknown"):
         filled(Path("README.md"), f"<!-- results: s int8 -->\n{end}", lambda path: table)
 

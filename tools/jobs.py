@@ -89,7 +89,7 @@ def _run(ledger: Ledger, pool: Pool, jobs: int, runtime: Runtime) -> int:
                 board.save()
     for name, reason in run.failed.items():
         print(f"failed: {name}: {reason}\n  its log: {worker.log_file(name)}", file=sys.stderr)
-    return 128 + run.told[0] if run.told else int(bool(run.failed))
+    return 128 + run.told[0] if run.told else int(bool(run.failed or run.waiting or run.ended))
 
 
 if __name__ == "__main__":

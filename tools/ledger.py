@@ -5,12 +5,16 @@ changed, its run cache, and, for stages that have run, `save`, `commit` and one 
 `dvc commit --force` does. Running `dvc` itself for each stage would cost seconds each time.
 """
 
+import contextlib
+import functools
 import sys
-from collections.abc import Collection, Iterable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 from dvc.exceptions import DvcException
+from dvc.lock import LockError
 from dvc.repo import Repo
 from dvc.repo.reproduce import plan_repro
 from dvc.rwlock import rwlock
@@ -20,6 +24,8 @@ from dvc.stage.cache import RunCacheNotFoundError
 from quantstudy.errors import UserError
 
 UNCHANGED, RESTORED, TO_RUN = "unchanged", "restored", "to run"
+WAITING = "another DVC command works in this folder; waiting for it"
+Result = TypeVar("Result")
 
 
 class Ledger:
@@ -35,9 +41,7 @@ class Ledger:
     def __init__(self, targets: Sequence[str] = ()) -> None:
         try:
             self.repo = Repo()
-            with self.repo.lock:
-                graph = self.repo.index.graph
-                asked = [stage for target in targets for stage in self.repo.stage.collect(target)]
+            graph, asked = when_free(functools.partial(self._collect, targets))
         except DvcException as error:
             raise UserError(f"DVC: {error}") from error
         self.stages = {stage.addressing: stage for stage in plan_repro(graph, asked)}
@@ -45,6 +49,10 @@ class Ledger:
         self.needs = {name: {need.addressing for need in graph.successors(of)} for name, of in self.stages.items()}
         """Stage -> the stages whose files it reads."""
         self._in_use: dict[str, ExitStack] = {}
+
+    def _collect(self, targets: Sequence[str]) -> tuple[Any, list[Stage]]:
+        with self.repo.lock:
+            return self.repo.index.graph, [stage for target in targets for stage in self.repo.stage.collect(target)]
 
     def begin(self, name: str) -> str:
         """Do what comes before a stage's command: return UNCHANGED, or RESTORED from the run cache, or TO_RUN.
@@ -75,13 +83,18 @@ class Ledger:
     def release(self, name: str) -> None:
         """Let other DVCs touch the files of a stage that `begin` said is to run."""
         if held := self._in_use.pop(name, None):
-            held.close()
+            with contextlib.suppress(LockError):  # then DVC forgets it when this process has ended
+                held.close()
 
     def record(self, names: Iterable[str]) -> dict[str, str]:
-        """Put what stages have made into DVC's cache and write dvc.lock once; return what failed, and why."""
-        read = {need for name in self._in_use for need in self.needs[name]}
+        """Put what stages made into DVC's cache, write dvc.lock once, release them; return what failed and why."""
+        names = list(names)
+        read = {need for name in self._in_use if name not in names for need in self.needs[name]}
         with self.repo.lock, self.repo.scm_context():
-            return save([self.stages[name] for name in names], read)
+            failed = save([self.stages[name] for name in names], read)
+        for name in names:
+            self.release(name)
+        return failed
 
     def push(self, names: Iterable[str] = ()) -> None:
         """Send the files of stages, or of all, to DVC's default remote; raise `DvcException` where it cannot."""
@@ -109,6 +122,19 @@ class Ledger:
         return self.stages[name].meta or {}
 
 
+def when_free(action: Callable[[], Result]) -> Result:
+    """Return what `action` returns, as soon as no other DVC command keeps it from its work."""
+    said = False
+    while True:
+        try:
+            return action()
+        except LockError:
+            if not said:
+                print(WAITING, file=sys.stderr, flush=True)
+            said = True
+            time.sleep(1)
+
+
 def save(stages: Iterable[Stage], read: Collection[str] = ()) -> dict[str, str]:
     """Do what `dvc commit --force` does, and as `dvc repro` keep what it may in the run cache.
 
@@ -121,6 +147,8 @@ def save(stages: Iterable[Stage], read: Collection[str] = ()) -> dict[str, str]:
         try:
             stage.save(run_cache=all(out.use_cache or out.is_metric or out.is_plot for out in stage.outs))
             stage.commit(relink=stage.addressing not in read)
+        except LockError:
+            raise
         except DvcException as error:
             failed[stage.addressing] = str(error)
         else:

@@ -94,6 +94,7 @@ class Board:
 
     def _leave(self, name: str, how: str) -> None:
         self.counts[how] += 1
+        self._said = ""
         self.started.pop(name, None)
         self.progress.left.pop(name, None)
 

@@ -19,7 +19,7 @@ from quantstudy.params import PARAMS_FILE
 from quantstudy.params.project import Runtime
 from tools import worker
 from tools.code import CODE_FILE
-from tools.ledger import RESTORED, TO_RUN, UNCHANGED, Ledger
+from tools.ledger import RESTORED, TO_RUN, UNCHANGED, WAITING, Ledger, when_free
 from tools.live import Board
 from tools.pool import Pool, at
 from tools.processes import end
@@ -93,7 +93,8 @@ class Jobs:
         try:
             yield
         except LockError:
-            self.board.say("another DVC command works in this folder; waiting for it")
+            self.board.say(WAITING)
+            time.sleep(1)  # the other command has to get DVC's lock again, too
 
     def _ask_nodes(self) -> bool:
         """Return whether any machine has a folder of its own, so that files have to go through DVC's remote.
@@ -123,7 +124,7 @@ class Jobs:
                 "--address: machines with folders of their own need a DVC remote: dvc remote add -d NAME URL"
             )
         try:
-            self.ledger.push()
+            when_free(self.ledger.push)
         except DvcException as error:
             raise UserError(f"--address: DVC's remote takes no files: {error}") from error
         return True
@@ -235,7 +236,6 @@ class Jobs:
         import ray
 
         name = self.running.pop(reference)
-        self.ledger.release(name)
         try:
             outcome: worker.Outcome = ray.get(reference)
         except ray.exceptions.RayTaskError as error:  # what the worker raised

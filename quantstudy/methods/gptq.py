@@ -22,6 +22,8 @@ from quantstudy.quantization.saturation import bounds_beside, round_pairs
 from quantstudy.quantization.schemes import WeightScheme
 
 DAMPING = 0.01
+KEPT = 4
+"""The schemes of a layer whose codes are kept, one byte a weight: a search goes back and forth between few."""
 _LAZY = 128
 """After this many columns, the rest of the row is updated at once (section 3.3, step 2 of the paper)."""
 
@@ -29,10 +31,13 @@ _LAZY = 128
 def gptq(weight: Tensor, scheme: WeightScheme, moments: Moments) -> tuple[Tensor, Tensor]:
     """Return int8 codes of `weight`'s shape and their scale; each weight is rounded once in each scheme."""
     digest = hashlib.sha256(weight.cpu().contiguous().numpy().data).digest()
-    if (scheme, digest) not in moments.kept:
+    rounded = moments.kept.setdefault("rounded", {})
+    if (scheme, digest) not in rounded:
         scale = scheme.choose_scale(weight)
-        moments.kept[scheme, digest] = gptq_codes(weight, scale, scheme, moments), scale
-    codes, scale = moments.kept[scheme, digest]
+        rounded[scheme, digest] = gptq_codes(weight, scale, scheme, moments), scale
+        if len(rounded) > KEPT:
+            del rounded[next(iter(rounded))]
+    codes, scale = rounded[scheme, digest]
     return codes.clone(), scale.clone()
 
 

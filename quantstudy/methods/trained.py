@@ -65,6 +65,7 @@ def train(
     variant.to(device)
 
     settings = row.training(study.qat, method)
+    settings = settings.model_copy(update={"validation_fraction": study.training.validation_fraction})
     batches, validation = loop.training_and_validation(
         split, preprocessing, settings, study.seed, device, f"studies.{place.study}.qat.epochs"
     )

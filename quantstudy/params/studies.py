@@ -176,6 +176,12 @@ class Qat(Training):
     learning_rate: Rate = 1e-5
     schedule: Schedule = "constant"
     precision: Literal["fp32"] = "fp32"
+
+    @field_validator("validation_fraction")
+    @classmethod
+    def _is_that_of_training(cls, value: float) -> float:
+        raise ValueError("fine-tuning and QAT share their validation images; set training.validation_fraction instead")
+
     methods: dict[Name, QatOverrides] = Field(default_factory=dict)
     """What methods that train their scales take in this study instead of their own numbers, by name."""
 

@@ -27,6 +27,7 @@ from quantstudy.report.tables import NOTHING, markdown_table, number, p_value, s
 README, DOCS = Path("README.md"), Path("docs")
 KINDS = "results|decision|peers|ablation|front|reliability"
 PLACE = re.compile(rf"(<!-- ({KINDS}): (\w+)((?: \w+)*|(?:\n[^\n]+ = \w+)+\n) ?-->\n).*?(<!-- end -->)", re.DOTALL)
+MARK = re.compile(rf"^<!-- ({KINDS}):", re.MULTILINE)
 COMMANDS = {
     "results": "dvc repro",
     "decision": "dvc repro",
@@ -66,6 +67,8 @@ def filled(page: Path, text: str, read: Read = read_utf8) -> str:
         except FileNotFoundError as error:
             raise UserError(f"{page}: no file {error.filename}; run `{COMMANDS[kind]}` first") from None
 
+    if len(PLACE.findall(text)) != (marks := len(MARK.findall(text))):
+        raise UserError(f"{page}: one of {marks} marks is not `<!-- kind: study names -->`, or has no <!-- end -->")
     return PLACE.sub(place, text)
 
 

@@ -45,13 +45,24 @@ def candidates(params: P.Params, goal: P.Goal) -> tuple[list[Candidate], dict[st
             left[name] = "a row of the outlier study"
         elif row.trains and not goal.may_train:
             left[name] = "trains, and goal.may_train is false"
-        elif goal.minimize == "size" and (bits := getattr(row, "weight_bits", 8)) not in STORED_BITS:
-            left[name] = f"an ONNX file stores its {bits} bits in more: rows of more bits are as small"
+        elif goal.minimize == "size" and (wider := _as_small(row, params)):
+            left[name] = f"an ONNX file stores its {row.weight_bits} bits in more: {wider} is as small"  # type: ignore[union-attr]
         else:
             found.append(Candidate(name, row, group_of(row)))
     if goal.minimize != "latency":  # no runtime is faster with other weight bits
         found += [between for candidate in list(found) for between in _between(candidate, goal.minimize)]
     return found, left
+
+
+def _as_small(row: Any, params: P.Params) -> str | None:
+    """Return a row of more bits that an ONNX file stores in the same bits as this row; None if there is none."""
+    bits = getattr(row, "weight_bits", 8)
+    stored = next((width for width in STORED_BITS if width >= bits), bits)
+    if bits == stored:
+        return None
+    alike = {"weight_bits": stored, "group_size": row.group_size}
+    found = (name for name, other in params.methods.items() if not other.trains or row.trains)
+    return next((name for name in found if alike.items() <= scheme_of(params.methods[name]).items()), None)
 
 
 def error_of(group: Group, goal: P.Goal, members: int = 1) -> float:

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from quantstudy import params as P
 from quantstudy.data.container import Split
 from quantstudy.measure import agreement
+from quantstudy.methods.calibration import Calibration
+from quantstudy.methods.recipes import quantize
 from quantstudy.network.architectures import build
 from quantstudy.network.folding import fold_batchnorm
 from quantstudy.quantization.layers import quantized_layers
+from quantstudy.quantization.sqnr import sqnr_db
 from quantstudy.quantization.variant import Variant, save_variant
 from quantstudy.runtimes import executables, lowering, onnx_tuning
 from quantstudy.runtimes.onnx_graph import INPUT, load_graph, network_graph
@@ -26,6 +29,7 @@ from tests.runtimes.variants import METHODS
 
 SIZE, CLASSES = 32, 10
 PERCEPTRON = f"{__name__}:perceptron"
+WIDE = f"{__name__}:wide"
 RUNTIMES = [
     pytest.param(runtime, marks=pytest.mark.skipif(why_missing(runtime) is not None, reason=f"no {runtime}"))
     for runtime in ("onnxruntime", "openvino")
@@ -35,6 +39,11 @@ RUNTIMES = [
 def perceptron(num_classes: int) -> nn.Module:
     """Two linear layers, 3072 and 32 inputs."""
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 32), nn.ReLU(), nn.Linear(32, num_classes))
+
+
+def wide(num_classes: int) -> nn.Module:
+    """Linear layers so large that OpenVINO gains from quantizing their inputs."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 512), nn.ReLU(), nn.Linear(512, num_classes))
 
 
 @functools.cache
@@ -242,3 +251,13 @@ def test_a_range_found_at_run_time_is_that_of_the_whole_batch(runtime: str) -> N
     x = torch.cat([images(), 8 * images()])
     found = session(PERCEPTRON, made, runtime).run(x)
     assert snr_db(made(x)[:8], found[:8]) > snr_db(made(x[:8]), found[:8]) + 10
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_runtime_quantizes_no_input_that_the_file_leaves_in_float(runtime: str, bits: int) -> None:
+    network = build(WIDE, CLASSES).eval()
+    images = torch.randn(8, 3, SIZE, SIZE)
+    variant = quantize(network, Calibration(network, [images]), P.WeightOnly(kind="weight_only", weight_bits=bits))
+    session = open_session(to_onnx(variant, graph(WIDE)), runtime, 1)
+    assert sqnr_db(variant(images).detach().numpy(), session.run(images).numpy()) > 100
