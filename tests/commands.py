@@ -96,6 +96,12 @@ def _ray(words: list[str], folder: Path) -> None:
     cli.commands[words[0]].make_context(words[0], words[1:])
 
 
+def _gto(words: list[str], folder: Path) -> None:
+    from gto.cli import app
+
+    app.commands[words[0]].make_context(words[0], words[1:])
+
+
 def _plain(words: list[str], folder: Path) -> None:
     """What the shell, git and pytest do is not tested."""
 
@@ -110,6 +116,7 @@ CHECKS: dict[str, Callable[[list[str], Path], None]] = {
     "pytest": _plain,
     "export": _plain,
     "git": _plain,
+    "gto": _gto,
     "cd": _plain,
     "source": _plain,
 }

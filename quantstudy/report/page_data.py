@@ -56,6 +56,7 @@ def page_data(params: Params, study: str, results: Sequence[Result], test: Split
         "facts": facts(params.study(study), results) | {"Classes": str(len(test.classes))},
         "remarks": remarks(results),
         "timing_spread": timing_spread(results),
+        "weights_were_given": not params.study(study).training.epochs,
         "axis_floor": split_level([result.value("top1") for result in results]),
         "variants": variant_rows(results, predictions, labels, exported(params)),
         "ship": shipped(study) if study in params.ship else None,

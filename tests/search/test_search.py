@@ -1,5 +1,6 @@
 """A search takes the smallest candidate that its tests accept, in an order that no validation image has chosen."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -182,7 +183,9 @@ def test_rows_are_tried_from_cheap_to_dear_and_the_others_named(project: Project
     project.edit("methods.int3_gptq", {"kind": "weight_only", "weight_bits": 3, "rounding": "gptq"})
     params = load_params()
     found, left = candidates(params, P.Goal(max_drop=1.0))
-    assert "stores its 3 bits in more" in left["int3_gptq"]
+    assert re.search(r"its 3 bits in more: int4_\w+ is as small", left["int3_gptq"])
+    project.edit("methods.int3_gptq.group_size", 8)
+    assert "int3_gptq" not in candidates(load_params(), P.Goal(max_drop=1.0))[1]  # no row of four bits has these groups
     groups = {candidate.name: candidate.group for candidate in found}
     assert groups["int8_static"] == "quick" and groups["int4_brecq"] == "learned"
     assert left["qat_int8"] == "trains, and goal.may_train is false" and "outlier" in left["clip_int8"]

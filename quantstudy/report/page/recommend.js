@@ -97,7 +97,8 @@ function reason(study, found, limits, batch, prefer) {
   const why = study.timing_spread[batch] > SAME_TIME ? ": fp32's own timings here lie that far apart" : "";
   const equal = prefer === "speed" ? ` Speeds within ${Math.round(100 * sameTime(study, batch))} % count as equal${why}.` : "";
   const images = found.pick.validation_images;
-  const chosen = images ? `Chosen by its drop on ${images} validation images.` : "Chosen by test images: this study has no validation images.";
+  const given = study.weights_were_given ? " Whether these trained the given weights is not known here." : "";
+  const chosen = images ? `Chosen by its drop on ${images} validation images.${given}` : "Chosen by test images: this study has no validation images.";
   return `The ${PREFERENCES[prefer]} of ${counted(others + 1, "variant")}${limited}. ${chosen} p ${pValue(found.pick.top1_drop_p)} against fp32 on the test images.${equal}`;
 }
 
