@@ -65,6 +65,7 @@ MISTAKES: dict[str, tuple[str, Any, str]] = {
     "name taken": ("methods.fp32", {"kind": "cast", "dtype": "float16"}, "methods.fp32: this name is taken"),
     "name with capitals": ("studies.Tiny", {}, "Tiny"),
     "override of a plain method": ("studies.tiny.qat.methods", {"qat_int8": {"epochs": 2}}, "'qat_int8' is unknown"),
+    "validation images of one's own": ("studies.tiny.qat.validation_fraction", 0.2, "set training.validation_fraction"),
     "budget without its study": ("budget", {"studies": [], "methods": ["mixed_budget"]}, "studies: tiny is missing"),
     "export of what does not run": ("export.ptq", ["int8_gptq"], "export.ptq: 'int8_gptq' is unknown"),
     "scaling law of what does not run": ("scaling_law.ptq", ["int9"], "scaling_law.ptq: 'int9' is unknown"),

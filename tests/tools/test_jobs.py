@@ -184,6 +184,18 @@ def test_a_run_waits_for_another_dvc_command(project: Path) -> None:
     assert is_clean(project)
 
 
+def test_a_run_waits_for_a_stage_that_a_plain_repro_runs(tmp_path: Path) -> None:
+    root = make(tmp_path / "project", {"long": stage("long", 8, []), "after": stage("after", 0, ["long"])})
+    plain = start(root, "dvc", "repro")
+    wait_for(lambda: any("stage.py" in word for found in _commands(plain.pid) for word in found))
+    process = start(root)
+    output = plain.communicate(timeout=120)[0]
+    assert plain.returncode == 0, output
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "another DVC command works" in output, output
+    assert is_clean(root)
+
+
 def _commands(pid: int) -> list[list[str]]:
     found = []
     for child in psutil.Process(pid).children(recursive=True):
