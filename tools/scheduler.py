@@ -161,8 +161,6 @@ class Jobs:
                     break  # what has ended is written down first, while nothing else computes
                 if size.gpus > gpus:
                     continue
-                if size.alone and not self.running:
-                    self._record()  # beside it there would be no time to
                 if state := self._begin(name):
                     self._send(name)
                     cores, gpus = cores - size.cores, gpus - size.gpus
