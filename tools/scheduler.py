@@ -31,7 +31,7 @@ PATIENCE = 1.0
 """Seconds that Ray's processes have to end after a signal, before they are killed."""
 LAST_TRIES = 10
 """How often the end of a run asks for DVC's lock, 3 seconds each time."""
-RECORD_SECONDS = 20.0
+RECORD_SECONDS = 40.0
 """How long stages that have ended may wait to be written down, so that one write does for several."""
 RECORD_SHARE = 0.2
 """The share of this process's time that writing dvc.lock may take while others run."""
@@ -271,7 +271,7 @@ class Jobs:
         if self.apart:
             return False
         if self._crowded:
-            return not self._overdue(2 * RECORD_SECONDS)  # beside a stage that takes long it is written all the same
+            return not self._overdue(1.5 * RECORD_SECONDS)  # beside a stage that takes long it is written all the same
         return time.monotonic() - written < took / RECORD_SHARE and not self._overdue()
 
     def _record(self, at_last: bool = False) -> None:
