@@ -119,11 +119,16 @@ def scheme_of(row: Any) -> dict[str, Any]:
     return {key: getattr(row, key, None) for key in keys} if isinstance(row, P.Scheme) and not row.is_mixed else {}
 
 
+def _gives_bits(row: Any) -> bool:
+    """Return whether some layers of a row of few bits may get fewer, so that others get more."""
+    return row.fragile_bits is not None and row.fragile_between
+
+
 def least_objective(row: Any, goal: P.Goal, layers: Mapping[str, Any], macs: Mapping[str, int]) -> float:
     """Return a lower bound of what the goal minimizes for `row`: MB, or 10^12 bit-operations; 0 if unknown."""
     if not isinstance(row, P.Scheme) or row.is_mixed or goal.minimize == "latency":
         return 0.0
-    bits = row.weight_bits if row.weight_bits > LOW_BITS else max(2, row.weight_bits - (row.fragile_bits is not None))
+    bits = row.weight_bits if row.weight_bits > LOW_BITS else max(2, row.weight_bits - _gives_bits(row))
     if goal.minimize == "size":
         scheme = WeightScheme(bits, row.group_size)
         shapes = (out_channels_first(layer, layer.weight).shape for layer in layers.values())
