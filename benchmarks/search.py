@@ -153,7 +153,8 @@ def olive(shop: Workshop, test: Split) -> Iterable[Row]:
         return {
             "name": kind,
             "load_dataset_config": {"type": f"qs_{kind}"},
-            "dataloader_config": {"batch_size": batch},
+            "pre_process_data_config": {"type": "skip_pre_process"},
+            "dataloader_config": {"type": "default_dataloader", "params": {"batch_size": batch}},
             "post_process_data_config": {"type": "qs_classes"},
         }
 

@@ -23,6 +23,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import psutil
+
 from quantstudy.errors import UserError, run_stage
 from quantstudy.params import load_params
 from quantstudy.params.project import Runtime
@@ -31,7 +33,8 @@ from tools.dvc import prepare, project
 from tools.ledger import Ledger
 from tools.live import Board
 from tools.pool import Pool, connect, scratch
-from tools.scheduler import Jobs
+from tools.processes import end
+from tools.scheduler import PATIENCE, Jobs
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -50,11 +53,23 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     os.chdir(root)
     prepare(root)
     params = load_params()
-    with _only_run(root):
-        ledger = Ledger(given.targets)
-        pool, jobs = connect(given.address, given.jobs)
-        status = _run(ledger, pool, jobs, params.runtime)
+    for number in _watched():  # until the first stage may run there is nothing to write down
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        with _only_run(root):
+            ledger = Ledger(given.targets)
+            pool, jobs = connect(given.address, given.jobs)
+            status = _run(ledger, pool, jobs, params.runtime)
+    finally:
+        end(psutil.Process().children(), PATIENCE)  # Ray, if it was started here and the run did not come to its end
+        shutil.rmtree(scratch(), ignore_errors=True)
     sys.exit(status)
+
+
+def _watched() -> list[signal.Signals]:
+    """Return the signals that end a run; `nohup` has one of them ignored."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
 
 @contextlib.contextmanager
@@ -77,14 +92,12 @@ def _run(ledger: Ledger, pool: Pool, jobs: int, runtime: Runtime) -> int:
     """Run what has to run and return the exit status."""
     with Board(Path.cwd(), list(ledger.stages), jobs) as board:
         run = Jobs(ledger, pool, jobs, board, runtime)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, lambda number, _: run.told.append(number))
+        for number in _watched():
+            signal.signal(number, lambda number, _: run.told.append(number))
         try:
             run.run()
         finally:
             run.stop()
-            shutil.rmtree(scratch(), ignore_errors=True)
             with contextlib.suppress(OSError):
                 board.save()
     for name, reason in run.failed.items():

@@ -162,6 +162,18 @@ def test_a_signal_ends_all_within_five_seconds_and_loses_nothing(tmp_path: Path,
     assert list(lock(root)) == ["quick"]
 
 
+@pytest.mark.parametrize("seconds", [1, 2, 3, 4])
+def test_a_signal_while_ray_starts_leaves_nothing_running(tmp_path: Path, seconds: int) -> None:
+    root = make(tmp_path / "project", {"long": stage("long", 60, [])})
+    process = start(root)
+    time.sleep(seconds)
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=8)
+    assert process.returncode  # Ray has a handler of its own for a while
+    assert not psutil.wait_procs(started, timeout=0)[1]
+
+
 def test_a_second_run_in_a_folder_is_refused_and_does_not_disturb_the_first(tmp_path: Path) -> None:
     root = make(tmp_path / "project", {"long": stage("long", 8, [])})
     first = start(root)
@@ -185,7 +197,7 @@ def test_a_run_waits_for_another_dvc_command(project: Path) -> None:
 
 
 def test_a_run_waits_for_a_stage_that_a_plain_repro_runs(tmp_path: Path) -> None:
-    root = make(tmp_path / "project", {"long": stage("long", 8, []), "after": stage("after", 0, ["long"])})
+    root = make(tmp_path / "project", {"long": stage("long", 25, []), "after": stage("after", 0, ["long"])})
     plain = start(root, "dvc", "repro")
     wait_for(lambda: any("stage.py" in word for found in _commands(plain.pid) for word in found))
     process = start(root)
