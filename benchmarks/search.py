@@ -180,7 +180,7 @@ def olive(shop: Workshop, test: Split) -> Iterable[Row]:
                 "input_model": {"type": "ONNXModel", "model_path": str(path)},
                 "systems": {"here": {"type": "LocalSystem", "accelerators": [accelerator]}},
                 "data_configs": [data("judging", 1), data("calibrating", 1)],
-                "evaluators": {"both": {"metrics": metrics}},
+                "evaluators": {"both": {"type": "OnnxEvaluator", "metrics": metrics}},
                 "passes": {"quantization": {"type": "OnnxQuantization", "data_config": "calibrating"}},
                 "search_strategy": {
                     **{"execution_order": "joint", "sampler": "tpe", "max_iter": OLIVE_TRIALS},
