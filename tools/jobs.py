@@ -55,14 +55,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     params = load_params()
     for number in _watched():  # until the first stage may run there is nothing to write down
         signal.signal(number, lambda number, _: sys.exit(128 + number))
-    try:
-        with _only_run(root):
+    with _only_run(root):
+        try:
             ledger = Ledger(given.targets)
             pool, jobs = connect(given.address, given.jobs)
             status = _run(ledger, pool, jobs, params.runtime)
-    finally:
-        end(psutil.Process().children(), PATIENCE)  # Ray, if it was started here and the run did not come to its end
-        shutil.rmtree(scratch(), ignore_errors=True)
+        finally:
+            end(psutil.Process().children(), PATIENCE)  # Ray, if it was started here and the run did not end well
+            shutil.rmtree(scratch(), ignore_errors=True)
     sys.exit(status)
 
 

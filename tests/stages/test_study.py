@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 PTQ = ["fp16", "int8_dynamic", "int8_static", "int4_weight_only", "mixed_variance", "clip_int4_p99"]
 LEARNED = {
-    "qat_steps": {"kind": "qat_lsq", "weight_bits": 6, "distillation": 1.0, "epochs": 1},
+    "qat_steps": {"kind": "qat_lsq", "weight_bits": 6, "distillation": 1.0, "epochs": 1, "learning_rate": 1e-5},
     "qat_codes": {"kind": "qat_joint", "weight_bits": 6, "rounding": "gptq", "gain_correction": True, "epochs": 1},
 }
 QAT = ["qat_int4", "qat_fp16", *LEARNED]
