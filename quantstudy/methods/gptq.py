@@ -31,7 +31,7 @@ _LAZY = 128
 def gptq(weight: Tensor, scheme: WeightScheme, moments: Moments) -> tuple[Tensor, Tensor]:
     """Return int8 codes of `weight`'s shape and their scale; each weight is rounded once in each scheme."""
     digest = hashlib.sha256(weight.cpu().contiguous().numpy().data).digest()
-    rounded = moments.kept.setdefault("rounded", {})
+    rounded = moments.rounded
     if (scheme, digest) not in rounded:
         scale = scheme.choose_scale(weight)
         rounded[scheme, digest] = gptq_codes(weight, scale, scheme, moments), scale
@@ -57,9 +57,8 @@ def gptq_codes(weight: Tensor, scale: Tensor, scheme: WeightScheme, moments: Mom
     codes = torch.empty_like(rows)
     area = weight.shape[2:].numel() if scheme.limit == "pairs" else None
     start = 0
-    if "factors" not in moments.kept:
-        moments.kept["factors"] = [_inverse_factor(second) for second in moments.second]
-    for factor in moments.kept["factors"]:
+    moments.factors = moments.factors or [_inverse_factor(second) for second in moments.second]
+    for factor in moments.factors:
         _round_block(rows, step, codes, scheme, factor, slice(start, start + factor.shape[1]), area)
         start += factor.shape[1]
     return codes.flatten(0, 1).to(torch.int8).view(weight.shape)

@@ -28,8 +28,10 @@ class Moments:
 
     mean: Tensor
     second: list[Tensor]
-    kept: dict[Any, Any] = field(default_factory=dict, repr=False)
-    """What `gptq` has computed of them: one network is rounded again and again, in bits that few layers differ in."""
+    factors: list[Tensor] = field(default_factory=list, repr=False)
+    """Of each block, the factor that `gptq` computes on first use."""
+    rounded: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    """Codes and scales that `gptq` keeps: one network is rounded again and again, in bits that few layers differ in."""
 
 
 @torch.no_grad()
