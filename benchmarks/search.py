@@ -102,7 +102,7 @@ def nncf(shop: Workshop, test: Split) -> Iterable[Row]:
         return
     started = time.perf_counter()
     source = openvino.convert_model(shop.calibration.model, example_input=torch.zeros(1, *shape), input=[-1, *shape])
-    images = [image[None].numpy() for batch in shop.calibration.images for image in batch.contiguous()]
+    images = _calibrating(shop)
     checked = _batches(judge.images, shop)
 
     def accuracy(model: Any, data: Iterable[Any]) -> tuple[float, list[float]]:
@@ -127,8 +127,7 @@ def nncf(shop: Workshop, test: Split) -> Iterable[Row]:
     run = OpenVino(model, judge.threads)
     shipped: Any = Shipped(judge.fp32.exported, Session(run, lambda: frozenset()))
     row = _row("nncf", shop.goal) | {"variant": "quantize_with_accuracy_control", "seconds": seconds, "size_mb": size}
-    right, before = judge.right(shipped, judge.images), judge.right(judge.fp32, judge.images)
-    yield row | {"validation_drop": 100 * float(before.mean() - right.mean())} | _measured(shop, shipped, test)
+    yield row | _judged(shop, shipped) | _measured(shop, shipped, test)
 
 
 def olive(shop: Workshop, test: Split) -> Iterable[Row]:
@@ -142,19 +141,17 @@ def olive(shop: Workshop, test: Split) -> Iterable[Row]:
 
     judge, goal, name = shop.judge, shop.goal, "images"
     pairs = {"judging": _batches(judge.images, shop)}
-    pairs["calibrating"] = [
-        (image[None].numpy(), 0) for batch in shop.calibration.images for image in batch.contiguous()
-    ]
+    pairs["calibrating"] = [(image, 0) for image in _calibrating(shop)]
     Registry.register_dataset("qs_judging")(lambda **_: Pairs(pairs["judging"], name))
     Registry.register_dataset("qs_calibrating")(lambda **_: Pairs(pairs["calibrating"], name))
     Registry.register_post_process("qs_classes")(lambda logits, **_: torch.as_tensor(logits).argmax(1))
 
-    def data(kind: str, batch: int) -> dict[str, Any]:
+    def data(kind: str) -> dict[str, Any]:
         return {
             "name": kind,
             "load_dataset_config": {"type": f"qs_{kind}"},
             "pre_process_data_config": {"type": "skip_pre_process"},
-            "dataloader_config": {"type": "default_dataloader", "params": {"batch_size": batch}},
+            "dataloader_config": {"type": "default_dataloader", "params": {"batch_size": 1}},
             "post_process_data_config": {"type": "qs_classes"},
         }
 
@@ -170,6 +167,8 @@ def olive(shop: Workshop, test: Split) -> Iterable[Row]:
     }
     metrics = [small if goal.minimize == "size" else quick]
     metrics += [{"name": "accuracy", "type": "accuracy", "data_config": "judging", "sub_types": [accuracy]}]
+    strategy = {"execution_order": "joint", "sampler": "tpe", "max_iter": OLIVE_TRIALS, "output_model_num": 1}
+    strategy["max_time"] = round(60 * goal.minutes)
     accelerator = {"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "fp32.onnx"
@@ -179,15 +178,17 @@ def olive(shop: Workshop, test: Split) -> Iterable[Row]:
             {
                 "input_model": {"type": "ONNXModel", "model_path": str(path)},
                 "systems": {"here": {"type": "LocalSystem", "accelerators": [accelerator]}},
-                "data_configs": [data("judging", 1), data("calibrating", 1)],
+                "data_configs": [data("judging"), data("calibrating")],
                 "evaluators": {"both": {"type": "OnnxEvaluator", "metrics": metrics}},
                 "passes": {"quantization": {"type": "OnnxQuantization", "data_config": "calibrating"}},
-                "search_strategy": {
-                    **{"execution_order": "joint", "sampler": "tpe", "max_iter": OLIVE_TRIALS},
-                    **{"max_time": round(60 * goal.minutes), "output_model_num": 1},
-                },
-                **{"host": "here", "target": "here", "evaluator": "both", "log_severity_level": 3},
-                **{"output_dir": f"{folder}/out", "cache_dir": f"{folder}/cache", "evaluate_input_model": True},
+                "search_strategy": strategy,
+                "host": "here",
+                "target": "here",
+                "evaluator": "both",
+                "evaluate_input_model": True,
+                "output_dir": f"{folder}/out",
+                "cache_dir": f"{folder}/cache",
+                "log_severity_level": 3,
             }
         )
         seconds = time.perf_counter() - started
@@ -199,8 +200,7 @@ def olive(shop: Workshop, test: Split) -> Iterable[Row]:
         model = onnx.load(best.model_path)
     shipped = Shipped(model, open_session(model, "onnxruntime", judge.threads))
     row |= {"variant": "OnnxQuantization, on ONNX Runtime", "size_mb": model.ByteSize() / 1e6}
-    right, before = judge.right(shipped, judge.images), judge.right(judge.fp32, judge.images)
-    yield row | {"validation_drop": 100 * float(before.mean() - right.mean())} | _measured(shop, shipped, test)
+    yield row | _judged(shop, shipped) | _measured(shop, shipped, test)
 
 
 class Pairs(torch.utils.data.Dataset[Any]):
@@ -227,8 +227,19 @@ def _batches(split: Split, shop: Workshop) -> list[tuple[np.ndarray, int]]:
     return [(image[None].numpy(), int(label)) for image, label in zip(images, split.labels, strict=True)]
 
 
+def _calibrating(shop: Workshop) -> list[np.ndarray]:
+    """Return the calibration images one by one, float32 [1, C, H, W]."""
+    return [image[None].numpy() for batch in shop.calibration.images for image in batch.contiguous()]
+
+
 def _row(tool: str, goal: P.Goal) -> Row:
     return {"tool": tool, "max_drop": goal.max_drop, "minimize": goal.minimize}
+
+
+def _judged(shop: Workshop, shipped: Shipped) -> Row:
+    judge = shop.judge
+    right, before = judge.right(shipped, judge.images), judge.right(judge.fp32, judge.images)
+    return {"validation_drop": 100 * float(before.mean() - right.mean())}
 
 
 def _measured(shop: Workshop, shipped: Shipped, test: Split) -> Row:
