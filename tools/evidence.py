@@ -62,7 +62,7 @@ def of_study(study: str, *needs: str) -> tuple[Part, ...]:
     others = [name for name in rows if name not in (*trained, *budget)]
     lists = {"run": [study], "ptq": others, "qat": trained, "budget": {"studies": [study], "methods": budget}}
     where: Any = {"folder": study, "needs": needs, "params": lists}
-    model = f"dvc repro finetune@{study} calibrate@{study} trace@{study}"
+    model = made_model(study)
     reports, option = f"reports/{study}", f"--study {study}"
     front, peers = f"dvc repro sensitivity@{study}", f"{PEERS} -m benchmarks.peers {option} --seconds 0"
     searches = f"python -m benchmarks.search {option}", f"{PEERS} -m benchmarks.search {option} --tools nncf olive"
@@ -105,10 +105,15 @@ def of_study(study: str, *needs: str) -> tuple[Part, ...]:
     )
 
 
+def made_model(study: str) -> str:
+    """Return the command that makes what benchmarks read of a study: its fp32 model, calibration and graph."""
+    return f"dvc repro finetune@{study} calibrate@{study} trace@{study}"
+
+
 def timed_peers(study: str, *needs: str) -> Part:
     """Return the comparison with other tools at 224 px, accuracy and time."""
     commands = (
-        f"dvc repro finetune@{study} calibrate@{study} trace@{study}",
+        made_model(study),
         f"{PEERS} -m benchmarks.peers --study {study}",
     )
     writes = (f"reports/peers/{study}.*",)
