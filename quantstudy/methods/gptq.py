@@ -3,13 +3,19 @@
 Frantar, Ashkboos, Hoefler and Alistarh, *GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers*, ICLR 2023, algorithm 1. A layer's output error on calibration inputs is tr(dW H dWᵀ) with H = E[x xᵀ].
 After column i is rounded, the remaining columns move by -(error / U[i, i]) U[i, i:]. U is the upper Cholesky factor of
-the inverse of H, damped by 1 % of its mean diagonal. Columns are rounded in the weight's own order.
+the inverse of H, damped by 20 % of its mean diagonal. The paper's 1 % learns a few hundred images by heart: with 250
+images, MobileNetV2 at 224 px with weights of four bits was 0.6 dB further from fp32 on other images. Columns are
+rounded by falling H[i, i], as `--act-order` of the authors' code does.
 
 Here a convolution is a linear layer over patches. Each of its groups has its own H, and all groups are rounded at once.
 The scales are chosen before, from the weight alone, so the codes are stored like any other method's. A row longer than
 `moments.BLOCK` is a sequence of blocks without correlation between them. Where pairs of codes must not saturate, the
 first code of a pair leaves room for the second weight in its current state, and the second code takes the room that is
-left.
+left; then columns keep the weight's own order.
+
+The scale of least squared error is not the best one for few bits: it ignores that the columns make up for each other.
+So a row of at most `SEARCHED_BITS` bits whose `weight_range` is mse is rounded at multiples of its scales too, and the
+multiple of the least output error is kept.
 """
 
 import hashlib
@@ -21,9 +27,13 @@ from quantstudy.methods.moments import Moments
 from quantstudy.quantization.saturation import bounds_beside, round_pairs
 from quantstudy.quantization.schemes import WeightScheme
 
-DAMPING = 0.01
+DAMPING = 0.2
 KEPT = 4
 """The schemes of a layer whose codes are kept, one byte a weight: a search goes back and forth between few."""
+MULTIPLES = (0.7, 0.78, 0.85, 0.92, 1.08, 1.17, 1.27, 1.4)
+SEARCHED_BITS = 4
+LARGE = 4_000_000
+"""Layers of more weights are rounded once: VGG-11's first linear layer, of 100 million, takes a minute each time."""
 _LAZY = 128
 """After this many columns, the rest of the row is updated at once (section 3.3, step 2 of the paper)."""
 
@@ -33,12 +43,36 @@ def gptq(weight: Tensor, scheme: WeightScheme, moments: Moments) -> tuple[Tensor
     digest = hashlib.sha256(weight.cpu().contiguous().numpy().data).digest()
     rounded = moments.rounded
     if (scheme, digest) not in rounded:
-        scale = scheme.choose_scale(weight)
-        rounded[scheme, digest] = gptq_codes(weight, scale, scheme, moments), scale
+        rounded[scheme, digest] = _best(weight, scheme, moments)
         if len(rounded) > KEPT:
             del rounded[next(iter(rounded))]
     codes, scale = rounded[scheme, digest]
     return codes.clone(), scale.clone()
+
+
+@torch.no_grad()
+def _best(weight: Tensor, scheme: WeightScheme, moments: Moments) -> tuple[Tensor, Tensor]:
+    """Return the codes and scales of the multiple of the least output error, for each row by itself."""
+    scale = scheme.choose_scale(weight)
+    codes = gptq_codes(weight, scale, scheme, moments)
+    if scheme.bits > SEARCHED_BITS or scheme.weight_range != "mse" or weight.numel() > LARGE:
+        return codes, scale
+    best, least = scale.clone(), output_errors(weight, scheme.dequantize(codes, scale), moments)
+    for multiple in MULTIPLES:
+        other_scale = scheme.rounded(multiple * scale)
+        other = gptq_codes(weight, other_scale, scheme, moments)
+        errors = output_errors(weight, scheme.dequantize(other, other_scale), moments)
+        better = errors < least
+        codes[better], best[better], least = other[better], other_scale[better], torch.minimum(errors, least)
+    return codes, best
+
+
+def output_errors(weight: Tensor, rounded: Tensor, moments: Moments) -> Tensor:
+    """Return each output's mean squared error on the calibration inputs, float32 [O]; both weights are [O, ...]."""
+    error = (rounded - weight).float().flatten(1).unflatten(0, (len(moments.mean), -1))  # [groups, O / groups, K]
+    parts = error.split([second.shape[1] for second in moments.second], dim=2)
+    squares = ((part @ second).mul_(part).sum(2) for part, second in zip(parts, moments.second, strict=True))
+    return sum(squares, torch.zeros(())).flatten()
 
 
 @torch.no_grad()
@@ -57,10 +91,17 @@ def gptq_codes(weight: Tensor, scale: Tensor, scheme: WeightScheme, moments: Mom
     codes = torch.empty_like(rows)
     area = weight.shape[2:].numel() if scheme.limit == "pairs" else None
     start = 0
-    moments.factors = moments.factors or [_inverse_factor(second) for second in moments.second]
-    for factor in moments.factors:
-        _round_block(rows, step, codes, scheme, factor, slice(start, start + factor.shape[1]), area)
-        start += factor.shape[1]
+    for order, factor in _factors(moments, ordered=area is None):
+        columns = slice(start, start + factor.shape[1])
+        start = columns.stop
+        if area is not None:
+            _round_block(rows, step, codes, scheme, factor, columns, area)
+            continue
+        index = order[:, None, :].expand_as(rows[:, :, columns])
+        part, steps = (value[:, :, columns].gather(2, index) for value in (rows, step))
+        rounded = torch.empty_like(part)
+        _round_block(part, steps, rounded, scheme, factor, slice(0, factor.shape[1]), None)
+        codes[:, :, columns].scatter_(2, index, rounded)
     return codes.flatten(0, 1).to(torch.int8).view(weight.shape)
 
 
@@ -94,6 +135,20 @@ def _round_column(
         return code
     low, high = bounds_beside(codes[:, :, column - area])
     return code.maximum(low).minimum(high)
+
+
+def _factors(moments: Moments, *, ordered: bool) -> list[tuple[Tensor, Tensor]]:
+    """Return for each block the order of its columns, int64 [groups, k], and the factor U with its columns in it."""
+    if ordered not in moments.factors:
+        found = moments.factors[ordered] = []
+        for second in moments.second:
+            order = torch.arange(second.shape[1]).expand(len(second), -1)
+            if ordered:
+                order = second.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+            each = zip(second, order, strict=True)
+            turned = torch.stack([part[by][:, by] for part, by in each]) if ordered else second
+            found.append((order, _inverse_factor(turned)))
+    return moments.factors[ordered]
 
 
 def _inverse_factor(second: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ class Moments:
 
     mean: Tensor
     second: list[Tensor]
-    factors: list[Tensor] = field(default_factory=list, repr=False)
-    """Of each block, the factor that `gptq` computes on first use."""
+    factors: dict[bool, list[tuple[Tensor, Tensor]]] = field(default_factory=dict, repr=False)
+    """What `gptq` computes of each block on first use, by whether columns are in the order of their power."""
     rounded: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     """Codes and scales that `gptq` keeps: one network is rounded again and again, in bits that few layers differ in."""
 

@@ -85,6 +85,46 @@ def test_a_weight_is_rounded_once_in_each_scheme(case: Case, monkeypatch: pytest
             gptq(*given, moments)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_no_row_is_worse_than_at_its_scale_of_least_squared_error(case: Case, bits: int) -> None:
+    layer, x = case
+    scheme, weight = WeightScheme(bits, 16, "mse"), layer.weight.detach()
+    moments = input_moments(nn.Sequential(layer), [x])["0"]
+    codes, scale = gptq(weight, scheme, moments)
+    plain = scheme.choose_scale(weight)
+    before = scheme.dequantize(gptq_codes(weight, plain, scheme, moments), plain)
+    rounded = scheme.dequantize(codes, scale)
+    places = [dimension for dimension in range(x.ndim) if dimension != 1]
+    wanted = output(layer, weight, x)
+    found, first = ((output(layer, each, x) - wanted).square().mean(places) for each in (rounded, before))
+    torch.testing.assert_close(module.output_errors(weight, rounded, moments), found, rtol=1e-3, atol=1e-6)
+    assert (found <= 1.001 * first).all() and found.sum() < 0.99 * first.sum()
+    assert ((scale != plain).any(1) == (found < 0.999 * first)).all()
+
+
+def test_only_few_bits_of_least_squared_error_are_searched(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = case
+    weight, moments = layer.weight.detach(), input_moments(nn.Sequential(layer), [x])["0"]
+    for scheme in (WeightScheme(5, None, "mse"), WeightScheme(3)):
+        assert torch.equal(gptq(weight, scheme, moments)[1], scheme.choose_scale(weight))
+    monkeypatch.setattr(module, "LARGE", weight.numel() - 1)
+    scheme = WeightScheme(3, None, "mse")
+    assert torch.equal(gptq(weight, scheme, moments)[1], scheme.choose_scale(weight))
+
+
+def test_columns_of_more_power_are_rounded_first() -> None:
+    layer, scheme = nn.Linear(32, 64, bias=False), WeightScheme(3)
+    power = torch.ones(32)
+    power[20] = 100.0
+    x = (torch.randn(400, 1) + 0.5 * torch.randn(400, 32)) * power.sqrt()
+    moments = input_moments(nn.Sequential(layer), [x])["0"]
+    weight = layer.weight.detach()
+    scale = scheme.choose_scale(weight)
+    codes = gptq_codes(weight, scale, scheme, moments)
+    assert torch.equal(codes[:, 20], scheme.quantize(weight, scale)[:, 20])  # no error of others was moved to it
+    assert not torch.equal(codes, scheme.quantize(weight, scale))
+
+
 def test_without_correlation_it_is_rounding_to_nearest(case: Case) -> None:
     layer, x = case
     scheme, weight = WeightScheme(4), layer.weight.detach()
