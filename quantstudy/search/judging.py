@@ -6,6 +6,7 @@ an order drawn by seed, and stops as soon as it can decide.
 
 import copy
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,12 +123,9 @@ class Judge:
                 break
         return test
 
-    def timed(self, shipped: Shipped, seconds: float) -> tuple[Timing, Timing]:
-        """Time a variant and fp32 in turns, on a batch of the goal's size, for about `seconds` in all."""
+    def timed(self, variants: Mapping[str, Shipped], seconds: float) -> dict[str, Timing]:
+        """Time variants and fp32 in turns, on a batch of the goal's size, for about `seconds` in all; by name."""
         images: Tensor = torch.randn(self.goal.batch_size, *self.preprocessing.shape)
-        calls = {
-            "variant": functools.partial(shipped.session.run, images),
-            "fp32": functools.partial(self.fp32.session.run, images),
-        }
-        timings, _ = time_calmly(calls, seconds)
-        return timings["variant"], timings["fp32"]
+        sessions = {name: each.session for name, each in ({"fp32": self.fp32} | dict(variants)).items()}
+        timings, _ = time_calmly({n: functools.partial(s.run, images) for n, s in sessions.items()}, seconds)
+        return timings

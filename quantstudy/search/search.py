@@ -2,7 +2,9 @@
 
 The search makes the candidates of a group (`candidates`). On calibration images alone it measures how far the
 predictions of each candidate diverge from fp32's, and what the goal minimizes: size, latency or bit-operations. A
-candidate that diverges more than another and is no smaller drops out.
+candidate that diverges more than another and is no smaller drops out. To minimize latency, all candidates of a group
+are timed in turns, with fp32 and the best so far. Times of different moments would not compare: other work on the
+machine can change them by half.
 
 The quick candidates that are left are tested on validation images (`measure.sequential`), beginning with the one that
 diverges least, until one is not accepted. The last accepted candidate is the smallest so far. This order is fixed
@@ -37,7 +39,7 @@ from quantstudy.methods.recipes import quantize
 from quantstudy.methods.sensitivity import divergence
 from quantstudy.quantization.variant import Variant, load_variant, save_variant
 from quantstudy.search.candidates import SPENT_ON, Candidate, Group, candidates, error_of, least_objective, scheme_of
-from quantstudy.search.judging import Judge
+from quantstudy.search.judging import Judge, Shipped
 
 ALIKE = {"size": 0.01, "bit_operations": 0.01, "latency": 0.05}
 """Two candidates that differ by less than this share in what is minimized count as equal."""
@@ -57,7 +59,7 @@ class Trial:
     tbops: float | None = None
     latency_ms: float | None = None
     fp32_latency_ms: float | None = None
-    """Of fp32, timed in turns with the candidate."""
+    """Of fp32, timed in turns with the candidate and, to minimize latency, with all others of the group."""
     busy: bool = False
     """Whether the timing cannot be trusted."""
     agreement: dict[str, Any] | None = None
@@ -73,11 +75,8 @@ class Trial:
     images: int = 0
 
     def of(self, minimize: str) -> float:
-        """Return the minimized value: MB, 10^12 bit-operations, or the share of fp32's latency."""
-        if minimize == "latency":
-            assert self.latency_ms is not None and self.fp32_latency_ms is not None
-            return self.latency_ms / self.fp32_latency_ms
-        found = self.size_mb if minimize == "size" else self.tbops
+        """Return the minimized value: MB, 10^12 bit-operations, or milliseconds, which compare within a group only."""
+        found = {"size": self.size_mb, "bit_operations": self.tbops, "latency": self.latency_ms}[minimize]
         assert found is not None
         return found
 
@@ -173,8 +172,12 @@ def _made(shop: Workshop, members: Iterable[Candidate], tried: Iterable[Candidat
         else:
             _measure(shop, candidate, trial)
             found.seconds += trial.seconds
-            trial.verdict = trial.verdict or _beyond(goal, trial)
         print(_line(trial), flush=True)
+    _time(shop, [trial for trial in trials if not trial.verdict], found)
+    for trial in trials:
+        if not trial.verdict and (reason := _beyond(goal, trial)):
+            trial.verdict = reason
+            print(f"{trial.name}: {reason}", flush=True)
     found.trials += trials
     return trials
 
@@ -202,13 +205,33 @@ def _measure(shop: Workshop, candidate: Candidate, trial: Trial) -> None:
         else:
             save_variant(path, variant, shop.facts, trial.name)
             _weigh(shop, load_variant(path), trial)
-    times = shop.goal.minimize == "latency" or shop.goal.max_latency_ms is not None
-    if times and not trial.verdict and (trial.latency_ms is None or trial.busy):
-        own, fp32 = shop.judge.timed(shop.judge.shipped(load_variant(path)), TIMING_SECONDS)
-        trial.latency_ms, trial.fp32_latency_ms, trial.busy = own.median_ms, fp32.median_ms, own.busy or fp32.busy
     if asdict(trial) != before:
         trial.seconds += time.perf_counter() - started
         write_json(note, asdict(trial))
+
+
+def _time(shop: Workshop, trials: list[Trial], found: Found) -> None:
+    """Time the trials of a group and the best so far, if the goal asks for it.
+
+    To minimize latency, all are timed in turns. For a limit alone each is timed by itself, beside fp32: fewer models
+    are in memory then.
+    """
+    fastest = shop.goal.minimize == "latency"
+    if not trials or not (fastest or shop.goal.max_latency_ms is not None):
+        return
+    started, known = time.perf_counter(), [found.best] if found.best else []
+    for together in [[*trials, *known]] if fastest else [[trial] for trial in trials]:
+        variants = {trial.name: _shipped(shop, trial) for trial in together}
+        timings = shop.judge.timed(variants, TIMING_SECONDS * len(together))
+        for trial in together:
+            own, fp32 = timings[trial.name], timings["fp32"]
+            trial.latency_ms, trial.fp32_latency_ms, trial.busy = own.median_ms, fp32.median_ms, own.busy or fp32.busy
+            print(f"{trial.name}: {own.median_ms:.2f} ms, fp32 {fp32.median_ms:.2f}", flush=True)
+    found.seconds += time.perf_counter() - started
+
+
+def _shipped(shop: Workshop, trial: Trial) -> Shipped:
+    return shop.judge.shipped(load_variant(shop.variant(trial)))
 
 
 def _weigh(shop: Workshop, variant: Variant, trial: Trial) -> None:
@@ -239,8 +262,10 @@ def _beyond(goal: P.Goal, trial: Trial) -> str:
         limit = getattr(goal, key)
         if limit is not None and value is not None and value > limit:
             return f"{value:.3g} is beyond {key}, {limit:g}"
-    if goal.minimize == "latency" and trial.of("latency") >= 1 - ALIKE["latency"]:
-        return "no faster than fp32"
+    if goal.minimize == "latency":
+        assert trial.latency_ms is not None and trial.fp32_latency_ms is not None
+        if trial.latency_ms >= (1 - ALIKE["latency"]) * trial.fp32_latency_ms:
+            return "no faster than fp32"
     return "the machine was busy while it was timed" if goal.minimize == "latency" and trial.busy else ""
 
 
@@ -263,7 +288,7 @@ def _test(shop: Workshop, front: list[Trial], group: Group, error: float, found:
             trial.verdict = f"no smaller than {found.best.name}"
             continue
         started = time.perf_counter()
-        test = shop.judge.judge(shop.judge.shipped(load_variant(shop.variant(trial))), error)
+        test = shop.judge.judge(_shipped(shop, trial), error)
         trial.verdict, trial.drop, trial.images = test.verdict or "undecided", test.drop, test.seen
         taken = time.perf_counter() - started
         trial.seconds, found.seconds = trial.seconds + taken, found.seconds + taken
@@ -284,6 +309,5 @@ def _logits(network: Any, images: Iterable[Tensor]) -> Tensor:
 
 def _line(trial: Trial) -> str:
     parts = [f"{trial.size_mb:.3f} MB"] if trial.size_mb is not None else []
-    parts += [f"{trial.latency_ms:.2f} ms"] if trial.latency_ms is not None else []
     parts += [f"divergence {trial.divergence:.4f}, {trial.seconds:.0f} s"] if trial.divergence is not None else []
     return f"{trial.name}: " + ", ".join([*parts, *[trial.verdict] * bool(trial.verdict)])
