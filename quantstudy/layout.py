@@ -98,6 +98,11 @@ def peers(study: str, suffix: str) -> Path:
     return Path("reports") / "peers" / f"{study}.{suffix}"
 
 
+def low_bits(name: str, suffix: str) -> Path:
+    """What each scheme costs a network, over several draws of calibration images: json or md."""
+    return Path("reports") / "low_bits" / f"{name}.{suffix}"
+
+
 def reliability(name: str) -> Path:
     """The counts of `tests.harness`, of runs, params or files."""
     return Path("reports") / "reliability" / f"{name}.json"

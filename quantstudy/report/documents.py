@@ -8,6 +8,7 @@ there is typed by hand. The kinds are
 - `peers`: the comparison with other tools (`benchmarks/peers.py`);
 - `ablation`: what each technique adds (`benchmarks/ablation.py`);
 - `front`: accuracy against size for budgets of bits (`benchmarks/budget_front.py`);
+- `low_bits`: what each scheme costs, over several draws of calibration images (`benchmarks/low_bits.py`);
 - `reliability`: how often tests tried to break runs, params or files, and what happened (`tests/harness`).
 
 If names of variants, tools or schemes follow the study, the table keeps only the rows that begin with one of them.
@@ -25,7 +26,7 @@ from quantstudy.errors import UserError, unknown
 from quantstudy.report.tables import NOTHING, markdown_table, number, p_value, signed
 
 README, DOCS = Path("README.md"), Path("docs")
-KINDS = "results|decision|peers|ablation|front|reliability"
+KINDS = "results|decision|peers|ablation|front|low_bits|reliability"
 PLACE = re.compile(rf"(<!-- ({KINDS}): (\w+)((?: \w+)*|(?:\n[^\n]+ = \w+)+\n) ?-->\n).*?(<!-- end -->)", re.DOTALL)
 MARK = re.compile(rf"^<!-- ({KINDS}):", re.MULTILINE)
 COMMANDS = {
@@ -34,6 +35,7 @@ COMMANDS = {
     "peers": "make peers",
     "ablation": "python -m benchmarks.ablation",
     "front": "make front",
+    "low_bits": "python -m benchmarks.low_bits",
     "reliability": "python -m tests.harness.runs, .params and .files",
 }
 """The command that writes the files of each kind."""
@@ -78,7 +80,8 @@ def content(kind: str, study: str, names: Sequence[str], page: Path, read: Read)
         return front(study, page, read)
     if kind == "reliability":
         return reliability(json.loads(read(layout.reliability(study))))
-    table = read(layout.peers(study, "md") if kind == "peers" else layout.report(study) / f"{kind}.md")
+    place = {"peers": layout.peers(study, "md"), "low_bits": layout.low_bits(study, "md")}.get(kind)
+    table = read(place or layout.report(study) / f"{kind}.md")
     return with_rows(table, names, f"{page}, {kind} of {study}") if names else table
 
 
