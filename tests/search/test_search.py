@@ -13,6 +13,7 @@ from quantstudy import params as P
 from quantstudy.data.container import Split
 from quantstudy.data.sampling import validation_indices
 from quantstudy.errors import UserError
+from quantstudy.measure.latency import Timing
 from quantstudy.measure.operations import count_macs, layer_bits, tera_bit_operations
 from quantstudy.measure.sequential import PairedTest, images_needed
 from quantstudy.methods.calibration import Calibration
@@ -162,6 +163,44 @@ def test_a_learned_row_is_not_made_whose_quick_twin_is_larger_than_the_best(shop
 
 
 TWINS = {"eight": "gptq", "large": "brecq"}
+
+
+def test_times_are_compared_that_were_taken_in_turns(shop: Any) -> None:
+    own = shop({"three": "rejected"}, minimize="latency")
+    own.groups = {"large": "learned"}
+    slower = [1.0, 3.0]  # what else the machine does makes the second group's times three times as long
+    milliseconds = {"fp32": 10.0, "float": 9.9, "eight": 5.0, "eight_too": 6.0, "four": 4.0, "three": 3.0, "two": 2.0}
+    together: list[list[str]] = []
+
+    def timed(variants: dict[str, str], seconds: float) -> dict[str, Timing]:
+        assert seconds == len(variants) * module.TIMING_SECONDS and all(
+            name == value for name, value in variants.items()
+        )
+        together.append(list(variants))
+        factor = slower[len(together) - 1]
+        values = {name: factor * (milliseconds | {"large": 3.5})[name] for name in (*variants, "fp32")}
+        return {name: Timing(value, value, value, 9, busy=name == "two") for name, value in values.items()}
+
+    own.judge.timed = timed
+    found = search(own)
+    assert together == [["float", "eight", "eight_too", "four", "three", "two"], ["large", "four"]]
+    assert found.best.name == "large" and found.best.latency_ms == 10.5 and found.best.fp32_latency_ms == 30.0
+    said = verdicts_of(found)
+    assert said["float"] == "no faster than fp32" and said["two"] == "the machine was busy while it was timed"
+    assert said["eight_too"] == "no smaller than eight, and diverges more" and own.errors.keys() >= {"eight", "four"}
+
+
+def test_a_limit_on_latency_times_each_candidate_by_itself(shop: Any) -> None:
+    own, alone = shop({}, max_latency_ms=5.0), list[list[str]]()
+
+    def timed(variants: dict[str, str], seconds: float) -> dict[str, Timing]:
+        alone.append(list(variants))
+        return {name: Timing(7.0 if name in ("two", "three") else 4.0, 1.0, 1.0, 9) for name in (*variants, "fp32")}
+
+    own.judge.timed = timed
+    found = search(own)
+    assert all(len(names) == 1 for names in alone) and found.best.name == "four"
+    assert verdicts_of(found)["two"] == "7 is beyond max_latency_ms, 5"
 
 
 def test_limits_and_minutes_hold(shop: Any) -> None:
