@@ -20,7 +20,7 @@ from quantstudy.methods.allocation import Budget, allocate
 from quantstudy.network.graph import as_stored, out_channels_first, relative_error
 from quantstudy.quantization.layers import LayerScheme
 
-LOW_BITS = 4
+LOW_BITS, LOW_ACTIVATION_BITS = 4, 6
 """Only weights and activations of at most this many bits get different bits by layer."""
 IMAGES = 32
 """The number of calibration images that are run for each layer."""

@@ -17,6 +17,7 @@ from quantstudy.errors import UserError, one_line
 from quantstudy.methods.bias_correction import correct_own_biases
 from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.fragile import (
+    LOW_ACTIVATION_BITS,
     LOW_BITS,
     input_losses_alone,
     losses_alone,
@@ -128,7 +129,8 @@ class StaticRecipe(UniformRecipe[P.Static]):
         self, model: nn.Module, calibration: Calibration, row: Any, names: Collection[str]
     ) -> dict[str, LayerScheme]:
         schemes = super().schemes(model, calibration, row, names)
-        low = {name: scheme.activation for name, scheme in schemes.items() if scheme.activation.bits <= LOW_BITS}
+        inputs = {name: scheme.activation for name, scheme in schemes.items()}
+        low = {name: scheme for name, scheme in inputs.items() if scheme.bits <= LOW_ACTIVATION_BITS}
         if not low or row.fragile_bits is None or row.fragile_bits <= row.activation_bits:
             return schemes
         images = torch.cat(calibration.images)

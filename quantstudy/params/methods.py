@@ -171,7 +171,7 @@ class Static(IntegerProducts):
 
     kind: Literal["static"]
     fragile_operations: Annotated[float, Field(ge=0, le=4)] = 0.25
-    """The share by which bit-operations may grow, to give activations of four or fewer bits more bits."""
+    """The share by which bit-operations may grow, to give activations of six or fewer bits more bits."""
     activation_range: Literal["minmax", "moving_average", "mse", "entropy"] = "minmax"
     clip_percentile: Annotated[float, Field(gt=50, le=100)] | None = None
 

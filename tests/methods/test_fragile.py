@@ -114,6 +114,15 @@ def test_inputs_get_more_bits_within_the_share_of_operations(
     assert {layer.activation.scheme.bits for layer in quantized_layers(alike.network).values()} == {4, 8}
 
 
+def test_inputs_of_six_bits_get_more_and_those_of_seven_do_not(small: nn.Module, images: Tensor) -> None:
+    calibration = Calibration(small, [images])
+    for bits, widths in ((6, {6, 7, 8}), (7, {7})):
+        row = Static(kind="static", weight_bits=8, activation_bits=bits, fragile_operations=0.1)
+        layers = quantized_layers(quantize(small, calibration, row).network).values()
+        found = {layer.activation.scheme.bits for layer in layers}
+        assert found <= widths and len(found) >= min(len(widths), 2)
+
+
 def test_an_input_that_is_given_by_name_is_rounded_too() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
