@@ -86,12 +86,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     subject = of_study(arguments.study) if arguments.study else of_photos(arguments)
     file = layout.low_bits(subject.name, "json")
     found: list[Row] = read_json(file) if file.is_file() else []
+    order = list(rows)
     known = {(row["method"], row["target"], row["draw"]) for row in found}
     for draw in range(arguments.draws):
         missing = [name for name in arguments.methods if (name, arguments.target, draw) not in known]
         for row in measured(subject, draw, {name: rows[name].made_for(arguments.target) for name in missing}):
             found.append(row | {"target": arguments.target})
             print(found[-1], flush=True)
+            found.sort(key=lambda row: (order.index(row["method"]), row["target"], row["draw"]))
             write_json(file, found)
             note = f"`{subject.name}`: {subject.images}. {describe_machine()}."
             write_text(file.with_suffix(".md"), markdown(found) + "\n" + note + "\n")
@@ -153,7 +155,7 @@ def efficientnet_lite0(num_classes: int) -> nn.Module:
     """Return EfficientNet-Lite0."""
     from efficientnet_lite_pytorch import EfficientNet
 
-    made: nn.Module = EfficientNet.from_name("efficientnet-lite0", override_params={"num_classes": num_classes})
+    made: nn.Module = EfficientNet.from_name("efficientnet-lite0", num_classes=num_classes)
     return made
 
 
