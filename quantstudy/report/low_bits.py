@@ -28,7 +28,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
                 f"{mean['sqnr_db']:.1f}",
                 f"{mean['divergence']:.4f}",
                 f"{mean['agreement']:.1f}",
-                f"{mean['seconds']:.0f}",
+                f"{mean['seconds']:.1f}",
             )
         )
     return markdown_table([_HEADER, *cells], words=1)
