@@ -216,7 +216,7 @@ def make(part: Part, root: Path) -> dict[str, Any]:
         "day": datetime.now(UTC).date().isoformat(),
         "machine": describe_machine(),
         "load_before": round(load, 2),
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": round(time.monotonic() - began, 3),
         "code": code_of(part, root),
     }
 

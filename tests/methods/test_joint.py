@@ -51,7 +51,7 @@ def test_predictions_come_closer_to_the_teacher(
     before = divergence(found, network, images)
     teacher = copy.deepcopy(network.state_dict())
     finetune_jointly(network, found, images, 300, "flip")
-    assert divergence(found, network, images) < 0.8 * before
+    assert divergence(found, network, images) < 0.6 * before
     assert all(layer.frozen and layer.activation.learned is None for layer in quantized_layers(found).values())
     assert all(torch.equal(teacher[name], value) for name, value in network.state_dict().items())
 
