@@ -30,7 +30,7 @@ from quantstudy import layout
 from quantstudy import params as P
 from quantstudy.data.archive import open_files
 from quantstudy.data.batches import images_of, run_on_split
-from quantstudy.data.container import load_split
+from quantstudy.data.container import Split, load_split
 from quantstudy.data.folder import images_below
 from quantstudy.data.preprocessing import pixels
 from quantstudy.data.sampling import validation_indices
@@ -52,8 +52,6 @@ METHODS = ("int8_static", "int4_gptq", "w4a8_gptq", "w6a6_gptq", "w4a4_gptq", "i
 CALIBRATION = 256
 BATCH = 64
 CPU = torch.device("cpu")
-Draw = tuple[list[Tensor], Callable[[nn.Module], Tensor], Tensor]
-"""Calibration batches; a function from a network to its logits for the images that judge; their labels."""
 
 
 @dataclass
@@ -64,7 +62,13 @@ class Subject:
     images: str
     """What it is judged on, in words."""
     network: nn.Module
-    draw: Callable[[int], Draw]
+    preprocessing: P.Preprocessing
+    draw: Callable[[int], tuple[Split, Split]]
+    """From a seed to the images that calibrate and the images that judge."""
+
+    def logits(self, network: nn.Module, images: Split) -> Tensor:
+        """Return the logits of a network for images, float32 [images, classes]."""
+        return torch.from_numpy(run_on_split(network, images, self.preprocessing, BATCH, CPU, torch.channels_last))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -103,19 +107,13 @@ def of_study(name: str) -> Subject:
     """Return a study's fp32 model, calibrated on its training images and judged on its test images."""
     study, path = P.load_params().study(name), layout.model(name, "fp32")
     train, test = (load_split(layout.split(name, part)) for part in ("train", "test"))
-    preprocessing = load_preprocessing(path)
     kept, _ = validation_indices(train.labels, study.training.validation_fraction, study.seed)
 
-    def draw(seed: int) -> Draw:
+    def draw(seed: int) -> tuple[Split, Split]:
         order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))
-        drawn = train.subset(kept[order[:CALIBRATION]])
+        return train.subset(kept[order[:CALIBRATION]]), test
 
-        def logits(network: nn.Module) -> Tensor:
-            return torch.from_numpy(run_on_split(network, test, preprocessing, BATCH, CPU, torch.channels_last))
-
-        return images_of(drawn, preprocessing, BATCH), logits, test.labels
-
-    return Subject(name, f"{len(test)} test images", load_fp32(path), draw)
+    return Subject(name, f"{len(test)} test images", load_fp32(path), load_preprocessing(path), draw)
 
 
 def of_photos(arguments: argparse.Namespace) -> Subject:
@@ -131,24 +129,16 @@ def of_photos(arguments: argparse.Namespace) -> Subject:
     files = open_files(arguments.photos)
     names = images_below(arguments.photos, files, "--photos")
     labels = torch.tensor([int(Path(name).parent.name) for name in names])
-    images = torch.from_numpy(np.stack([pixels(files.read(name), preprocessing) for name in names])).float() / 255
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
-    images = ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+    images = torch.from_numpy(np.stack([pixels(files.read(name), preprocessing) for name in names]))
+    photos, half = Split(labels, (), preprocessing, images=images), len(labels) // 2
 
-    def draw(seed: int) -> Draw:
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-        half = len(images) // 2
-        judging = order[half:]
-
-        @torch.inference_mode()
-        def logits(network: nn.Module) -> Tensor:
-            return torch.cat([network(images[part]) for part in judging.split(BATCH)])
-
-        return [images[part] for part in order[: min(half, CALIBRATION)].split(BATCH)], logits, labels[judging]
+    def draw(seed: int) -> tuple[Split, Split]:
+        order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(seed))
+        return photos.subset(order[: min(half, CALIBRATION)]), photos.subset(order[half:])
 
     name = f"{architecture.rpartition(':')[2]}_{arguments.photos.name.partition('.')[0]}_224px"
-    said = f"each draw calibrates on {min(len(images) // 2, CALIBRATION)} of {len(images)} photos and judges on the "
-    return Subject(name, f"{said}other {len(images) - len(images) // 2}", model.network, draw)
+    said = f"each draw calibrates on {min(half, CALIBRATION)} of {len(photos)} photos and judges on "
+    return Subject(name, f"{said}the other {len(photos) - half}", model.network, preprocessing, draw)
 
 
 def efficientnet_lite0(num_classes: int) -> nn.Module:
@@ -163,15 +153,16 @@ def measured(subject: Subject, draw: int, methods: dict[str, P.MethodRow]) -> It
     """Yield the figures of each method on one draw."""
     if not methods:
         return
-    batches, logits, labels = subject.draw(draw)
-    calibration, wanted = Calibration(subject.network, batches), logits(subject.network)
-    before = (wanted.argmax(1) == labels).numpy()
+    calibrating, judging = subject.draw(draw)
+    calibration = Calibration(subject.network, images_of(calibrating, subject.preprocessing, BATCH))
+    wanted = subject.logits(subject.network, judging)
+    before = (wanted.argmax(1) == judging.labels).numpy()
     for name, row in methods.items():
         started = time.perf_counter()
         variant = quantize(subject.network, calibration, row, f"methods.{name}")
         seconds = time.perf_counter() - started
-        found = logits(variant)
-        after = (found.argmax(1) == labels).numpy()
+        found = subject.logits(variant, judging)
+        after = (found.argmax(1) == judging.labels).numpy()
         yield {
             "method": name,
             "draw": draw,
@@ -182,7 +173,7 @@ def measured(subject: Subject, draw: int, methods: dict[str, P.MethodRow]) -> It
             "fp32_top1": 100 * float(before.mean()),
             "drop": 100 * float(before.mean() - after.mean()),
             "drop_ci95": paired_drop_half_width(before, after),
-            "images": len(labels),
+            "images": len(judging),
             "seconds": seconds,
         }
 
