@@ -17,6 +17,7 @@ import yaml
 
 from quantstudy.errors import UserError
 from quantstudy.params.project import Runtime
+from tests.harness.processes import running
 from tests.params import TINY_PARAMS
 from tools.pool import Pool, Size
 
@@ -158,7 +159,7 @@ def test_a_signal_ends_all_within_five_seconds_and_loses_nothing(tmp_path: Path,
     process.send_signal(number)
     process.communicate(timeout=5)
     assert process.returncode == 128 + number
-    assert not psutil.wait_procs(started, timeout=0)[1]
+    assert not running(started)
     assert list(lock(root)) == ["quick"]
 
 
@@ -171,7 +172,7 @@ def test_a_signal_while_ray_starts_leaves_nothing_running(tmp_path: Path, second
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=8)
     assert process.returncode  # Ray has a handler of its own for a while
-    assert not psutil.wait_procs(started, timeout=0)[1]
+    assert not running(started)
 
 
 def test_a_second_run_in_a_folder_is_refused_and_does_not_disturb_the_first(tmp_path: Path) -> None:

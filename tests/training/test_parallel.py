@@ -17,6 +17,7 @@ from quantstudy.network.checkpoint import load_checkpoint
 from quantstudy.params import Preprocessing
 from stages import download
 from tests.conftest import ROOT, Project
+from tests.harness.processes import running
 
 pytestmark = pytest.mark.slow
 
@@ -81,4 +82,4 @@ def test_a_signal_ends_every_process(project: Project) -> None:
     stage.terminate()
     errors = stage.communicate(timeout=60)[1]
     assert stage.returncode == 128 + signal.SIGTERM and "Traceback" not in errors, errors
-    assert not psutil.wait_procs(processes, 1)[1]
+    assert not running(processes, seconds=1)
