@@ -48,7 +48,7 @@ from quantstudy.quantization.sqnr import sqnr_db
 from quantstudy.report.low_bits import markdown
 
 Row = dict[str, Any]
-METHODS = ("int8_static", "int4_gptq", "w4a8_gptq", "w6a6_gptq", "w4a4_gptq", "int3_gptq")
+METHODS = ("int8_static", "int4_gptq", "w4a8_gptq", "w6a6_gptq", "w4a4_gptq", "int3_gptq", "int2_brecq")
 CALIBRATION = 256
 BATCH = 64
 CPU = torch.device("cpu")

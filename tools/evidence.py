@@ -65,7 +65,8 @@ def of_study(study: str, *needs: str) -> tuple[Part, ...]:
     model = made_model(study)
     reports, option = f"reports/{study}", f"--study {study}"
     front, peers = f"dvc repro sensitivity@{study}", f"{PEERS} -m benchmarks.peers {option} --seconds 0"
-    searches = f"python -m benchmarks.search {option}", f"{PEERS} -m benchmarks.search {option} --tools nncf olive"
+    searched = f"-m benchmarks.search {option} --minutes 12"
+    searches = f"python {searched}", f"{PEERS} {searched} --tools nncf olive"
     return (
         Part(
             study,

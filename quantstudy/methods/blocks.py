@@ -32,7 +32,7 @@ BATCH_SIZE = 32
 PLACES = 2**16
 """The most positions of a unit's input in a batch; a batch has at least 8 images."""
 DROP = 0.5
-MEMORY = 1.5e9
+MEMORY = 1e9
 """The most bytes of activations to keep for a unit."""
 _FISHER_IMAGES = 64
 
@@ -59,6 +59,7 @@ def reconstruct_blocks(reference: nn.Module, network: nn.Module, images: Tensor,
                 with everything_rounded(unit):
                     rounded, targets, plain = cached(reference, network, name, images.split(16), MEMORY, plain=True)
                 before, after = _learn(unit, rounded, targets, plain, weights[name], steps)
+                del rounded, targets, plain  # before those of the next unit are kept
                 bar.set_postfix_str(f"{name}: error {before:.3g} -> {after:.3g}")
             freeze_trained(unit)
     return left

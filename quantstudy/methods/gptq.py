@@ -15,7 +15,8 @@ left; then columns keep the weight's own order.
 
 The scale of least squared error is not the best one for few bits: it ignores that the columns make up for each other.
 So a row of at most `SEARCHED_BITS` bits whose `weight_range` is mse is rounded at multiples of its scales too, and the
-multiple of the least output error is kept.
+multiple of the least output error is kept. A layer of more than `LARGE` weights is rounded once: VGG-11's first linear
+layer, of 100 million, takes a minute each time.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from quantstudy.methods.moments import Moments
+from quantstudy.methods.trainable import LARGE
 from quantstudy.quantization.saturation import bounds_beside, round_pairs
 from quantstudy.quantization.schemes import WeightScheme
 
@@ -32,8 +34,6 @@ KEPT = 4
 """The schemes of a layer whose codes are kept, one byte a weight: a search goes back and forth between few."""
 MULTIPLES = (0.7, 0.78, 0.85, 0.92, 1.08, 1.17, 1.27, 1.4)
 SEARCHED_BITS = 4
-LARGE = 4_000_000
-"""Layers of more weights are rounded once: VGG-11's first linear layer, of 100 million, takes a minute each time."""
 _LAZY = 128
 """After this many columns, the rest of the row is updated at once (section 3.3, step 2 of the paper)."""
 
@@ -94,7 +94,7 @@ def gptq_codes(weight: Tensor, scale: Tensor, scheme: WeightScheme, moments: Mom
     for order, factor in _factors(moments, ordered=area is None):
         columns = slice(start, start + factor.shape[1])
         start = columns.stop
-        if area is not None:
+        if order is None:
             _round_block(rows, step, codes, scheme, factor, columns, area)
             continue
         index = order[:, None, :].expand_as(rows[:, :, columns])
@@ -137,18 +137,19 @@ def _round_column(
     return code.maximum(low).minimum(high)
 
 
-def _factors(moments: Moments, *, ordered: bool) -> list[tuple[Tensor, Tensor]]:
-    """Return for each block the order of its columns, int64 [groups, k], and the factor U with its columns in it."""
+def _factors(moments: Moments, *, ordered: bool) -> list[tuple[Tensor | None, Tensor]]:
+    """Return for each block the factor U, and if `ordered`, before it the order of its columns, int64 [groups, k]."""
     if ordered not in moments.factors:
-        found = moments.factors[ordered] = []
-        for second in moments.second:
-            order = torch.arange(second.shape[1]).expand(len(second), -1)
-            if ordered:
-                order = second.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-            each = zip(second, order, strict=True)
-            turned = torch.stack([part[by][:, by] for part, by in each]) if ordered else second
-            found.append((order, _inverse_factor(turned)))
+        moments.factors[ordered] = [
+            _ordered_factor(second) if ordered else (None, _inverse_factor(second)) for second in moments.second
+        ]
     return moments.factors[ordered]
+
+
+def _ordered_factor(second: Tensor) -> tuple[Tensor, Tensor]:
+    order = second.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    turned = torch.stack([part[by][:, by] for part, by in zip(second, order, strict=True)])
+    return order, _inverse_factor(turned)
 
 
 def _inverse_factor(second: Tensor) -> Tensor:

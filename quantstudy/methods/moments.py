@@ -28,7 +28,7 @@ class Moments:
 
     mean: Tensor
     second: list[Tensor]
-    factors: dict[bool, list[tuple[Tensor, Tensor]]] = field(default_factory=dict, repr=False)
+    factors: dict[bool, list[tuple[Tensor | None, Tensor]]] = field(default_factory=dict, repr=False)
     """What `gptq` computes of each block on first use, by whether columns are in the order of their power."""
     rounded: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     """Codes and scales that `gptq` keeps: one network is rounded again and again, in bits that few layers differ in."""
@@ -65,9 +65,13 @@ def _some_patches(layer: Any, value: Tensor) -> Tensor:
     """Return at most about `_COLUMNS` patches, image by image: all patches of a batch can take gigabytes."""
     if isinstance(layer, nn.Linear):
         return patches(layer, value)[:, :: -(-(value.numel() // value.shape[-1]) // _COLUMNS)]
-    first = patches(layer, value[:1])
-    step = -(-first.shape[1] * len(value) // _COLUMNS)
-    return torch.cat([patches(layer, image[None])[:, ::step] for image in value], dim=1)
+    groups, count, length = patches(layer, value[:1]).shape
+    step = -(-count * len(value) // _COLUMNS)
+    each = -(-count // step)
+    found = torch.empty(groups, each * len(value), length, device=value.device)
+    for number, image in enumerate(value):  # not joined in the end: a part keeps all patches of its image in memory
+        found[:, number * each : (number + 1) * each] = patches(layer, image[None])[:, ::step]
+    return found
 
 
 def patches(layer: Any, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ weights, one step takes a second. `methods.blocks` reconstructs whole blocks, th
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,7 @@ def reconstruct(reference: nn.Module, network: nn.Module, images: Tensor, limits
                 continue
             inputs, targets = cached(reference, network, name, images.split(64), limits.memory_mb * 1e6)
             before, after = _learn(layer, inputs, targets, limits)
+            del inputs, targets
             bar.set_postfix_str(f"{name}: error {before:.3g} -> {after:.3g}")
     return skipped
 
@@ -154,7 +155,7 @@ class _Reached(Exception):
 
 @torch.no_grad()
 def cached(
-    reference: nn.Module, network: nn.Module, name: str, batches: Iterable[Tensor], most: float, *, plain: bool = False
+    reference: nn.Module, network: nn.Module, name: str, batches: Sequence[Tensor], most: float, *, plain: bool = False
 ) -> tuple[Tensor, ...]:
     """Return a module's input in `network`, its output in `reference` and, if `plain`, its input in `reference`.
 
@@ -163,24 +164,25 @@ def cached(
         network: the quantized network.
         name: the module's name, in both.
         batches: batches of images.
-        most: the most bytes to return; the batch that exceeds them is the last.
+        most: the most bytes to return; images that would exceed them are left out, but for those of the first batch.
         plain: whether to return the third tensor.
     """
-    found: list[list[Tensor]] = [[], [], []] if plain else [[], []]
+    seen: dict[int, Tensor] = {}
+    kept: list[Tensor] = []
 
     def keep_input(_: nn.Module, values: tuple[Tensor, ...]) -> None:
-        found[0].append(values[0])
+        seen[0] = values[0]
         raise _Reached
 
     def keep_plain(_: nn.Module, values: tuple[Tensor, ...]) -> None:
         if plain:
-            found[2].append(values[0].clone())  # the module may write to it
+            seen[2] = values[0].clone()  # the module may write to it
 
     def keep_output(_: nn.Module, values: tuple[Tensor, ...], result: Tensor) -> None:
-        found[1].append(result)
+        seen[1] = result
         raise _Reached
 
-    part = reference.get_submodule(name)
+    part, start = reference.get_submodule(name), 0
     with (
         network.get_submodule(name).register_forward_pre_hook(keep_input),
         part.register_forward_pre_hook(keep_plain),
@@ -190,7 +192,23 @@ def cached(
             for model in (network, reference):
                 with contextlib.suppress(_Reached):
                     model(batch)
-            most -= sum(part[-1].nbytes for part in found)
-            if most < 0:
+            if not kept:
+                fitting = int(most * len(batch) / sum(value.nbytes for value in seen.values()))
+                count = min(sum(map(len, batches)), max(fitting, len(batch)))
+                kept = [_empty(seen[index], count) for index in sorted(seen)]
+            for whole, value in zip(kept, (seen[index] for index in sorted(seen)), strict=True):
+                whole[start : start + len(batch)] = value[: len(whole) - start]
+            start += len(batch)
+            if start >= len(kept[0]):
                 break
-    return tuple(torch.cat(part) for part in found)
+    return tuple(kept)
+
+
+def _empty(like: Tensor, count: int) -> Tensor:
+    """Return a tensor for `count` images, in the memory format of `like`, before its first batch is written to it.
+
+    To collect the batches and join them in the end would take twice the memory.
+    """
+    is_last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last)
+    made = torch.channels_last if is_last else torch.contiguous_format
+    return torch.empty((count, *like.shape[1:]), dtype=like.dtype, device=like.device, memory_format=made)

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 
-from quantstudy.methods.reconstruction import Limits, SoftRounding, find_units, reconstruct
+from quantstudy.methods import moments
+from quantstudy.methods.reconstruction import Limits, SoftRounding, cached, find_units, reconstruct
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
@@ -89,3 +90,27 @@ def test_what_is_too_large_is_left(network: nn.Module, images: Tensor, monkeypat
     sizes = {name: layer.shape.numel() for name, layer in quantized_layers(found).items()}
     assert skipped == [name for name, size in sizes.items() if size > 100]
     assert all(layer.frozen == (name not in skipped) for name, layer in quantized_layers(found).items())
+
+
+@pytest.mark.parametrize("kept", [10, 20, 64])
+def test_activations_are_kept_for_as_many_images_as_fit(network: nn.Module, images: Tensor, kept: int) -> None:
+    rounded, images = nearest(network), images.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        wanted = rounded[0](images), network[:2](images), network[0](images)
+    size = sum(values[0].nbytes for values in wanted)
+    found = cached(network, rounded, "1", images.split(16), kept * size, plain=True)
+    for values, whole in zip(found, wanted, strict=True):
+        torch.testing.assert_close(
+            values, whole[: max(kept, 16)], msg=f"{kept} images fit; the first batch stays whole"
+        )
+        assert values.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("columns", [50, 64 * 49, 10**6])
+def test_some_patches_of_each_image_are_taken(images: Tensor, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Conv2d(3, 6, 3, stride=2, groups=3)
+    monkeypatch.setattr(moments, "_COLUMNS", columns)
+    found = moments._some_patches(layer, images)
+    every = moments.patches(layer, images).unflatten(1, (len(images), -1))
+    step = -(-every.shape[1] * every.shape[2] // columns)
+    torch.testing.assert_close(found, every[:, :, ::step].flatten(1, 2))
