@@ -218,7 +218,7 @@ def make(part: Part, root: Path) -> dict[str, Any]:
         "machine": describe_machine(),
         "load_before": round(load, 2),
         "seconds": round(time.monotonic() - began, 3),
-        "code": code_of(part, root),
+        "code": code_of(part, clone),
     }
 
 

@@ -108,7 +108,7 @@ def decision(study: str, wishes: Sequence[str], read: Read) -> str:
         faster = NOTHING if None in speedups else " / ".join(number(speedup, 2) for speedup in speedups)
         drop = f"{signed(found['top1_drop'])} ({p_value(found['top1_drop_p'])})"
         rows.append([wanted, f"`{variant}`", drop, number(found["compression"], 1), faster])
-    header = ("You want", "Method", "points lost (p)", "× smaller", "× faster, batch 1 / 16")  # noqa: RUF001
+    header = ("You want", "Method", "drop (p)", "× smaller", "speed-up, batch 1 / 16")  # noqa: RUF001
     return markdown_table([header, *rows], words=2)
 
 
