@@ -140,11 +140,11 @@ def note(study: str, row: Study, results: Sequence[Result]) -> str:
         f"Measured on {known['Machine and versions']}."
     )
     reading = (
-        "± is half the width of the 95 % Wilson interval. Drop is fp32's top-1 minus the variant's, in percentage points, "
-        "with p of the exact McNemar test on the same images. Agreement is the share of images for which the variant "
-        "predicts the class that fp32 predicts. Speed-up is fp32's time over the variant's, at batch 1 / batch 16, both "
-        "timed in turns in one process; rows were timed at different moments, so do not divide their ms. A simulated "
-        "kernel has no speed-up, since its ms is the simulation's, nor has a latency that is marked busy: other work, or "
-        "a wide spread, made it unsure. Layers counts those stored in fewer than 32 bits."
+        "± is half the width of the 95 % Wilson interval. Drop is fp32's top-1 minus the variant's, in percentage "
+        "points, with p of the exact McNemar test on the same images. Agreement is the share of images for which the "
+        "variant predicts the class that fp32 predicts. Speed-up is fp32's time over the variant's, at batch 1 / "
+        "batch 16, both timed in turns in one process; rows were timed at different moments, so do not divide their "
+        "ms. A simulated kernel has no speed-up, since its ms is the simulation's, nor has a latency that is marked "
+        "busy: other work, or a wide spread, made it unsure. Layers counts those stored in fewer than 32 bits."
     )
     return "\n\n".join([measured, reading, *remarks(results)])
