@@ -41,8 +41,10 @@ from quantstudy.quantization.variant import Variant, load_variant, save_variant
 from quantstudy.search.candidates import SPENT_ON, Candidate, Group, candidates, error_of, least_objective, scheme_of
 from quantstudy.search.judging import Judge, Shipped
 
-ALIKE = {"size": 0.01, "bit_operations": 0.01, "latency": 0.05}
-"""Two candidates that differ by less than this share in what is minimized count as equal."""
+ALIKE = 0.05
+"""Two candidates that differ by less than this share in what is minimized count as equal. To test both would gain
+little, and any test may end the search."""
+TOO_SLOW = "no faster than fp32"
 TIMING_SECONDS = 1.0
 TWINS = 0.95
 """Two roundings of one scheme have at least this share of each other's size: fragile layers may get other bits."""
@@ -165,7 +167,9 @@ def _made(shop: Workshop, members: Iterable[Candidate], tried: Iterable[Candidat
         least = least_objective(candidate.row, goal, shop.calibration.replaceable, shop.macs)
         if twin := _twin(candidate, tried, found.trials):
             least = max(least, TWINS * twin.of(goal.minimize))
-        if found.best and least >= (1 - ALIKE[goal.minimize]) * found.best.of(goal.minimize):
+        if twin and twin.verdict == TOO_SLOW:
+            trial.verdict = f"computes as {twin.name} does, which is {TOO_SLOW}"
+        elif found.best and least >= (1 - ALIKE) * found.best.of(goal.minimize):
             trial.verdict = f"can be no smaller than {found.best.name}"
         elif found.seconds >= 60 * goal.minutes:
             trial.verdict = found.ended = f"not begun: the {goal.minutes:g} minutes were over"
@@ -264,8 +268,8 @@ def _beyond(goal: P.Goal, trial: Trial) -> str:
             return f"{value:.3g} is beyond {key}, {limit:g}"
     if goal.minimize == "latency":
         assert trial.latency_ms is not None and trial.fp32_latency_ms is not None
-        if trial.latency_ms >= (1 - ALIKE["latency"]) * trial.fp32_latency_ms:
-            return "no faster than fp32"
+        if trial.latency_ms >= (1 - ALIKE) * trial.fp32_latency_ms:
+            return TOO_SLOW
     return "the machine was busy while it was timed" if goal.minimize == "latency" and trial.busy else ""
 
 
@@ -273,7 +277,7 @@ def _front(trials: Iterable[Trial], minimize: str) -> list[Trial]:
     """Return the trials that are smaller than all that diverge less, by divergence; give the others a verdict."""
     kept: list[Trial] = []
     for trial in sorted(trials, key=lambda trial: (trial.divergence, trial.of(minimize))):
-        if kept and trial.of(minimize) >= (1 - ALIKE[minimize]) * kept[-1].of(minimize):
+        if kept and trial.of(minimize) >= (1 - ALIKE) * kept[-1].of(minimize):
             trial.verdict = f"no smaller than {kept[-1].name}, and diverges more"
         else:
             kept.append(trial)
@@ -284,7 +288,7 @@ def _test(shop: Workshop, front: list[Trial], group: Group, error: float, found:
     """Test the trials of `front` one after the other; the first that is not accepted ends the test."""
     goal = shop.goal
     for number, trial in enumerate(front):
-        if found.best and trial.of(goal.minimize) >= (1 - ALIKE[goal.minimize]) * found.best.of(goal.minimize):
+        if found.best and trial.of(goal.minimize) >= (1 - ALIKE) * found.best.of(goal.minimize):
             trial.verdict = f"no smaller than {found.best.name}"
             continue
         started = time.perf_counter()

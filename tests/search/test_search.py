@@ -190,6 +190,25 @@ def test_times_are_compared_that_were_taken_in_turns(shop: Any) -> None:
     assert said["eight_too"] == "no smaller than eight, and diverges more" and own.errors.keys() >= {"eight", "four"}
 
 
+def test_a_learned_row_is_not_made_whose_quick_twin_is_no_faster(shop: Any) -> None:
+    own = shop({}, minimize="latency")
+    own.groups = {"large": "learned", "two": "learned"}
+    scheme = {"kind": "weight_only", "weight_bits": 4, "group_size": 32}
+    rows = {name: P.WeightOnly.model_validate(scheme | {"rounding": how}) for name, how in TWINS.items()}
+    made = own.made
+    own.made = lambda: [Candidate(one.name, rows.get(one.name), one.group) for one in made()]
+
+    def timed(variants: dict[str, str], seconds: float) -> dict[str, Timing]:
+        slow = ("eight", "fp32")
+        return {name: Timing(7.0 if name in slow else 4.0, 1.0, 1.0, 9) for name in (*variants, "fp32")}
+
+    own.judge.timed = timed
+    said = verdicts_of(search(own))
+    assert said["large"] == "computes as eight does, which is no faster than fp32" and said["two"].startswith(
+        "no smaller"
+    )
+
+
 def test_a_limit_on_latency_times_each_candidate_by_itself(shop: Any) -> None:
     own, alone = shop({}, max_latency_ms=5.0), list[list[str]]()
 
