@@ -66,11 +66,11 @@ def _as_small(row: Any, params: P.Params) -> str | None:
 
 
 def error_of(group: Group, goal: P.Goal, members: int = 1) -> float:
-    """Return how often one test of a group may be wrong.
+    """Return how often the tests of the quick group, or one test of another, may be wrong.
 
-    The order of the quick candidates depends on no validation image, and the first that is not accepted ends their
-    tests. So each test may spend all of the group's share. In the other groups, earlier acceptances decide which
-    `members` are tested, so each test may spend only a part.
+    The order of the quick candidates depends on no validation image, so all their tests together spend the group's
+    share, in the way that `search` says. In the other groups, earlier acceptances decide which `members` are tested, so
+    each test may spend only an equal part.
     """
     tried = [other for other in SPENT_ON if other != "trained" or goal.may_train]
     share = SPENT_ON[group] / sum(SPENT_ON[other] for other in tried)

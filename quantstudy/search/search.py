@@ -7,10 +7,13 @@ are timed in turns, with fp32 and the best so far. Times of different moments wo
 machine can change them by half.
 
 The quick candidates that are left are tested on validation images (`measure.sequential`), beginning with the one that
-diverges least, until one is not accepted. The last accepted candidate is the smallest so far. This order is fixed
-before the search sees a validation image, and the first failure ends it. So all of these tests together are wrong as
-rarely as a single test (fixed sequence testing; Angelopoulos, Bates, Candès, Jordan and Lei, *Learn then Test*, Annals
-of Applied Statistics 19 (2025), section 4).
+diverges least. The last accepted candidate is the smallest so far. This order is fixed before the search sees a
+validation image. Each of the first `STARTS` brings an equal part of the allowed error. A candidate that is accepted
+passes on the error it was tested at, one that is not loses it, and the tests end where none is left. All of these tests
+together are then wrong as rarely as a single test (the fallback procedure of Wiens and Dmitrienko, Journal of
+Biopharmaceutical Statistics 15 (2005); with one start it is fixed sequence testing, as in Angelopoulos, Bates, Candès,
+Jordan and Lei, *Learn then Test*, Annals of Applied Statistics 19 (2025), section 4). So one unlucky candidate does not
+end the search.
 
 The groups that take minutes come later. Earlier acceptances decide which of their candidates are made and tested, so
 the tests of such a group share the error that the group is allowed (Bonferroni).
@@ -44,6 +47,7 @@ from quantstudy.search.judging import Judge, Shipped
 ALIKE = 0.05
 """Two candidates that differ by less than this share in what is minimized count as equal. To test both would gain
 little, and any test may end the search."""
+STARTS = 3
 TOO_SLOW = "no faster than fp32"
 TIMING_SECONDS = 1.0
 TWINS = 0.95
@@ -285,25 +289,37 @@ def _front(trials: Iterable[Trial], minimize: str) -> list[Trial]:
 
 
 def _test(shop: Workshop, front: list[Trial], group: Group, error: float, found: Found) -> None:
-    """Test the trials of `front` one after the other; the first that is not accepted ends the test."""
-    goal = shop.goal
+    """Test the trials of `front` one after the other, as long as a part of the allowed error is left.
+
+    Args:
+        error: of the quick group, the error of all its tests; of another, the error of each test.
+    """
+    goal, level, failed = shop.goal, 0.0, list[str]()
+    starts = min(STARTS, len(front))
     for number, trial in enumerate(front):
         if found.best and trial.of(goal.minimize) >= (1 - ALIKE) * found.best.of(goal.minimize):
             trial.verdict = f"no smaller than {found.best.name}"
             continue
+        if group == "quick":
+            level += error / starts if number < starts else 0.0
+        else:
+            level = error
+        if not level:
+            trial.verdict = f"not tested: {failed[-1]}, which diverges less, was not accepted"
+            continue
         started = time.perf_counter()
-        test = shop.judge.judge(_shipped(shop, trial), error)
+        test = shop.judge.judge(_shipped(shop, trial), level)
         trial.verdict, trial.drop, trial.images = test.verdict or "undecided", test.drop, test.seen
         taken = time.perf_counter() - started
         trial.seconds, found.seconds = trial.seconds + taken, found.seconds + taken
         print(f"  {trial.name}: {trial.verdict} after {test.seen} images, drop {test.drop:+.2f}", flush=True)
-        if trial.verdict != "accepted":
-            for rest in front[number + 1 :]:
-                rest.verdict = f"not tested: {trial.name}, which diverges less, was not accepted"
-            if not found.ended.startswith("not begun"):
-                found.ended = f"{trial.name} was not accepted, and what was left diverges more or is no smaller"
-            return
-        found.best = trial
+        if trial.verdict == "accepted":
+            found.best = trial
+        else:
+            level = 0.0
+            failed.append(trial.name)
+    if failed and not found.ended.startswith("not begun"):
+        found.ended = f"{', '.join(failed)}: not accepted, and what was left diverges more or is no smaller"
 
 
 @torch.no_grad()

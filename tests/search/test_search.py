@@ -23,7 +23,7 @@ from quantstudy.quantization.layers import quantized_layers
 from quantstudy.search import search as module
 from quantstudy.search.candidates import SHARES, SPENT_ON, Candidate, candidates, error_of, least_objective
 from quantstudy.search.judging import drawn
-from quantstudy.search.search import Trial, _urgency, search
+from quantstudy.search.search import STARTS, Trial, _urgency, search
 from tests.conftest import Project
 
 SEARCHES = 2000
@@ -93,14 +93,16 @@ def verdicts_of(found: Any) -> dict[str, str]:
     return {trial.name: trial.verdict for trial in found.trials}
 
 
-def test_it_walks_from_the_least_divergence_to_the_first_failure(shop: Any) -> None:
+def test_it_walks_from_the_least_divergence_until_no_error_is_left(shop: Any) -> None:
     own = shop({"three": "undecided"})
     found = search(own)
     assert found.best.name == "four" and list(own.errors) == ["float", "eight", "four", "three"]
     said = verdicts_of(found)
     assert said["eight_too"] == said["large"] == "no smaller than eight, and diverges more"
     assert said["two"] == "not tested: three, which diverges less, was not accepted"
-    assert found.left == {"other": "not wanted"} and found.ended.startswith("three was not accepted")
+    assert found.left == {"other": "not wanted"} and found.ended.startswith("three: not accepted")
+    shares = [error / error_of("quick", own.goal) for error in own.errors.values()]
+    assert shares == pytest.approx([1 / STARTS, 2 / STARTS, 1, 1])
 
 
 def test_what_cannot_be_exported_is_named_and_ends_nothing(shop: Any) -> None:
@@ -111,8 +113,23 @@ def test_what_cannot_be_exported_is_named_and_ends_nothing(shop: Any) -> None:
     assert verdicts_of(found)["eight_too"] == "accepted"  # what it was no smaller than is none
 
 
-def test_nothing_is_shipped_where_the_first_is_not_accepted(shop: Any) -> None:
-    assert search(shop({"float": "rejected"})).best is None
+def test_one_unlucky_candidate_ends_nothing_but_takes_its_error_along(shop: Any) -> None:
+    own = shop({"eight": "undecided"})
+    assert search(own).best.name == "two"
+    shares = {name: error / error_of("quick", own.goal) for name, error in own.errors.items()}
+    assert shares == pytest.approx({"float": 1 / 3, "eight": 2 / 3, "four": 1 / 3, "three": 1 / 3, "two": 1 / 3})
+
+
+def test_nothing_is_shipped_where_the_first_ones_are_not_accepted(shop: Any) -> None:
+    own = shop(dict.fromkeys(("float", "eight", "four"), "rejected"))
+    assert search(own).best is None and list(own.errors) == ["float", "eight", "four"]
+
+
+def test_in_other_groups_each_test_has_an_error_of_its_own(shop: Any) -> None:
+    own = shop({"three": "rejected"})
+    own.groups = {"three": "learned", "two": "learned"}
+    assert search(own).best.name == "two"
+    assert own.errors["two"] == own.errors["three"] == error_of("learned", own.goal, 2)
 
 
 def test_groups_share_the_error_and_begin_only_what_can_be_smaller(shop: Any) -> None:
@@ -120,7 +137,7 @@ def test_groups_share_the_error_and_begin_only_what_can_be_smaller(shop: Any) ->
     own.groups = {"two": "learned", "large": "trained", "three": "trained"}
     found = search(own)
     whole = sum(SPENT_ON.values())
-    assert own.errors["eight"] == pytest.approx(0.1 * SPENT_ON["quick"] / whole)
+    assert own.errors["eight"] == pytest.approx(2 / 3 * 0.1 * SPENT_ON["quick"] / whole)
     assert own.errors["two"] == pytest.approx(0.1 * SPENT_ON["learned"] / whole)
     assert found.best.name == "two" and "three" not in own.errors and "large" not in own.errors
     goals = [P.Goal(max_drop=1.0, confidence=0.9, may_train=trains) for trains in (False, True)]
