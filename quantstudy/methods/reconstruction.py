@@ -182,7 +182,7 @@ def cached(
         seen[1] = result
         raise _Reached
 
-    part, start = reference.get_submodule(name), 0
+    part, start, count = reference.get_submodule(name), 0, 0
     with (
         network.get_submodule(name).register_forward_pre_hook(keep_input),
         part.register_forward_pre_hook(keep_plain),
@@ -195,17 +195,18 @@ def cached(
             if not kept:
                 fitting = int(most * len(batch) / sum(value.nbytes for value in seen.values()))
                 count = min(sum(map(len, batches)), max(fitting, len(batch)))
-                kept = [_empty(seen[index], count) for index in sorted(seen)]
+                kept = [_empty(seen[index], len(seen[index]) * count // len(batch)) for index in sorted(seen)]
             for whole, value in zip(kept, (seen[index] for index in sorted(seen)), strict=True):
-                whole[start : start + len(batch)] = value[: len(whole) - start]
+                place = len(whole) * start // count  # windows of attention are several rows an image
+                whole[place : place + len(value)] = value[: len(whole) - place]
             start += len(batch)
-            if start >= len(kept[0]):
+            if start >= count:
                 break
     return tuple(kept)
 
 
 def _empty(like: Tensor, count: int) -> Tensor:
-    """Return a tensor for `count` images, in the memory format of `like`, before its first batch is written to it.
+    """Return a tensor of `count` rows, in the memory format of `like`, before its first batch is written to it.
 
     To collect the batches and join them in the end would take twice the memory.
     """
