@@ -157,7 +157,12 @@ def all_parts() -> dict[str, Part]:
         f"python -m benchmarks.int8_runtimes --architecture {name}" for name in ("vgg11", "mobilenet_v2")
     )
     found = [
-        Part("default", ("python -m quantstudy repro",), ("dvc.lock", *small), (*STAGES, "stages/export.py")),
+        Part(
+            "default",
+            ("python -m quantstudy repro",),
+            ("dvc.lock", *small),
+            (*STAGES, "stages/export.py", "stages/plots.py"),
+        ),
         Part("runtimes", (f"({timed}) > {runtimes}",), (runtimes,), ("benchmarks/int8_runtimes.py",)),
         Part("figures", ("python -m docs.drawing",), ("docs/figures/*.png",), ("docs/drawing/__main__.py",)),
         *of_study("mobilenetv2_food101_64px", "food101_64px.tar", "mobilenet_v2_imagenet.pth"),

@@ -16,6 +16,7 @@ weights, one step takes a second. `methods.blocks` reconstructs whole blocks, th
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -168,7 +169,8 @@ def cached(
         plain: whether to return the third tensor.
     """
     seen: dict[int, Tensor] = {}
-    kept: list[Tensor] = []
+    kept: dict[int, Tensor] = {}
+    filled: Counter[int] = Counter()  # rows; attention in windows makes several of an image
 
     def keep_input(_: nn.Module, values: tuple[Tensor, ...]) -> None:
         seen[0] = values[0]
@@ -182,7 +184,7 @@ def cached(
         seen[1] = result
         raise _Reached
 
-    part, start, count = reference.get_submodule(name), 0, 0
+    part, run, count = reference.get_submodule(name), 0, 0
     with (
         network.get_submodule(name).register_forward_pre_hook(keep_input),
         part.register_forward_pre_hook(keep_plain),
@@ -195,14 +197,15 @@ def cached(
             if not kept:
                 fitting = int(most * len(batch) / sum(value.nbytes for value in seen.values()))
                 count = min(sum(map(len, batches)), max(fitting, len(batch)))
-                kept = [_empty(seen[index], len(seen[index]) * count // len(batch)) for index in sorted(seen)]
-            for whole, value in zip(kept, (seen[index] for index in sorted(seen)), strict=True):
-                place = len(whole) * start // count  # windows of attention are several rows an image
-                whole[place : place + len(value)] = value[: len(whole) - place]
-            start += len(batch)
-            if start >= count:
+                kept = {index: _empty(seen[index], len(seen[index]) * count // len(batch)) for index in sorted(seen)}
+            for index, whole in kept.items():
+                place = whole[filled[index] : filled[index] + len(seen[index])]
+                place.copy_(seen[index][: len(place)])
+                filled[index] += len(place)
+            run += len(batch)
+            if run >= count:
                 break
-    return tuple(kept)
+    return tuple(whole[: filled[index]] for index, whole in kept.items())
 
 
 def _empty(like: Tensor, count: int) -> Tensor:

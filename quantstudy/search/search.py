@@ -46,8 +46,9 @@ from quantstudy.search.judging import Judge, Shipped
 
 ALIKE = 0.05
 """Two candidates that differ by less than this share in what is minimized count as equal. To test both would gain
-little, and any test may end the search."""
+little, and a test that fails loses its part of the allowed error."""
 STARTS = 3
+"""This many of the quick tests bring an equal part of the error that all of them are allowed."""
 TOO_SLOW = "no faster than fp32"
 TIMING_SECONDS = 1.0
 TWINS = 0.95

@@ -31,7 +31,7 @@ def drawn(only_fp32: float, only_variant: float, images: int, random: np.random.
     ("max_drop", "noise", "images"), [(0.5, 0.0, 1000), (0.5, 0.005, 2000), (1.0, 0.05, 2000), (2.0, 0.03, 125)]
 )
 def test_of_searches_at_the_limit_at_most_a_twentieth_accepts(max_drop: float, noise: float, images: int) -> None:
-    """A search tries one variant after the other and ends with the first that is not accepted."""
+    """One test each; tests/search/test_search.py simulates whole searches."""
     random = np.random.default_rng(0)
     shares = (max_drop / 100 + noise, noise)
     found = Counter(

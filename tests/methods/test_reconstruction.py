@@ -106,7 +106,7 @@ def test_activations_are_kept_for_as_many_images_as_fit(network: nn.Module, imag
         assert values.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("columns", [50, 64 * 49, 10**6])
+@pytest.mark.parametrize("columns", [50, 1000, 64 * 49, 10**6])
 def test_some_patches_of_each_image_are_taken(images: Tensor, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.Conv2d(3, 6, 3, stride=2, groups=3)
     monkeypatch.setattr(moments, "_COLUMNS", columns)
@@ -114,3 +114,29 @@ def test_some_patches_of_each_image_are_taken(images: Tensor, columns: int, monk
     every = moments.patches(layer, images).unflatten(1, (len(images), -1))
     step = -(-every.shape[1] * every.shape[2] // columns)
     torch.testing.assert_close(found, every[:, :, ::step].flatten(1, 2))
+
+
+class Windows(nn.Module):
+    """Cuts each image into four windows and gives all of them to a linear layer."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first, self.linear = first, nn.Linear(3 * 8 * 8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = x.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(3)  # [N, 2, 2, 192]
+        rows = windows.flatten(0, 2) if self.first else windows.flatten(1, 2).transpose(0, 1)
+        return self.linear(rows)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["windows in the batch", "the batch comes second"])
+@pytest.mark.parametrize("batch", [16, 64])
+def test_activations_are_kept_whole_that_have_other_rows_than_images(images: Tensor, first: bool, batch: int) -> None:
+    network = Windows(first).eval()
+    seen: list[Tensor] = []
+    network.linear.register_forward_pre_hook(lambda _, values: seen.append(values[0]))
+    with torch.no_grad():
+        wanted = torch.cat([network(part) for part in images.split(batch)])
+    inputs, targets = cached(Windows(first).eval(), network, "linear", images.split(batch), 1e9)
+    torch.testing.assert_close(inputs, torch.cat(seen[: len(images) // batch]))
+    assert targets.shape == wanted.shape
