@@ -3,12 +3,16 @@
 A part is some commands and the committed files that they write. The commands run in a clone of the current commit,
 `.cache/evidence/<folder>`, so a checkout's own params and models stay as they are. The clone keeps what it has made: a
 part that is stopped goes on in the next sitting. What a part wrote is then copied to the checkout, and
-reports/evidence.json notes its commit, day, machine, load and seconds, and the SHA-256 of all code that it ran.
+reports/evidence.json notes its commit, day, machine, load and seconds, and the SHA-256 of all code that it ran, of its
+commands, of each method's row in params.yaml and of its studies' rows.
 
-`--check` fails if code of a part has changed since the part was made. A part that was never made is named.
+`--check` fails if any of these has changed since the part was made. A new row changes nothing. A part that was never
+made is named.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -175,12 +179,13 @@ def all_parts() -> dict[str, Part]:
 
 
 def stale(parts: Iterable[Part], root: Path, made: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the parts that were made by other code, each with the scripts whose code has changed since."""
+    """Return the parts that were made by something else, each with the scripts and settings that have changed since."""
     found = {}
     for part in parts:
         if part.name in made:
-            now, then = code_of(part, root), made[part.name]["code"]
-            if changed := [script for script in part.scripts if now[script] != then.get(script)]:
+            now, noted = code_of(part, root) | settings_of(part, root), made[part.name]
+            then = noted["code"] | noted["settings"]
+            if changed := [key for key in then | dict.fromkeys(part.scripts) if now.get(key) != then.get(key)]:
                 found[part.name] = changed
     return found
 
@@ -189,6 +194,16 @@ def code_of(part: Part, root: Path) -> dict[str, str]:
     """Return by script of a part the SHA-256 of all code that it runs."""
     scripts = [Path(script) for script in part.scripts]
     return {path.as_posix(): digest for path, digest in scripts_sha256(scripts, root).items()}
+
+
+def settings_of(part: Part, root: Path) -> dict[str, str]:
+    """Return the SHA-256 of a part's commands and, by name, of the rows of all methods and of the part's studies."""
+    params = yaml.safe_load((root / PARAMS_FILE).read_text(encoding="utf-8"))
+    studies = part.params.get("run", params["run"] if part.folder == "default" else [])
+    found: dict[str, Any] = {"its commands": part.commands}
+    found |= {f"methods.{name}": row for name, row in params["methods"].items()}
+    found |= {f"studies.{name}": row for name, row in params["studies"].items() if name in studies}
+    return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in found.items()}
 
 
 def make(part: Part, root: Path) -> dict[str, Any]:
@@ -224,6 +239,7 @@ def make(part: Part, root: Path) -> dict[str, Any]:
         "load_before": round(load, 2),
         "seconds": round(time.monotonic() - began, 3),
         "code": code_of(part, clone),
+        "settings": settings_of(part, clone),
     }
 
 
@@ -285,7 +301,10 @@ def check(parts: Mapping[str, Part], root: Path) -> int:
     made: dict[str, Any] = read_json(root / RECORD) if (root / RECORD).is_file() else {}
     found = stale(parts.values(), root, made)
     for name, scripts in found.items():
-        print(f"{name}: made by other code ({', '.join(scripts)}); run `make evidence PARTS={name}`", file=sys.stderr)
+        print(
+            f"{name}: made by other code or settings ({', '.join(scripts)}); run `make evidence PARTS={name}`",
+            file=sys.stderr,
+        )
     if never := [name for name in parts if name not in made]:
         print(f"{RECORD}: {len(never)} of {len(parts)} parts were not made yet: {', '.join(never)}")
     return int(bool(found))

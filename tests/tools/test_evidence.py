@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,14 @@ if Path("stop").is_file():
 Path("reports").mkdir(exist_ok=True)
 Path("reports/toy.txt").write_text(Path("params.yaml").read_text() + rows.read_text())
 """
+PARAMS = """
+run: [own]
+methods:
+  one: {bits: 8}
+studies:
+  own: {seed: 0}
+  other: {seed: 0}
+"""
 PART = Part("toy", ("python work/make.py",), ("reports/toy.txt",), ("work/make.py",), params={"run": ["other"]})
 
 
@@ -33,7 +42,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "work").mkdir()
     for name, text in (
         ("work/make.py", SCRIPT),
-        ("params.yaml", "run: [own]\n"),
+        ("params.yaml", PARAMS),
         ("dvc.lock", "{}\n"),
         (".gitignore", "/.cache\n/data/external\n"),
         (".dvc/.gitignore", "/config.local\n"),
@@ -62,8 +71,8 @@ def checked() -> int:
 def test_a_part_is_made_once_for_its_code_in_a_clone_with_its_params(root: Path, capsys: Any) -> None:
     main([])
     made = root / "reports" / "toy.txt"
-    assert yaml.safe_load(made.read_text().partition("row")[0]) == {"run": ["other"]}
-    assert (root / "params.yaml").read_text() == "run: [own]\n" and not (root / "rows.txt").exists()
+    assert yaml.safe_load(made.read_text().partition("row ")[0])["run"] == ["other"]
+    assert (root / "params.yaml").read_text() == PARAMS and not (root / "rows.txt").exists()
     noted = read_json(root / RECORD)["toy"]
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     assert noted["commit"] == head and noted["seconds"] > 0 and noted["code"].keys() == {"work/make.py"}
@@ -77,10 +86,36 @@ def test_a_comment_changes_nothing_and_other_code_fails_the_check(root: Path, ca
     (root / "work" / "make.py").write_text(SCRIPT + "# a comment\n")
     assert checked() == 0
     (root / "work" / "make.py").write_text(SCRIPT + "print(1)\n")
-    assert checked() == 1 and "toy: made by other code (work/make.py)" in capsys.readouterr().err
+    assert checked() == 1 and "toy: made by other code or settings (work/make.py)" in capsys.readouterr().err
     commit()
     main([])
     assert checked() == 0
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "said"),
+    [
+        ("  one: {bits: 8}", "  one: {bits: 4}", "methods.one"),
+        ("  other: {seed: 0}", "  other: {seed: 1}", "studies.other"),
+        ("  one: {bits: 8}", "  none: {bits: 8}", "methods.one"),
+        ("  own: {seed: 0}", "  own: {seed: 1}", None),
+        ("  one: {bits: 8}", "  one: {bits: 8}\n  new: {bits: 4}", None),
+    ],
+)
+def test_other_settings_fail_the_check_and_new_ones_do_not(
+    root: Path, capsys: Any, then: str, now: str, said: str | None
+) -> None:
+    main([])
+    (root / "params.yaml").write_text(PARAMS.replace(then, now))
+    assert checked() == (said is not None)
+    assert said is None or f"settings ({said})" in capsys.readouterr().err
+
+
+def test_other_commands_fail_the_check(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main([])
+    other = replace(PART, commands=("python work/make.py --faster",))
+    monkeypatch.setattr(evidence, "all_parts", lambda: {"toy": other})
+    assert checked() == 1
 
 
 def test_a_part_that_was_stopped_goes_on_at_the_same_commit_and_begins_anew_at_another(root: Path) -> None:
