@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from quantstudy import params as P
+from quantstudy.measure.sequential import images_needed
 from quantstudy.methods.fragile import LOW_BITS
 from quantstudy.network.graph import out_channels_first
 from quantstudy.quantization.schemes import WeightScheme
@@ -26,6 +27,10 @@ SPENT_ON: dict[Group, float] = {"quick": 2.0, "learned": 1.0, "trained": 2.0}
 """How the groups that may be tried share the allowed error."""
 
 
+STARTS = 3
+"""This many of the quick tests bring an equal part of the error that all of them are allowed."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A method to try; `row` is a row of params.yaml, or a row between two of them."""
@@ -33,6 +38,39 @@ class Candidate:
     name: str
     row: Any
     group: Group
+
+
+@dataclass
+class Trial:
+    """What is known of one candidate."""
+
+    name: str
+    group: str
+    size_mb: float | None = None
+    """Of the ONNX file that would be shipped."""
+    tbops: float | None = None
+    latency_ms: float | None = None
+    fp32_latency_ms: float | None = None
+    """Of fp32, timed in turns with the candidate and, to minimize latency, with all others of the group."""
+    busy: bool = False
+    """Whether the timing cannot be trusted."""
+    agreement: dict[str, Any] | None = None
+    """Of the ONNX file with eager PyTorch, on calibration images."""
+    divergence: float | None = None
+    """Of the predictions from fp32's on calibration images, in nats."""
+    seconds: float = 0.0
+    """The time to make, measure and test the candidate."""
+    verdict: str = ""
+    """Accepted, rejected or undecided; or why it was not tested."""
+    drop: float | None = None
+    """On the validation images that were looked at, in percentage points."""
+    images: int = 0
+
+    def of(self, minimize: str) -> float:
+        """Return the minimized value: MB, 10^12 bit-operations, or milliseconds, which compare within a group only."""
+        found = {"size": self.size_mb, "bit_operations": self.tbops, "latency": self.latency_ms}[minimize]
+        assert found is not None
+        return found
 
 
 def candidates(params: P.Params, goal: P.Goal) -> tuple[list[Candidate], dict[str, str]]:
@@ -77,6 +115,12 @@ def error_of(group: Group, goal: P.Goal, members: int = 1) -> float:
     return (1 - goal.confidence) * share / (1 if group == "quick" else members)
 
 
+def starts_of(goal: P.Goal, error: float, images: int, tests: int = STARTS) -> int:
+    """Return how many quick tests bring a part of the error: a part with which `images` can still prove the goal."""
+    known = range(min(STARTS, tests), 1, -1)
+    return next((number for number in known if images_needed(goal.max_drop, error / number) <= images), 1)
+
+
 def group_of(row: Any) -> Group:
     """Return the group of a method, by how much work it is."""
     if row.trains:
@@ -114,7 +158,7 @@ def _between(candidate: Candidate, minimize: str) -> Iterator[Candidate]:
 
 def scheme_of(row: Any) -> dict[str, Any]:
     """Return the widths and groups of a row, without its rounding; nothing if the row has no uniform scheme."""
-    widths = ("group_size", "weight_bits", "activation_bits", "edge_bits")
+    widths = ("group_size", "weight_bits", "activation_bits", "edge_bits", "attention_products")
     keys = (*widths, "fragile_bits", "fragile_share", "fragile_between", "fragile_operations")
     return {key: getattr(row, key, None) for key in keys} if isinstance(row, P.Scheme) and not row.is_mixed else {}
 

@@ -8,12 +8,12 @@ machine can change them by half.
 
 The quick candidates that are left are tested on validation images (`measure.sequential`), beginning with the one that
 diverges least. The last accepted candidate is the smallest so far. This order is fixed before the search sees a
-validation image. Each of the first `STARTS` brings an equal part of the allowed error. A candidate that is accepted
-passes on the error it was tested at, one that is not loses it, and the tests end where none is left. All of these tests
-together are then wrong as rarely as a single test (the fallback procedure of Wiens and Dmitrienko, Journal of
-Biopharmaceutical Statistics 15 (2005); with one start it is fixed sequence testing, as in Angelopoulos, Bates, Candès,
-Jordan and Lei, *Learn then Test*, Annals of Applied Statistics 19 (2025), section 4). So one unlucky candidate does not
-end the search.
+validation image. Each of the first `STARTS`, or fewer if there are few images, brings an equal part of the allowed
+error. A candidate that is accepted passes on the error it was tested at, one that is not loses it, and the tests end
+where none is left. All of these tests together are then wrong as rarely as a single test (the fallback procedure of
+Wiens and Dmitrienko, Journal of Biopharmaceutical Statistics 15 (2005); with one start it is fixed sequence testing, as
+in Angelopoulos, Bates, Candès, Jordan and Lei, *Learn then Test*, Annals of Applied Statistics 19 (2025), section 4).
+So one unlucky candidate does not end the search.
 
 The groups that take minutes come later. Earlier acceptances decide which of their candidates are made and tested, so
 the tests of such a group share the error that the group is allowed (Bonferroni).
@@ -41,51 +41,28 @@ from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.recipes import quantize
 from quantstudy.methods.sensitivity import divergence
 from quantstudy.quantization.variant import Variant, load_variant, save_variant
-from quantstudy.search.candidates import SPENT_ON, Candidate, Group, candidates, error_of, least_objective, scheme_of
+from quantstudy.search.candidates import (
+    SPENT_ON,
+    Candidate,
+    Group,
+    Trial,
+    candidates,
+    error_of,
+    least_objective,
+    scheme_of,
+    starts_of,
+)
 from quantstudy.search.judging import Judge, Shipped
 
 ALIKE = 0.05
 """Two candidates that differ by less than this share in what is minimized count as equal. To test both would gain
 little, and a test that fails loses its part of the allowed error."""
-STARTS = 3
-"""This many of the quick tests bring an equal part of the error that all of them are allowed."""
-TOO_SLOW = "no faster than fp32"
+TOO_SLOW = f"not {100 * ALIKE:g} % faster than fp32"
+_BUSY = "the machine was busy while it was timed"
+_UNTESTED = "not tested"
 TIMING_SECONDS = 1.0
 TWINS = 0.95
 """Two roundings of one scheme have at least this share of each other's size: fragile layers may get other bits."""
-
-
-@dataclass
-class Trial:
-    """What is known of one candidate."""
-
-    name: str
-    group: str
-    size_mb: float | None = None
-    """Of the ONNX file that would be shipped."""
-    tbops: float | None = None
-    latency_ms: float | None = None
-    fp32_latency_ms: float | None = None
-    """Of fp32, timed in turns with the candidate and, to minimize latency, with all others of the group."""
-    busy: bool = False
-    """Whether the timing cannot be trusted."""
-    agreement: dict[str, Any] | None = None
-    """Of the ONNX file with eager PyTorch, on calibration images."""
-    divergence: float | None = None
-    """Of the predictions from fp32's on calibration images, in nats."""
-    seconds: float = 0.0
-    """The time to make, measure and test the candidate."""
-    verdict: str = ""
-    """Accepted, rejected or undecided; or why it was not tested."""
-    drop: float | None = None
-    """On the validation images that were looked at, in percentage points."""
-    images: int = 0
-
-    def of(self, minimize: str) -> float:
-        """Return the minimized value: MB, 10^12 bit-operations, or milliseconds, which compare within a group only."""
-        found = {"size": self.size_mb, "bit_operations": self.tbops, "latency": self.latency_ms}[minimize]
-        assert found is not None
-        return found
 
 
 @dataclass
@@ -141,16 +118,29 @@ def search(shop: Workshop) -> Found:
     """Return the candidate that minimizes the goal among those shown to keep it, and all candidates that were tried."""
     goal = shop.goal
     tried, left = candidates(shop.params, goal)
-    found = Found(None, [], left, "no candidate was left", 0.0)
+    found = Found(None, [], left, "", 0.0)
     for group in SPENT_ON:
         members = sorted((one for one in tried if one.group == group), key=lambda one: _urgency(shop, one))
         trials = _made(shop, members, tried, found)
-        front = _front([trial for trial in trials if not trial.verdict], goal.minimize)
+        front = _front([trial for trial in trials if not trial.verdict], goal)
         _test(shop, front, group, error_of(group, goal, max(len(members), 1)), found)
+    found.ended = found.ended or _ending(goal, found)
     for name, reason in left.items():
         print(f"{name}: not tried: {reason}", flush=True)
     print(f"the search ended: {found.ended}", flush=True)
     return found
+
+
+def _ending(goal: P.Goal, found: Found) -> str:
+    """Return why a search ended whose time was not over."""
+    failed = [trial.name for trial in found.trials if trial.verdict in ("rejected", "undecided")]
+    untested = [trial.name for trial in found.trials if trial.verdict.startswith(_UNTESTED)]
+    parts = [f"{', '.join(failed)}: tested, but not accepted"] if failed else []
+    if untested:
+        parts.append(f"{', '.join(untested)}: not tested, as the allowed error was spent")
+    elif found.best:
+        parts.append(f"nothing else was left that could be {_less(goal)} than {found.best.name}")
+    return "; ".join(parts) or "no candidate was left"
 
 
 def _urgency(shop: Workshop, candidate: Candidate) -> tuple[bool, float]:
@@ -170,12 +160,12 @@ def _made(shop: Workshop, members: Iterable[Candidate], tried: Iterable[Candidat
         trial = Trial(candidate.name, candidate.group)
         trials.append(trial)
         least = least_objective(candidate.row, goal, shop.calibration.replaceable, shop.macs)
-        if twin := _twin(candidate, tried, found.trials):
-            least = max(least, TWINS * twin.of(goal.minimize))
-        if twin and twin.verdict == TOO_SLOW:
-            trial.verdict = f"computes as {twin.name} does, which is {TOO_SLOW}"
+        if twins := _twins(candidate, tried, found.trials):
+            least = max(least, TWINS * min(twin.of(goal.minimize) for twin in twins))
+        if twins and all(twin.verdict == TOO_SLOW for twin in twins):
+            trial.verdict = f"computes as {twins[0].name} does, which is {TOO_SLOW}"
         elif found.best and least >= (1 - ALIKE) * found.best.of(goal.minimize):
-            trial.verdict = f"can be no smaller than {found.best.name}"
+            trial.verdict = f"cannot be {_less(goal)} than {found.best.name}"
         elif found.seconds >= 60 * goal.minutes:
             trial.verdict = found.ended = f"not begun: the {goal.minutes:g} minutes were over"
         else:
@@ -191,12 +181,16 @@ def _made(shop: Workshop, members: Iterable[Candidate], tried: Iterable[Candidat
     return trials
 
 
-def _twin(candidate: Candidate, tried: Iterable[Candidate], trials: Iterable[Trial]) -> Trial | None:
-    """Return a measured trial of the same scheme with another rounding: it is about as large and as fast."""
-    known = {trial.name: trial for trial in trials if trial.size_mb is not None}
-    scheme = scheme_of(candidate.row)
-    alike = (known[other.name] for other in tried if other.name in known and scheme_of(other.row) == scheme)
-    return next(alike, None) if scheme and candidate.group == "learned" else None
+def _twins(candidate: Candidate, tried: Iterable[Candidate], trials: Iterable[Trial]) -> list[Trial]:
+    """Return the measured trials of the same scheme with other roundings: they are about as large and as fast."""
+    known = {trial.name: trial for trial in trials if trial.size_mb is not None and not trial.busy}
+    scheme = scheme_of(candidate.row) if candidate.group == "learned" else {}
+    return [known[other.name] for other in tried if scheme and other.name in known and scheme_of(other.row) == scheme]
+
+
+def _less(goal: P.Goal) -> str:
+    """Return in words by how much a candidate has to differ from a known one."""
+    return f"{100 * ALIKE:g} % {'faster' if goal.minimize == 'latency' else 'smaller'}"
 
 
 def _measure(shop: Workshop, candidate: Candidate, trial: Trial) -> None:
@@ -270,20 +264,20 @@ def _beyond(goal: P.Goal, trial: Trial) -> str:
     for key, value in limits.items():
         limit = getattr(goal, key)
         if limit is not None and value is not None and value > limit:
-            return f"{value:.3g} is beyond {key}, {limit:g}"
-    if goal.minimize == "latency":
-        assert trial.latency_ms is not None and trial.fp32_latency_ms is not None
-        if trial.latency_ms >= (1 - ALIKE) * trial.fp32_latency_ms:
-            return TOO_SLOW
-    return "the machine was busy while it was timed" if goal.minimize == "latency" and trial.busy else ""
+            return _BUSY if key == "max_latency_ms" and trial.busy else f"{value:.3g} is beyond {key}, {limit:g}"
+    if goal.minimize != "latency":
+        return ""
+    assert trial.latency_ms is not None and trial.fp32_latency_ms is not None
+    slow = trial.latency_ms >= (1 - ALIKE) * trial.fp32_latency_ms
+    return _BUSY if trial.busy else TOO_SLOW if slow else ""
 
 
-def _front(trials: Iterable[Trial], minimize: str) -> list[Trial]:
+def _front(trials: Iterable[Trial], goal: P.Goal) -> list[Trial]:
     """Return the trials that are smaller than all that diverge less, by divergence; give the others a verdict."""
     kept: list[Trial] = []
-    for trial in sorted(trials, key=lambda trial: (trial.divergence, trial.of(minimize))):
-        if kept and trial.of(minimize) >= (1 - ALIKE) * kept[-1].of(minimize):
-            trial.verdict = f"no smaller than {kept[-1].name}, and diverges more"
+    for trial in sorted(trials, key=lambda trial: (trial.divergence, trial.of(goal.minimize))):
+        if kept and trial.of(goal.minimize) >= (1 - ALIKE) * kept[-1].of(goal.minimize):
+            trial.verdict = f"not {_less(goal)} than {kept[-1].name}, and diverges more"
         else:
             kept.append(trial)
     return kept
@@ -296,17 +290,17 @@ def _test(shop: Workshop, front: list[Trial], group: Group, error: float, found:
         error: of the quick group, the error of all its tests; of another, the error of each test.
     """
     goal, level, failed = shop.goal, 0.0, list[str]()
-    starts = min(STARTS, len(front))
+    starts = starts_of(goal, error, len(shop.judge.images), len(front))
     for number, trial in enumerate(front):
         if found.best and trial.of(goal.minimize) >= (1 - ALIKE) * found.best.of(goal.minimize):
-            trial.verdict = f"no smaller than {found.best.name}"
+            trial.verdict = f"not {_less(goal)} than {found.best.name}"
             continue
         if group == "quick":
             level += error / starts if number < starts else 0.0
         else:
             level = error
         if not level:
-            trial.verdict = f"not tested: {failed[-1]}, which diverges less, was not accepted"
+            trial.verdict = f"{_UNTESTED}: {failed[-1]}, which diverges less, was not accepted"
             continue
         started = time.perf_counter()
         test = shop.judge.judge(_shipped(shop, trial), level)
@@ -319,8 +313,6 @@ def _test(shop: Workshop, front: list[Trial], group: Group, error: float, found:
         else:
             level = 0.0
             failed.append(trial.name)
-    if failed and not found.ended.startswith("not begun"):
-        found.ended = f"{', '.join(failed)}: not accepted, and what was left diverges more or is no smaller"
 
 
 @torch.no_grad()

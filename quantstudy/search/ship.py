@@ -23,8 +23,9 @@ from quantstudy.measure.statistics import paired_drop_half_width
 from quantstudy.quantization.variant import load_variant
 from quantstudy.runtimes.onnx_model import described, save_onnx
 from quantstudy.runtimes.onnx_tuning import form_of, may_saturate
+from quantstudy.search.candidates import Trial
 from quantstudy.search.judging import Judge, Shipped
-from quantstudy.search.search import Found, Trial, Workshop
+from quantstudy.search.search import Found, Workshop
 
 TIMING_SECONDS = 4.0
 _SENTENCE = {"size": "the smallest", "latency": "the fastest", "bit_operations": "the one of the fewest bit-operations"}

@@ -21,9 +21,19 @@ from quantstudy.methods.recipes import quantize
 from quantstudy.params import load_params
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.search import search as module
-from quantstudy.search.candidates import SHARES, SPENT_ON, Candidate, candidates, error_of, least_objective
+from quantstudy.search.candidates import (
+    SHARES,
+    SPENT_ON,
+    STARTS,
+    Candidate,
+    Trial,
+    candidates,
+    error_of,
+    least_objective,
+    starts_of,
+)
 from quantstudy.search.judging import drawn
-from quantstudy.search.search import STARTS, Trial, _urgency, search
+from quantstudy.search.search import _urgency, search
 from tests.conftest import Project
 
 SEARCHES = 2000
@@ -83,7 +93,9 @@ class Shop:
 def shop(monkeypatch: pytest.MonkeyPatch) -> Any:
     def made(verdicts: dict[str, str], **goal: Any) -> Any:
         found = Shop(monkeypatch, P.Goal(max_drop=1.0, **goal), verdicts)
-        found.judge = type("J", (), {"judge": found.judge_of, "shipped": found.shipped, "check": found.check})()  # type: ignore[assignment]
+        found.judge = type(
+            "J", (), {"judge": found.judge_of, "shipped": found.shipped, "check": found.check, "images": range(2000)}
+        )()  # type: ignore[assignment]
         return found
 
     return made
@@ -98,9 +110,9 @@ def test_it_walks_from_the_least_divergence_until_no_error_is_left(shop: Any) ->
     found = search(own)
     assert found.best.name == "four" and list(own.errors) == ["float", "eight", "four", "three"]
     said = verdicts_of(found)
-    assert said["eight_too"] == said["large"] == "no smaller than eight, and diverges more"
+    assert said["eight_too"] == said["large"] == "not 5 % smaller than eight, and diverges more"
     assert said["two"] == "not tested: three, which diverges less, was not accepted"
-    assert found.left == {"other": "not wanted"} and found.ended.startswith("three: not accepted")
+    assert found.left == {"other": "not wanted"} and re.match("three: tested, but not accepted; two: not", found.ended)
     shares = [error / error_of("quick", own.goal) for error in own.errors.values()]
     assert shares == pytest.approx([1 / STARTS, 2 / STARTS, 1, 1])
 
@@ -146,26 +158,61 @@ def test_groups_share_the_error_and_begin_only_what_can_be_smaller(shop: Any) ->
         assert sum(spent.values()) == pytest.approx(0.1)
 
 
-def test_of_searches_whose_candidates_all_drop_by_the_limit_a_twentieth_accepts_one(
-    shop: Any, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("lossless", "groups"),
+    [
+        ((), {"four": "learned", "three": "learned", "two": "trained"}),
+        (("float",), {}),
+        (("float", "eight"), {}),
+        (("float", "eight"), {"three": "learned", "two": "trained"}),
+        (("float", "eight", "four"), {}),
+    ],
+)
+def test_a_twentieth_of_searches_accepts_a_candidate_that_drops_by_the_limit(
+    shop: Any, capsys: pytest.CaptureFixture[str], lossless: tuple[str, ...], groups: dict[str, str]
 ) -> None:
-    random, wrong = np.random.default_rng(0), 0
+    """Those that lose nothing are accepted most of the time, and pass their error on to those that lose too much."""
+    random, wrong, right = np.random.default_rng(0), 0, 0
     for _ in range(SEARCHES):
         own = shop({}, may_train=True)
-        own.groups = {"four": "learned", "three": "learned", "two": "trained"}
+        own.groups = groups
 
         def judged(name: str, error: float) -> PairedTest:
-            test = PairedTest(1.0, 1000, error)
+            test, (before, after) = PairedTest(1.0, 2000, error), (0.005, 0.005) if name in lossless else (0.03, 0.02)
             while not test.verdict:
                 number = test.ends[test.ends.index(test.seen) + 1 if test.seen else 0] - test.seen
                 where = random.random(number)
-                test.look(where < 0.03, (where >= 0.03) & (where < 0.05))
+                test.look(where < before, (where >= before) & (where < before + after))
             return test
 
         own.judge.judge = judged
-        wrong += search(own).best is not None
+        accepted = {trial.name for trial in search(own).trials if trial.verdict == "accepted"}
+        wrong, right = wrong + bool(accepted - set(lossless)), right + bool(accepted & set(lossless))
         capsys.readouterr()
-    assert wrong <= 0.05 * SEARCHES
+    allowed = 0.05 * sum(SPENT_ON[group] for group in {"quick", *groups.values()}) / sum(SPENT_ON.values())
+    assert wrong <= allowed * SEARCHES and (not lossless or right > 0.8 * SEARCHES)
+
+
+@pytest.mark.parametrize(
+    ("images", "tests", "wanted"), [(2000, 5, STARTS), (2000, 2, 2), (650, 5, 2), (500, 5, 1), (1, 5, 1)]
+)
+def test_fewer_tests_begin_with_a_part_of_the_error_where_images_are_few(images: int, tests: int, wanted: int) -> None:
+    goal = P.Goal(max_drop=1.0)
+    error = error_of("quick", goal)
+    found = starts_of(goal, error, images, tests)
+    assert found == wanted
+    assert found == 1 or images_needed(goal.max_drop, error / found) <= images
+
+
+@pytest.mark.parametrize(("size", "tested"), [(1.0, False), (0.96, False), (0.94, True)])
+def test_two_candidates_count_as_equal_up_to_a_twentieth(
+    shop: Any, monkeypatch: pytest.MonkeyPatch, size: float, tested: bool
+) -> None:
+    monkeypatch.setitem(TABLE, "three", (size, 0.2))
+    own = shop({})
+    said = verdicts_of(search(own))
+    assert ("three" in own.errors) == tested
+    assert said["three"] == ("accepted" if tested else "not 5 % smaller than four, and diverges more")
 
 
 def test_a_learned_row_is_not_made_whose_quick_twin_is_larger_than_the_best(shop: Any) -> None:
@@ -176,7 +223,7 @@ def test_a_learned_row_is_not_made_whose_quick_twin_is_larger_than_the_best(shop
     made = own.made
     own.made = lambda: [Candidate(one.name, rows.get(one.name), one.group) for one in made()]
     said = verdicts_of(search(own))
-    assert said["large"] == "can be no smaller than three" and said["eight"] == "accepted"
+    assert said["large"] == "cannot be 5 % smaller than three" and said["eight"] == "accepted"
 
 
 TWINS = {"eight": "gptq", "large": "brecq"}
@@ -203,8 +250,11 @@ def test_times_are_compared_that_were_taken_in_turns(shop: Any) -> None:
     assert together == [["float", "eight", "eight_too", "four", "three", "two"], ["large", "four"]]
     assert found.best.name == "large" and found.best.latency_ms == 10.5 and found.best.fp32_latency_ms == 30.0
     said = verdicts_of(found)
-    assert said["float"] == "no faster than fp32" and said["two"] == "the machine was busy while it was timed"
-    assert said["eight_too"] == "no smaller than eight, and diverges more" and own.errors.keys() >= {"eight", "four"}
+    assert said["float"] == "not 5 % faster than fp32" and said["two"] == "the machine was busy while it was timed"
+    assert said["eight_too"] == "not 5 % faster than eight, and diverges more" and own.errors.keys() >= {
+        "eight",
+        "four",
+    }
 
 
 def test_a_learned_row_is_not_made_whose_quick_twin_is_no_faster(shop: Any) -> None:
@@ -221,8 +271,28 @@ def test_a_learned_row_is_not_made_whose_quick_twin_is_no_faster(shop: Any) -> N
 
     own.judge.timed = timed
     said = verdicts_of(search(own))
-    assert said["large"] == "computes as eight does, which is no faster than fp32"
-    assert said["two"].startswith("no smaller")
+    assert said["large"] == "computes as eight does, which is not 5 % faster than fp32"
+    assert said["two"].startswith("not 5 % faster")
+
+
+def test_a_busy_timing_rules_no_rounding_of_its_scheme_out(shop: Any) -> None:
+    own = shop({}, minimize="latency")
+    own.groups = {"large": "learned"}
+    scheme = {"kind": "weight_only", "weight_bits": 4, "group_size": 32}
+    rows = {name: P.WeightOnly.model_validate(scheme | {"rounding": how}) for name, how in TWINS.items()}
+    made = own.made
+    own.made = lambda: [Candidate(one.name, rows.get(one.name), one.group) for one in made()]
+
+    def timed(variants: dict[str, str], seconds: float) -> dict[str, Timing]:
+        return {
+            name: Timing(7.0 if name == "fp32" else 8.0, 1.0, 1.0, 9, busy=name == "eight")
+            for name in (*variants, "fp32")
+        }
+
+    own.judge.timed = timed
+    said = verdicts_of(search(own))
+    assert said["eight"] == "the machine was busy while it was timed"
+    assert said["large"] == said["four"] == "not 5 % faster than fp32"
 
 
 def test_a_limit_on_latency_times_each_candidate_by_itself(shop: Any) -> None:
