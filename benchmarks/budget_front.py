@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = read_json(layout.sensitivity(name, "json"))
     widths = sorted({*UNIFORM} | {row["bits"] for row in rows if row["bits"] < HALF})
     calibration = load_calibration(name, study, model, preprocessing, observed=False)
-    table = quantized_table(model, calibration, settings, widths)
+    table, _ = quantized_table(model, calibration, settings, widths)
     divergence = divergence_from(model, table, calibration.images, DTYPES[settings.dtype])
     test = load_split(layout.split(name, "test"))
     front = Front(model, settings, rows, table, divergence, calibration, load_checkpoint(fp32), test, preprocessing)

@@ -26,7 +26,7 @@ def mixed_precision(example: Example) -> Figure:
     batches = list(zip(example.calibration.images, example.train[1].split(64), strict=False))
     macs = dict.fromkeys(layers, 0)  # these budgets limit the size only
     rows = measure_layers(example.model, example.calibration, batches, P.Sensitivity(bits=WIDTHS), macs)
-    table = quantized_table(example.model, example.calibration, _budget(SHOWN), WIDTHS[:-1])
+    table, _ = quantized_table(example.model, example.calibration, _budget(SHOWN), WIDTHS[:-1])
     divergence = divergence_from(example.model, table, example.calibration.images)
 
     def choose(size: float) -> Allocation:

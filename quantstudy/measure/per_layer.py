@@ -50,7 +50,7 @@ def _outputs(model: nn.Module, images: Tensor) -> dict[str, np.ndarray]:
     with contextlib.ExitStack() as handles:
         for name, layer in layers.items():
             handles.enter_context(layer.register_forward_hook(functools.partial(_keep, found, name)))
-        model(images)
+        model(images.clone())
     return found
 
 

@@ -76,20 +76,20 @@ def allocate(losses: Losses, budgets: Sequence[Budget]) -> dict[str, int]:
     """Return the bits of each layer, with the least summed loss within `budgets`.
 
     Args:
-        losses: finite, by layer and bits; every layer has the same widths.
+        losses: finite, by layer and bits; a layer gets one of its own widths.
         budgets: with a cost for every layer and width of `losses`.
 
     Raises:
         UserError: no allocation fits the budgets; if one budget alone is too small, the line names its smallest limit.
     """
-    layers, widths = list(losses), list(next(iter(losses.values())))
+    layers, widths = list(losses), sorted({bits for own in losses.values() for bits in own})
     for budget in budgets:
-        smallest = sum(min(budget.costs[layer][bits] for bits in widths) for layer in layers)
+        smallest = sum(min(budget.costs[layer][bits] for bits in losses[layer]) for layer in layers)
         if smallest > budget.most:
             possible = math.ceil(1e4 * smallest / budget.unit) / 1e4
             raise UserError(f"{budget.key}: {budget.limit:g} is too small; the smallest possible is {possible:g}")
-    loss = np.array([[losses[layer][bits] for bits in widths] for layer in layers], dtype=float)
-    costs = [np.array([[b.costs[layer][bits] for bits in widths] for layer in layers]) for b in budgets]
+    loss = np.array([[losses[layer].get(bits, np.nan) for bits in widths] for layer in layers], dtype=float)
+    costs = [np.array([[b.costs[layer].get(bits, 0) for bits in widths] for layer in layers]) for b in budgets]
     chosen = _solve(loss, costs, [budget.most for budget in budgets])
     if chosen is None:
         keys = " and ".join(budget.key for budget in budgets)
@@ -100,12 +100,13 @@ def allocate(losses: Losses, budgets: Sequence[Budget]) -> dict[str, int]:
 def _solve(
     loss: NDArray[np.float64], costs: Sequence[NDArray[np.int64]], limits: Sequence[int]
 ) -> NDArray[np.int64] | None:
-    """Return the index of each row's choice; None if no choice is within the limits."""
+    """Return the index of each row's choice, where `loss` is a number; None if no choice is within the limits."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     layers, widths = loss.shape
     rows = np.arange(layers)
     one_each = LinearConstraint(np.kron(np.eye(layers), np.ones(widths)), 1, 1)
+    possible, loss = np.isfinite(loss), np.nan_to_num(loss)
     scaled = loss.ravel() * (_LARGEST_LOSS / max(float(np.abs(loss).max()), 1e-300))
     tightened = list(limits)
     while True:
@@ -113,7 +114,7 @@ def _solve(
         found = milp(
             scaled,
             integrality=np.ones(loss.size),
-            bounds=Bounds(0, 1),
+            bounds=Bounds(0, possible.ravel().astype(float)),
             constraints=[one_each, *within],
             options={"mip_rel_gap": 0.0},
         )

@@ -32,18 +32,23 @@ _PIXELS = 64 * 224 * 224
 def correct_biases(model: nn.Module, network: nn.Module, images: Tensor) -> dict[str, str]:
     """Add to the bias of each quantized layer what its mean output lacks, in place; `images` is [N, 3, S, S].
 
-    One pass is enough: each layer is corrected before the next one sees its output. A linear layer without a bias gets
-    none, because its ONNX graph has no place for it. An activation counts if it is a module of `ACTIVATIONS` that reads
-    a layer's output itself, or a sum that was added to that output in place. Returns the layers that are not corrected,
+    One pass is enough: each layer is corrected before the next one sees its output. A layer that is called several
+    times is corrected in its last call, by the mean of what its calls lack. A linear layer without a bias gets none,
+    because its ONNX graph has no place for it. An activation counts if it is a module of `ACTIVATIONS` that reads a
+    layer's output itself, or a sum that was added to that output in place. Returns the layers that are not corrected,
     each with the reason.
     """
     images = images[: max(_PIXELS // images.shape[-1] ** 2, 1)]
     layers = _correctable(network)
     wanted = _wanted_sums(model, list(layers), images)
+    lacking: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def correct(name: str) -> Callable[[Any, Any, Tensor], Tensor]:
         def hook(layer: Any, inputs: Any, y: Tensor) -> Tensor:
-            missing = wanted[name].pop(0).missing(y)
+            lacking[name].append(wanted[name].pop(0).missing(y))
+            if wanted[name]:
+                return y
+            missing = torch.stack(lacking[name]).mean(0)
             _add_to_bias(layer, missing)
             return y + (missing if isinstance(layer, QuantLinear) else missing.view(-1, *[1] * (y.ndim - 2)))
 

@@ -17,15 +17,19 @@ the images is held out and decides which state of a unit is best; the starting s
 
 import contextlib
 import functools
-from collections.abc import Collection
-from typing import Any
+import itertools
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quantstudy.methods.reconstruction import cached, find_units
+from quantstudy.methods.reconstruction import cached
 from quantstudy.methods.trainable import everything_rounded, freeze_trained, make_trainable, split, train_to_best
+from quantstudy.quantization.layers import QuantLinear, quantized_layers
 
 RATE = 0.005
 BATCH_SIZE = 32
@@ -35,6 +39,87 @@ DROP = 0.5
 MEMORY = 1e9
 """The most bytes of activations to keep for a unit."""
 _FISHER_IMAGES = 64
+
+
+class Unit(NamedTuple):
+    """What is reconstructed at once."""
+
+    channels: int
+    """The axis of the channels in its output."""
+    rows: int
+    """How many rows of its output an image has; 0 if a row belongs to several images."""
+
+
+def find_units(network: nn.Module, images: Tensor) -> tuple[dict[str, Unit], dict[str, str]]:
+    """Return the units to reconstruct one after another, in the order in which they run, and what cannot be one.
+
+    A unit is the largest module that takes and returns one tensor, is called once, and contains quantized layers. A
+    plain container is none; its parts may be. The network runs once on `images` [N, C, H, W].
+
+    Returns:
+        The units by name, and the layers of no unit, each with the reason.
+    """
+    calls = _calls(network, images)
+    layers = {id(layer) for layer in quantized_layers(network).values()}
+    units: dict[str, Unit] = {}
+    left: dict[str, str] = {}
+
+    def visit(name: str, module: nn.Module) -> None:
+        if not any(id(part) in layers for part in module.modules()):
+            return
+        found = calls.get(name, [])
+        is_container = module is network or isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+        if len(found) == 1 and isinstance(found[0].result, torch.Size) and (id(module) in layers or not is_container):
+            rows, rest = divmod(found[0].result[0], len(images))
+            units[name] = Unit(_channel_axis(network, calls, name, found[0].result), 0 if rest else rows)
+        elif id(module) in layers:
+            left[name] = f"is called {len(found)} times" if len(found) != 1 else "does not take one tensor to one"
+        else:
+            for child, part in module.named_children():
+                visit(f"{name}.{child}" if name else child, part)
+
+    visit("", network)
+    return dict(sorted(units.items(), key=lambda unit: calls[unit[0]][0].start)), left
+
+
+@dataclass
+class _Call:
+    start: int
+    """How many calls began before."""
+    result: torch.Size | None = None
+    """The shape of the result; None if the module does not take one tensor to one."""
+
+
+def _calls(network: nn.Module, images: Tensor) -> dict[str, list[_Call]]:
+    """Return the calls of each module, by name."""
+    found: dict[str, list[_Call]] = defaultdict(list)
+    number = itertools.count()
+
+    def enter(name: str, *_: Any) -> None:
+        found[name].append(_Call(next(number)))
+
+    def leave(name: str, module: Any, values: Any, keywords: Any, result: Any) -> None:
+        given = [*values, *keywords.values()]
+        takes_one = len(given) == 1 and isinstance(given[0], Tensor) and not keywords.keys() - {"input"}
+        if takes_one and isinstance(result, Tensor):
+            found[name][-1].result = result.shape
+
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for name, module in network.named_modules():
+            hooks.enter_context(module.register_forward_pre_hook(functools.partial(enter, name)))
+            hook = functools.partial(leave, name)
+            hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+        network(images.clone())
+    return found
+
+
+def _channel_axis(network: nn.Module, calls: dict[str, list[_Call]], name: str, shape: torch.Size) -> int:
+    """Return the axis of the channels in a unit's output: the last one if its last layer, a linear one, makes them."""
+    layers = quantized_layers(network.get_submodule(name))
+    names = [f"{name}.{inner}" if inner else name for inner in layers]
+    last = max((inner for inner in names if calls.get(inner)), key=lambda inner: calls[inner][-1].start)
+    layer = network.get_submodule(last)
+    return -1 if isinstance(layer, QuantLinear) and shape[-1] == layer.shape[0] else 1
 
 
 def reconstruct_blocks(reference: nn.Module, network: nn.Module, images: Tensor, steps: int) -> dict[str, str]:
@@ -49,44 +134,96 @@ def reconstruct_blocks(reference: nn.Module, network: nn.Module, images: Tensor,
     Returns:
         The layers whose codes and scales were not trained, each with the reason.
     """
-    units, left = find_units(network), dict[str, str]()
-    weights = fisher_information(reference, images[:_FISHER_IMAGES], list(units))
-    with tqdm(units.items(), desc="reconstruction", unit="unit", leave=False, mininterval=1.0) as bar:
-        for name, unit in bar:
+    units, left = find_units(network, images[:2])
+    axes = {name: facts.channels for name, facts in units.items()}
+    weights = fisher_information(reference, images[:_FISHER_IMAGES], axes)
+    images, judges = _in_turns(images)
+    with (
+        tqdm(units.items(), desc="reconstruction", unit="unit", leave=False, mininterval=1.0) as bar,
+        torch.random.fork_rng(devices=[]),
+    ):
+        torch.manual_seed(0)  # which values of an activation stay as they are
+        for name, facts in bar:
+            unit = network.get_submodule(name)
             kept = make_trainable(unit, DROP)
             left |= {f"{name}.{layer}" if layer else name: why for layer, why in kept.items()}
             if any(parameter.requires_grad for parameter in unit.parameters()):
                 with everything_rounded(unit):
                     rounded, targets, plain = cached(reference, network, name, images.split(16), MEMORY, plain=True)
-                before, after = _learn(unit, rounded, targets, plain, weights[name], steps)
+                rows = _rows(judges, len(targets), facts.rows)
+                before, after = _learn(unit, (rounded, targets, plain), rows, weights[name], facts.channels, steps)
                 del rounded, targets, plain  # before those of the next unit are kept
                 bar.set_postfix_str(f"{name}: error {before:.3g} -> {after:.3g}")
             freeze_trained(unit)
     return left
 
 
+def _in_turns(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the images, and which of them judge, bool [N], so that of any first ones about an eighth does.
+
+    A unit keeps as many of the first images as fit into memory; those that judge it train no other unit. If there are
+    too few images, all of them do both.
+    """
+    train, judge = split(len(images))
+    if train == len(images):
+        return images, torch.ones(len(images), dtype=torch.bool)
+    places = torch.cat([(torch.arange(count) + 0.5) / count for count in (train, judge)])
+    order = places.argsort(stable=True)
+    return images[order], order >= train
+
+
 def _learn(
-    unit: nn.Module, rounded: Tensor, targets: Tensor, plain: Tensor, weight: Tensor, steps: int
+    unit: nn.Module,
+    known: tuple[Tensor, Tensor, Tensor],
+    rows: tuple[Tensor, Tensor],
+    weight: Tensor,
+    channels: int,
+    steps: int,
 ) -> tuple[float, float]:
-    """Train one unit; return its error on the held-out images, before and after."""
-    train, judge = split(len(targets))
-    weight = weight.view(-1, *[1] * (targets.ndim - 2)) / _spread(targets, weight)
+    """Train one unit; return its error on the held-out images, before and after.
+
+    Args:
+        unit: the unit, trainable.
+        known: its rounded input, the output that it should have, and its input in fp32, each with the same rows.
+        rows: those that train, and those that judge.
+        weight: of each channel, [C].
+        channels: the axis of the channels.
+        steps: training steps.
+    """
+    (rounded, targets, plain), (train, judge) = known, rows
+    shape = [1] * targets.ndim
+    shape[channels] = -1
+    weight = weight.view(shape) / _spread(targets, weight, channels)
     generator = torch.Generator().manual_seed(0)
     size = min(max(PLACES // max(plain[0, 0].numel(), 1), 8), BATCH_SIZE) if plain.ndim > 2 else BATCH_SIZE
 
     def loss() -> Tensor:
-        chosen = torch.randint(train, (size,), generator=generator)
+        chosen = train[torch.randint(len(train), (size,), generator=generator)]
         keep = torch.rand(plain[chosen].shape, generator=generator) < DROP
         found = unit(torch.where(keep, plain[chosen], rounded[chosen]))
         return ((found - targets[chosen]).square() * weight).mean()
 
-    best = train_to_best(unit, RATE, steps, loss, lambda: _error(unit, rounded[-judge:], targets[-judge:], weight))
+    held = rounded[judge], targets[judge]
+    best = train_to_best(unit, RATE, steps, loss, lambda: _error(unit, *held, weight))
     return best.first, best.error
 
 
-def _spread(targets: Tensor, weight: Tensor) -> Tensor:
+def _rows(judges: Tensor, count: int, by_image: int) -> tuple[Tensor, Tensor]:
+    """Return which of the first `count` rows of activations train and which judge, by the images that they belong to.
+
+    Of rows that images share, `by_image` 0, the last ones judge.
+    """
+    every = torch.arange(count)
+    if not by_image:
+        train, judge = split(count)
+        return every[:train], every[-judge:]
+    judges = judges.repeat_interleave(by_image)[:count]
+    return (every, every) if bool(judges.all()) else (every[~judges], every[judges])
+
+
+def _spread(targets: Tensor, weight: Tensor, channels: int) -> Tensor:
     """Return the weighted variance of the outputs; errors are stated as a share of it."""
-    axes = [axis for axis in range(targets.ndim) if axis != 1]
+    axes = [axis for axis in range(targets.ndim) if axis != channels % targets.ndim]
     return (targets.var(axes, correction=0) * weight).mean().clamp_min(1e-12)
 
 
@@ -94,28 +231,35 @@ def _spread(targets: Tensor, weight: Tensor) -> Tensor:
 def _error(unit: nn.Module, inputs: Tensor, targets: Tensor, weight: Tensor) -> float:
     with everything_rounded(unit):
         pairs = zip(inputs.split(16), targets.split(16), strict=True)
-        return sum(float(((unit(x) - y).square() * weight).sum()) for x, y in pairs) / targets.numel()
+        return sum(float(((unit(x.clone()) - y).square() * weight).sum()) for x, y in pairs) / targets.numel()
 
 
-def fisher_information(model: nn.Module, images: Tensor, names: Collection[str]) -> dict[str, Tensor]:
-    """Return the mean squared gradient of each channel of the named modules' outputs, [C], scaled to the mean 1."""
+def fisher_information(model: nn.Module, images: Tensor, axes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Return the mean squared gradient of each channel of some modules' outputs, [C], scaled to the mean 1.
+
+    Args:
+        model: the fp32 network.
+        images: float32 [N, C, H, W].
+        axes: the axis of the channels, by the module's name.
+    """
     found: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
     for batch in images.split(16):
         outputs: dict[str, Tensor] = {}
 
-        def keep(outputs: dict[str, Tensor], name: str, module: nn.Module, values: Any, result: Tensor) -> None:
-            outputs.setdefault(name, result)
+        def keep(outputs: dict[str, Tensor], name: str, module: nn.Module, values: Any, result: Tensor) -> Tensor:
+            outputs[name] = result
+            return result.clone()  # an activation may write to what it gets
 
         with contextlib.ExitStack() as hooks, torch.enable_grad():
-            for name in names:
+            for name in axes:
                 hook = functools.partial(keep, outputs, name)
                 hooks.enter_context(model.get_submodule(name).register_forward_hook(hook))
-            log_p = model(batch.clone().requires_grad_(True)).log_softmax(1)
+            log_p = model(batch.detach().requires_grad_().clone()).log_softmax(1)  # it may write to its images
             drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
             gradients = torch.autograd.grad(-log_p.gather(1, drawn).sum(), list(outputs.values()), allow_unused=True)
         for (name, output), gradient in zip(outputs.items(), gradients, strict=True):
             gradient = torch.zeros_like(output) if gradient is None else gradient
-            axes = [axis for axis in range(gradient.ndim) if axis != 1]
-            found[name] = found.get(name, torch.zeros(())) + gradient.square().sum(axes)
+            others = [axis for axis in range(gradient.ndim) if axis != axes[name] % gradient.ndim]
+            found[name] = found.get(name, torch.zeros(())) + gradient.square().sum(others)
     return {name: total / total.mean().clamp_min(1e-30) for name, total in found.items()}

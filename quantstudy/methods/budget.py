@@ -25,11 +25,11 @@ from quantstudy.methods.allocation import HALF, Allocation, allocate, operations
 from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.post_training import freeze
 from quantstudy.methods.recipe import Recipe, register
-from quantstudy.methods.sensitivity import Layers, Row, Table, divergence, quantized_table
+from quantstudy.methods.sensitivity import Layers, Row, Table, divergence, quantized_table, stored_shape
 from quantstudy.methods.uniform import left_as_they_are
 from quantstudy.network.graph import put
 from quantstudy.quantization.layers import quantized_layers
-from quantstudy.quantization.variant import Variant, cast
+from quantstudy.quantization.variant import Skipped, Variant, cast, merged
 
 LOSSES: dict[str, Callable[[Row], float]] = {
     "size of the logits' relative error": lambda row: 10 ** (-row["sqnr_db"] / 20),
@@ -46,12 +46,14 @@ class BudgetRecipe(Recipe[P.MixedBudget]):
     def quantize(self, model: nn.Module, calibration: Calibration, row: P.MixedBudget) -> Variant:
         allocations = allocations_within(calibration.replaceable, calibration.sensitivity, row)
         widths = sorted({width for bits in allocations for width in bits.values() if width < HALF})
-        table = quantized_table(model, calibration, row, widths)
+        table, skipped = quantized_table(model, calibration, row, widths)
         divergence_of = divergence_from(model, table, calibration.images, DTYPES[row.dtype])
         bits = min(allocations, key=divergence_of)
         counts = ", ".join(f"{count} of {width} bits" for width, count in sorted(Counter(bits.values()).items()))
         tqdm.write(f"layers: {counts}; the choice of {len(allocations)} that diverges least from fp32")
-        return mixed(model, table, bits, calibration, row)
+        variant = mixed(model, table, bits, calibration, row)
+        variant.skipped = merged(_of_integers(skipped, bits), variant.skipped)
+        return variant
 
 
 def mixed(
@@ -63,11 +65,20 @@ def mixed(
     here. Learned rounding has thus seen the other layers at the width of the layer that it rounded, not at their own.
     """
     network = _assembled(model, table, bits, torch.float32).network
-    for name, layer in quantized_layers(network).items():  # `freeze` corrects the whole bias, not the layer's part
-        layer.bias = copy.deepcopy(model.get_submodule(name).bias)
+    if settings.rounding != "brecq":  # which has learned the biases together with the codes
+        for name, layer in quantized_layers(network).items():  # `freeze` corrects the whole bias, not the layer's part
+            layer.bias = copy.deepcopy(model.get_submodule(name).bias)
     rest = settings.model_copy(update={"rounding": "nearest", "gain_correction": False})
-    skipped = left_as_they_are(model, calibration.graph) | freeze(model, network, calibration, rest)
+    skipped = merged(left_as_they_are(model, calibration.graph), freeze(model, network, calibration, rest))
     return cast(network, DTYPES[settings.dtype], skipped)
+
+
+def _of_integers(skipped: Skipped, bits: Allocation) -> Skipped:
+    """Return what was left out of the layers that an allocation stores as integers."""
+    return {
+        technique: {name: why for name, why in layers.items() if bits.get(name, HALF) < HALF}
+        for technique, layers in skipped.items()
+    }
 
 
 def _assembled(model: nn.Module, table: Table, bits: Allocation, dtype: torch.dtype) -> Variant:
@@ -84,7 +95,7 @@ def allocations_within(layers: Layers, rows: Sequence[Row], settings: P.MixedBud
     Raises:
         UserError: the rows belong to another network, or no allocation fits the budgets.
     """
-    shapes: dict[str, torch.Size] = {name: layer.weight.shape for name, layer in layers.items()}
+    shapes = {name: stored_shape(layer) for name, layer in layers.items()}
     by_layer: dict[str, dict[int, Row]] = {}
     for row in rows:
         by_layer.setdefault(row["layer"], {})[row["bits"]] = row
@@ -121,18 +132,18 @@ def divergence_from(
         images: calibration batches, float32 [N, 3, S, S].
         dtype: of the layers at 16 bits.
     """
-    reference = torch.cat([model(batch) for batch in images])
+    reference = torch.cat([model(batch.clone()) for batch in images])
 
     @functools.cache
     @torch.no_grad()
     def measured(items: tuple[tuple[str, int], ...]) -> float:
         network = cast(_assembled(model, table, dict(items), dtype).network, torch.float32)
-        return divergence(reference, torch.cat([network(batch) for batch in images]))
+        return divergence(reference, torch.cat([network(batch.clone()) for batch in images]))
 
     return lambda bits: measured(tuple(bits.items()))
 
 
 def mean_bits(layers: Layers, bits: Allocation, group_size: int | None) -> float:
     """Return the stored bits per weight of `layers` under an allocation, scales and layers at 16 bits included."""
-    stored = sum(stored_bits(layers[name].weight.shape, width, group_size) for name, width in bits.items())
+    stored = sum(stored_bits(stored_shape(layers[name]), width, group_size) for name, width in bits.items())
     return stored / sum(layer.weight.numel() for layer in layers.values())

@@ -9,7 +9,7 @@ computed for the others. The integer program of `methods.allocation` then spends
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +34,7 @@ def with_fragile_layers(
     share: float,
     *,
     between: bool = True,
+    edges: Collection[str] = (),
 ) -> dict[str, LayerScheme]:
     """Return `schemes` with the weights of each layer in `losses` at the bits of least total loss.
 
@@ -42,6 +43,7 @@ def with_fragile_layers(
         schemes: the scheme of each quantized layer.
         losses: the loss of each layer whose bits may change, at the bits of its scheme (`losses_alone`).
         highest: the most bits of a layer; the least are one fewer than its scheme has, and at least 2.
+        edges: layers that get no fewer bits than their schemes have.
         share: by which share the codes and scales of the layers in `losses` together may grow.
         between: whether a layer may have other widths than its scheme's and `highest`.
     """
@@ -50,7 +52,8 @@ def with_fragile_layers(
     for name, loss in losses.items():
         scheme, layer = schemes[name].weight, layers[name]
         shape = out_channels_first(layer, layer.weight).shape  # type: ignore[arg-type]
-        widths: Iterable[int] = range(max(scheme.bits - 1, 2), max(highest, scheme.bits) + 1)
+        least = scheme.bits if name in edges else max(scheme.bits - 1, 2)
+        widths: Iterable[int] = range(least, max(highest, scheme.bits) + 1)
         if not between:
             widths = sorted({scheme.bits, max(highest, scheme.bits)})
         costs[name] = {bits: replace(scheme, bits=bits).layout(shape).nbytes for bits in widths}
@@ -92,16 +95,17 @@ def with_fragile_inputs(
         schemes: the scheme of each quantized layer.
         losses: the loss of each input whose bits may change, one at least, at the bits of its scheme
             (`input_losses_alone`).
-        highest: the most bits; the least are the scheme's.
+        highest: the most bits; the least are those of the layer's scheme.
         share: by which share the bit-operations of all layers together may grow.
     """
-    widths = range(min(schemes[name].activation.bits for name in losses), highest + 1)
-    by_bits = {name: {b: loss * 4.0 ** (widths.start - b) for b in widths} for name, loss in losses.items()}
+    own = {name: schemes[name].activation.bits for name in losses}
+    widths = {name: range(least, max(highest, least) + 1) for name, least in own.items()}
+    by_bits = {name: {b: loss * 4.0 ** (own[name] - b) for b in widths[name]} for name, loss in losses.items()}
     per_bit = {name: macs[name] * scheme.weight.bits for name, scheme in schemes.items()}
     spare = share * sum(count * schemes[name].activation.bits for name, count in per_bit.items())
-    costs = {name: {b: per_bit[name] * b for b in widths} for name in losses}
-    least = sum(costs[name][widths.start] for name in losses)
-    bits = allocate(by_bits, [Budget("fragile_operations", 1.0, int(least + spare), costs)])
+    costs = {name: {b: per_bit[name] * b for b in widths[name]} for name in losses}
+    before = sum(costs[name][own[name]] for name in losses)
+    bits = allocate(by_bits, [Budget("fragile_operations", 1.0, int(before + spare), costs)])
     changed = {name: replace(schemes[name].activation, bits=width) for name, width in bits.items()}
     return {name: replace(s, activation=changed.get(name, s.activation)) for name, s in schemes.items()}
 
@@ -126,10 +130,10 @@ def _losses(
 ) -> dict[str, float]:
     """Return the squared error of the logits, as a share of their square, under each change in turn."""
     few = images[:IMAGES]
-    wanted, found = model(few), {}
+    wanted, found = model(few.clone()), {}  # a network may write to its input
     for name, change in changes.items():
         with change:
-            found[name] = relative_error(wanted, model(few)) ** 2
+            found[name] = relative_error(wanted, model(few.clone())) ** 2
     return found
 
 

@@ -57,7 +57,7 @@ def finetune_jointly(
     train, judge = split(len(pixels))
     kept = pixels[-judge:]
     with torch.no_grad():
-        wanted = torch.cat([reference(x) for x in kept.split(BATCH_SIZE)]).log_softmax(1)
+        wanted = torch.cat([reference(x.clone()) for x in kept.split(BATCH_SIZE)]).log_softmax(1)
     generator = torch.Generator().manual_seed(0)
     with _inputs_of(reference, head) as plain, _inputs_of(network, head) as rounded:
 
@@ -65,7 +65,7 @@ def finetune_jointly(
             chosen = torch.randint(train, (min(BATCH_SIZE, train),), generator=generator)
             x = augmented(pixels[chosen], augmentation, generator)
             with torch.no_grad():
-                taught = reference(x).log_softmax(1)
+                taught = reference(x.clone()).log_softmax(1)  # a network may write to its input
             divergence = F.kl_div(network(x).log_softmax(1), taught, log_target=True, reduction="batchmean")
             if not plain:
                 return divergence
@@ -80,7 +80,7 @@ def finetune_jointly(
 @torch.no_grad()
 def _divergence(network: nn.Module, images: Tensor, wanted: Tensor) -> float:
     with everything_rounded(network):
-        found = torch.cat([network(x) for x in images.split(BATCH_SIZE)]).log_softmax(1)
+        found = torch.cat([network(x.clone()) for x in images.split(BATCH_SIZE)]).log_softmax(1)
     return float(F.kl_div(found, wanted, log_target=True, reduction="batchmean"))
 
 

@@ -22,29 +22,33 @@ from torch import Tensor, nn
 from quantstudy import params as P
 from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.recipe import TrainedRecipe, register
-from quantstudy.methods.uniform import layer_schemes, left_as_they_are
+from quantstudy.methods.uniform import layer_schemes, left_as_they_are, put_quantized
 from quantstudy.network.folding import NORMS, copy_of, fold_pairs, scaled_outputs
 from quantstudy.network.graph import put
-from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
+from quantstudy.quantization.layers import LayerScheme, quantized_layers
 from quantstudy.quantization.learned import LearnedActivation, LearnedWeight
-from quantstudy.quantization.ranges import ActivationRange, activation_range
-from quantstudy.quantization.variant import Variant
+from quantstudy.quantization.ranges import activation_range
+from quantstudy.quantization.variant import Variant, merged
 
 RE_ESTIMATION_BATCHES = 50
+_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 @torch.no_grad()
 def learnable(
     model: nn.Module,
-    statistics: dict[str, Any],
+    calibration: Calibration,
     schemes: dict[str, LayerScheme],
-    how: ActivationRange,
+    row: P.QatLsq,
     pairs: list[tuple[str, str]],
-) -> nn.Module:
+) -> tuple[nn.Module, dict[str, str]]:
     """Return a copy of `model`, its BatchNorm not folded, whose layers quantize with learned scales.
 
-    `statistics` are the layers' statistics from `observers.collect`. `schemes` names the layers to quantize. `how`
-    chooses the range that activation scales start from. `pairs` lists each layer with the BatchNorm that folds into it.
+    `schemes` names the layers to quantize. The `row` chooses the ranges that activation scales start from. `pairs`
+    lists each layer with the BatchNorm that folds into it.
+
+    Returns:
+        The network, and the layers that had to stay in float, each with the reason.
     """
     network = copy_of(model)
     for name, norm_name in pairs:
@@ -58,13 +62,14 @@ def learnable(
             before.bias.mul_(sign)
         norm.weight.mul_(sign)
         norm.running_mean.mul_(sign)
-    for name, layer in quantize_layers(network, schemes).items():
-        scheme = layer.scheme
-        layer.weight_quantizer = LearnedWeight(layer.weight.detach(), scheme.weight)  # type: ignore[union-attr]
-        if scheme.activation.mode == "static":
-            grid = scheme.activation.choose_qparams(*activation_range(statistics[name], scheme.activation, how))
-            layer.activation.learned = LearnedActivation(*grid, scheme.activation.highest)
-    return network
+    stray = put_quantized(network, schemes, calibration)
+    for name, layer in quantized_layers(network).items():
+        scheme, how = layer.scheme.activation, (row.activation_range, row.clip_percentile)
+        layer.weight_quantizer = LearnedWeight(layer.weight.detach(), layer.scheme.weight)
+        if scheme.mode == "static":
+            scale, zero_point = scheme.choose_qparams(*activation_range(calibration.statistics[name], scheme, *how))
+            layer.activation.learned = LearnedActivation(scale, zero_point, scheme.highest)
+    return network, stray
 
 
 @torch.no_grad()
@@ -106,7 +111,7 @@ def freeze_learned(network: nn.Module, pairs: list[tuple[str, str]]) -> None:
         sign = torch.where(factor < 0, -1, 1).view(-1, *[1] * (len(layer.shape) - 1))
         codes = layer.weight_codes().int() * sign
         codes = codes.clamp(scheme.lowest, scheme.highest).to(torch.int8)
-        layer.set_codes(codes, layer.weight_scale.float() * factor.abs()[:, None])
+        layer.set_codes(codes, (layer.weight_scale.float() * factor.abs()[:, None]).clamp_min(_SMALLEST_SCALE))
         before = 0 if layer.bias is None else layer.bias
         layer.bias = nn.Parameter((before - norm.running_mean) * factor + beta, requires_grad=False)
         put(network, {norm_name: nn.Identity()})
@@ -123,10 +128,11 @@ class LsqRecipe(TrainedRecipe[P.QatLsq]):
         graph = calibration.graph
         schemes = layer_schemes(model, calibration, row, calibration.replaceable, "static")
         pairs, unfolded = fold_pairs(graph, [name for name, m in model.named_modules() if isinstance(m, NORMS)])
-        network = learnable(model, calibration.statistics, schemes, row.activation_range, pairs)
+        network, stray = learnable(model, calibration, schemes, row, pairs)
         variant = Variant(network.requires_grad_(True))
-        variant.pairs = pairs
-        variant.skipped = left_as_they_are(model, graph) | ({"folding": unfolded} if unfolded else {})
+        variant.pairs = [pair for pair in pairs if pair[0] not in stray]
+        unfolded |= {norm: f"{stray[name]}: {name}" for name, norm in pairs if name in stray}
+        variant.skipped = merged(left_as_they_are(model, graph), {"quantization": stray, "folding": unfolded})
         return variant
 
     def finish(self, variant: Variant, model: nn.Module, row: P.QatLsq) -> Variant:

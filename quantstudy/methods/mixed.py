@@ -34,5 +34,5 @@ class MixedVarianceRecipe(MixedRecipe[P.MixedVariance]):
     """The `fraction` of layers, at least one, with the lowest weight variance in integers."""
 
     def chosen(self, layers: dict[str, Any], row: P.MixedVariance) -> Collection[str]:
-        by_variance = sorted(layers, key=lambda name: float(layers[name].weight.var()))
+        by_variance = sorted(layers, key=lambda name: float(layers[name].weight.var(correction=0)))
         return by_variance[: max(round(row.fraction * len(layers)), 1)]

@@ -26,7 +26,7 @@ from quantstudy.methods.reconstruction import Limits, reconstruct
 from quantstudy.methods.trainable import LARGE, split
 from quantstudy.network.graph import relative_error, run_in_eval
 from quantstudy.quantization.layers import quantized_layers
-from quantstudy.quantization.variant import Skipped
+from quantstudy.quantization.variant import Skipped, merged
 
 
 @torch.no_grad()
@@ -62,10 +62,11 @@ def freeze(model: nn.Module, network: nn.Module, calibration: Calibration, row: 
     """
     skipped: Skipped = {}
     every = calibration
-    if row.finetune or row.rounding == "brecq":  # no earlier step may see the images that judge these two
+    if row.finetune or row.rounding == "brecq":  # no earlier rounding may see the images that judge these two
         calibration = every.first(split(sum(map(len, every.images)))[0])
     if row.rounding == "adaround":
-        left = reconstruct(model, network, torch.cat(calibration.images), Limits(steps=row.steps))
+        given = (torch.cat(calibration.images), Limits(steps=row.steps), calibration.graph.order)
+        left = reconstruct(model, network, *given)
         skipped["adaround"] = dict.fromkeys(left, f"more than {LARGE:,} weights are learned; rounded by GPTQ")
     layers = quantized_layers(network)
     waiting = {name: layer for name, layer in layers.items() if not layer.frozen}
@@ -92,6 +93,5 @@ def freeze(model: nn.Module, network: nn.Module, calibration: Calibration, row: 
         skipped["brecq"] = reconstruct_blocks(model, network, torch.cat(every.images), row.steps)
     if row.finetune:
         head = calibration.graph.head()
-        given = (every.images, row.steps, row.finetune_augmentation, head)
-        skipped["finetune"] = finetune_jointly(model, network, *given)
-    return {technique: layers for technique, layers in skipped.items() if layers}
+        skipped["finetune"] = finetune_jointly(model, network, every.images, row.steps, row.finetune_augmentation, head)
+    return merged(skipped)

@@ -12,7 +12,7 @@ second term is left out for the first fifth of the steps; then beta falls from 2
 
 Activation scales stay as calibrated. An eighth of the images is held out: if rounding to nearest reconstructs the layer
 better on these, it is kept. A layer of more than `LARGE` weights is left to the caller: with some hundred million
-weights, one step takes a second. `methods.blocks` reconstructs whole blocks, the units of `find_units`.
+weights, one step takes a second. `methods.blocks` reconstructs whole blocks.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from quantstudy.methods.trainable import LARGE, split
-from quantstudy.quantization.layers import quantized_layers
+from quantstudy.quantization.layers import QuantLinear, quantized_layers
 from quantstudy.quantization.schemes import WeightScheme
 
 LEARNING_RATE = 0.01
@@ -81,33 +81,22 @@ class SoftRounding(nn.Module):
         return (1 - (2 * self.up() - 1).abs().pow(beta)).sum()
 
 
-def find_units(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the units to reconstruct one after another, by name: quantized layers, and blocks that contain some."""
-    layers = set(quantized_layers(model).values())
-    found: dict[str, nn.Module] = {}
-
-    def visit(name: str, module: nn.Module) -> None:
-        is_container = module is model or isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-        if module in layers or (not is_container and any(part in layers for part in module.modules())):
-            found[name] = module
-        elif is_container:
-            for child, part in module.named_children():
-                visit(f"{name}.{child}" if name else child, part)
-
-    visit("", model)
-    return found
-
-
-def reconstruct(reference: nn.Module, network: nn.Module, images: Tensor, limits: Limits) -> list[str]:
+def reconstruct(
+    reference: nn.Module, network: nn.Module, images: Tensor, limits: Limits, order: Sequence[str] = ()
+) -> list[str]:
     """Freeze the layers of `network` with learned rounding, one by one; return the layers that are left to the caller.
 
     Args:
         reference: the fp32 network.
         network: its copy with quantized layers, not yet frozen.
         images: float32 [N, 3, S, S] to learn on.
+        limits: the limits of each layer.
+        order: the names of the layers in the order in which they run; without it, that of their definition.
     """
-    layers, skipped = dict(quantized_layers(network)), []
-    with tqdm(layers.items(), desc="reconstruction", unit="layer", leave=False, mininterval=1.0) as bar:
+    places = {name: place for place, name in enumerate(order)}
+    layers = sorted(quantized_layers(network).items(), key=lambda item: places.get(item[0], len(places)))
+    skipped = []
+    with tqdm(layers, desc="reconstruction", unit="layer", leave=False, mininterval=1.0) as bar:
         for name, layer in bar:
             if layer.shape.numel() > LARGE:
                 skipped.append(name)
@@ -122,6 +111,7 @@ def reconstruct(reference: nn.Module, network: nn.Module, images: Tensor, limits
 def _learn(layer: Any, inputs: Tensor, targets: Tensor, limits: Limits) -> tuple[float, float]:
     """Learn the rounding of one layer and freeze it; return its error with rounding to nearest, and now."""
     train, judge = split(len(inputs))
+    channels = -1 if isinstance(layer, QuantLinear) else 1
     before = _error(layer, inputs[-judge:], targets[-judge:])
     layer.weight_quantizer = quantizer = SoftRounding(layer.weight, layer.scheme.weight)
     optimizer = torch.optim.Adam([quantizer.v], LEARNING_RATE)
@@ -129,7 +119,7 @@ def _learn(layer: Any, inputs: Tensor, targets: Tensor, limits: Limits) -> tuple
     with torch.enable_grad():
         for progress in (step / limits.steps for step in range(limits.steps)):
             chosen = torch.randint(train, (limits.batch_size,), generator=generator)
-            loss = (layer(inputs[chosen]) - targets[chosen]).square().sum(1).mean()
+            loss = (layer(inputs[chosen]) - targets[chosen]).square().sum(channels).mean()
             if progress > _WARM_UP:
                 beta = 20 - 18 * (progress - _WARM_UP) / (1 - _WARM_UP)
                 loss = loss + _REGULARIZATION * quantizer.penalty(beta)
@@ -172,13 +162,13 @@ def cached(
     kept: dict[int, Tensor] = {}
     filled: Counter[int] = Counter()  # rows; attention in windows makes several of an image
 
-    def keep_input(_: nn.Module, values: tuple[Tensor, ...]) -> None:
-        seen[0] = values[0]
+    def keep_input(_: nn.Module, values: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
+        seen[0] = values[0] if values else keywords["input"]
         raise _Reached
 
-    def keep_plain(_: nn.Module, values: tuple[Tensor, ...]) -> None:
+    def keep_plain(_: nn.Module, values: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
         if plain:
-            seen[2] = values[0].clone()  # the module may write to it
+            seen[2] = (values[0] if values else keywords["input"]).clone()  # the module may write to it
 
     def keep_output(_: nn.Module, values: tuple[Tensor, ...], result: Tensor) -> None:
         seen[1] = result
@@ -186,14 +176,14 @@ def cached(
 
     part, run, count = reference.get_submodule(name), 0, 0
     with (
-        network.get_submodule(name).register_forward_pre_hook(keep_input),
-        part.register_forward_pre_hook(keep_plain),
+        network.get_submodule(name).register_forward_pre_hook(keep_input, with_kwargs=True),
+        part.register_forward_pre_hook(keep_plain, with_kwargs=True),
         part.register_forward_hook(keep_output),
     ):
         for batch in batches:
             for model in (network, reference):
                 with contextlib.suppress(_Reached):
-                    model(batch)
+                    model(batch.clone())  # a network may write to its input
             if not kept:
                 fitting = int(most * len(batch) / sum(value.nbytes for value in seen.values()))
                 count = min(sum(map(len, batches)), max(fitting, len(batch)))

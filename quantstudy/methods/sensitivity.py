@@ -18,10 +18,13 @@ from quantstudy.errors import UserError
 from quantstudy.methods.allocation import HALF, stored_bits
 from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.fragile import exchanged
+from quantstudy.methods.trainable import split
 from quantstudy.methods.uniform import rounded_alone
+from quantstudy.network.graph import out_channels_first
 from quantstudy.quantization.layers import LayerScheme
 from quantstudy.quantization.schemes import WeightScheme
 from quantstudy.quantization.sqnr import sqnr_db
+from quantstudy.quantization.variant import Skipped, merged
 
 Row = dict[str, Any]
 COLUMNS = (
@@ -33,13 +36,27 @@ Layers = Mapping[str, Any]
 """The Conv2d and Linear of a network that can be quantized, by name."""
 
 
-def quantized_table(model: nn.Module, calibration: Calibration, settings: P.Rounding, widths: Sequence[int]) -> Table:
-    """Return each layer of `model` rounded alone (`uniform.rounded_alone`) at each of `widths`, all below 16."""
-    schemes = {bits: LayerScheme(WeightScheme(bits, settings.group_size, settings.weight_range)) for bits in widths}
-    return {
-        bits: rounded_alone(model, calibration, settings, dict.fromkeys(calibration.replaceable, scheme))
-        for bits, scheme in schemes.items()
-    }
+def quantized_table(
+    model: nn.Module, calibration: Calibration, settings: P.Rounding, widths: Sequence[int]
+) -> tuple[Table, Skipped]:
+    """Return each layer of `model` rounded alone (`uniform.rounded_alone`) at each of `widths`, all below 16.
+
+    The second value says what could not be done at one width at least: technique -> layer -> reason.
+    """
+    table, skipped = Table(), Skipped()
+    if settings.finetune:  # it judges on images that the table must not have seen
+        calibration = calibration.first(split(sum(map(len, calibration.images)))[0])
+    for bits in widths:
+        scheme = LayerScheme(WeightScheme(bits, settings.group_size, settings.weight_range))
+        schemes = dict.fromkeys(calibration.replaceable, scheme)
+        table[bits], left = rounded_alone(model, calibration, settings, schemes)
+        skipped = merged(skipped, left)
+    return table, skipped
+
+
+def stored_shape(layer: Any) -> torch.Size:
+    """Return the shape in which the codes of a layer are stored, [O, I / groups, ...]."""
+    return out_channels_first(layer, layer.weight).shape
 
 
 @torch.no_grad()
@@ -66,20 +83,20 @@ def measure_layers(
     """
     layers = calibration.replaceable
     images, labels = [images for images, _ in batches], torch.cat([labels for _, labels in batches])
-    reference = torch.cat([model(batch) for batch in images])
+    reference = torch.cat([model(batch.clone()) for batch in images])
     labels = torch.where(labels < 0, reference.argmax(1), labels)
-    table = quantized_table(model, calibration, settings, [bits for bits in settings.bits if bits < HALF])
+    table, _ = quantized_table(model, calibration, settings, [bits for bits in settings.bits if bits < HALF])
     rows = []
     for name, bits in itertools.product(layers, settings.bits):
         weight = layers[name].weight
         with exchanged(layers[name], table[bits][name] if bits < HALF else None):
-            logits = torch.cat([model(batch) for batch in images])
+            logits = torch.cat([model(batch.clone()) for batch in images])
         if not logits.isfinite().all():
             raise UserError(
                 f"sensitivity: the logits are not finite with {name} at {bits} bits; take its width out of bits"
             )
         row = {"layer": name, "bits": bits, "weights": weight.numel(), "macs": macs[name]}
-        row["bytes"] = stored_bits(weight.shape, bits, settings.group_size) // 8
+        row["bytes"] = stored_bits(stored_shape(layers[name]), bits, settings.group_size) // 8
         rows.append(row | _compare(reference, logits, labels))
     return rows
 

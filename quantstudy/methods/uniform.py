@@ -35,7 +35,7 @@ from quantstudy.quantization.observers import collect
 from quantstudy.quantization.ranges import activation_range
 from quantstudy.quantization.saturation import limit_of
 from quantstudy.quantization.schemes import ActivationScheme, Mode, WeightScheme
-from quantstudy.quantization.variant import Skipped, Variant
+from quantstudy.quantization.variant import Skipped, Variant, merged
 
 
 class UniformRecipe(Recipe[Row]):
@@ -52,9 +52,8 @@ class UniformRecipe(Recipe[Row]):
         network = copy.deepcopy(model)
         names = self.chosen(calibration.replaceable, row)
         schemes = self.schemes(model, calibration, row, names)
-        skipped = left_as_they_are(model, calibration.graph)
-        if stray := put_quantized(network, schemes, calibration):
-            skipped["quantization"] = skipped.get("quantization", {}) | stray
+        stray = put_quantized(network, schemes, calibration)
+        skipped = merged(left_as_they_are(model, calibration.graph), {"quantization": stray})
         if getattr(row, "attention_products", False) and not self.put_operands(network, calibration, row):
             skipped["attention_products"] = {"": "no nn.MultiheadAttention of the network's is opened"}
         return Variant(network, skipped=skipped)
@@ -96,14 +95,14 @@ class UniformRecipe(Recipe[Row]):
     def rounded(self, model: nn.Module, calibration: Calibration, row: Any) -> Variant:
         """Return a quantized copy of `model`; this does not equalize."""
         variant = self.simulated(model, calibration, row)
-        variant.skipped |= freeze(model, variant.network, calibration, row)
+        variant.skipped = merged(variant.skipped, freeze(model, variant.network, calibration, row))
         return variant
 
 
 @torch.no_grad()
 def output_error(model: nn.Module, variant: nn.Module, batches: Sequence[torch.Tensor]) -> float:
     """Return how far a variant's logits lie from the logits of `model`, relative to the norm of the latter."""
-    wanted, found = (torch.cat([network(batch) for batch in batches]) for network in (model, variant))
+    wanted, found = (torch.cat([network(batch.clone()) for batch in batches]) for network in (model, variant))
     return relative_error(wanted, found)
 
 
@@ -200,11 +199,12 @@ def put_quantized(network: nn.Module, schemes: dict[str, LayerScheme], calibrati
     replaced = quantize_layers(network, schemes)
     try:
         graph = capture(network, calibration.images[0])
+        stray = [name for name in replaced if name not in graph.calls_of]
+        put(network, {name: before[name] for name in stray})
+        graph = capture(network, calibration.images[0]) if stray else graph
     except Exception as error:  # a network may use attributes that only its original layers have
         raise UserError(f"method: the network fails with quantized layers: {one_line(error)}") from None
-    stray = [name for name in replaced if name not in graph.calls_of]
-    put(network, {name: before[name] for name in stray})
-    is_known = graph.problem is None and calibration.graph.problem is None and not stray
+    is_known = graph.problem is None and calibration.graph.problem is None
     if is_known and [call.name for call in graph.calls] != [call.name for call in calibration.graph.calls]:
         raise UserError("method: the network computes otherwise with quantized layers; it asks for a layer's class")
     return dict.fromkeys(stray, "the network calls it from outside its modules, from a list for one")
@@ -212,8 +212,7 @@ def put_quantized(network: nn.Module, schemes: dict[str, LayerScheme], calibrati
 
 def left_as_they_are(model: nn.Module, graph: Graph) -> Skipped:
     """Return the layers that no method quantizes and the normalizations that were not folded, with the reasons."""
-    found = {"quantization": graph.left, "folding": getattr(model, "unfolded", {})}
-    return {technique: dict(left) for technique, left in found.items() if left}
+    return merged({"quantization": graph.left, "folding": getattr(model, "unfolded", {})})
 
 
 def layer_schemes(
@@ -243,23 +242,25 @@ def layer_schemes(
     layers, images = calibration.replaceable, torch.cat(calibration.images)
     learned = row.rounding in ("adaround", "brecq")
     rounding = row.model_copy(update={"rounding": "gptq"}) if learned else row  # learned rounding would take minutes
-    losses = losses_alone(model, layers, rounded_alone(model, calibration, rounding, low), images)
+    losses = losses_alone(model, layers, rounded_alone(model, calibration, rounding, low)[0], images)
     highest = row.fragile_bits if mode == "none" else min(row.fragile_bits, 7)  # int8 sums may saturate with eight
-    return with_fragile_layers(layers, schemes, losses, highest, row.fragile_share, between=row.fragile_between)
+    held = edges if row.edge_bits else ()
+    given = (layers, schemes, losses, highest, row.fragile_share)
+    return with_fragile_layers(*given, between=row.fragile_between, edges=held)
 
 
 def rounded_alone(
     model: nn.Module, calibration: Calibration, row: P.Rounding, schemes: dict[str, LayerScheme]
-) -> dict[str, Any]:
-    """Return frozen layers by name, each rounded as if it were the only quantized layer; activations stay float.
+) -> tuple[dict[str, Any], Skipped]:
+    """Return frozen layers by name, each rounded by itself, and what could not be done; activations stay float.
 
     Steps that look at other layers' errors are left out: fine-tuning, and all of bias correction but the layer's own
-    mean error.
+    mean error. Only learned rounding sees the other layers, rounded to the same bits.
     """
     network = copy.deepcopy(model)
     quantize_layers(network, {name: LayerScheme(scheme.weight) for name, scheme in schemes.items()})
-    freeze(model, network, calibration, row.model_copy(update={"bias_correction": False, "finetune": False}))
+    skipped = freeze(model, network, calibration, row.model_copy(update={"bias_correction": False, "finetune": False}))
     layers = quantized_layers(network)
-    if row.bias_correction:
+    if row.bias_correction and row.rounding != "brecq":  # which has learned the biases
         correct_own_biases(model, network, calibration.moments(layers))
-    return layers
+    return layers, skipped

@@ -138,6 +138,15 @@ def cast(network: nn.Module, dtype: torch.dtype, skipped: Skipped | None = None)
     return Variant(network, dtype, skipped)
 
 
+def merged(*parts: Skipped) -> Skipped:
+    """Return all that some parts of a method could not do, without techniques that left nothing out."""
+    found: Skipped = {}
+    for technique, layers in (item for part in parts for item in part.items()):
+        if layers:
+            found[technique] = found.get(technique, {}) | layers
+    return found
+
+
 def left_out(skipped: Skipped) -> list[str]:
     """Return one line per technique: how many layers it left out, and the first of them with their reasons."""
     lines = []

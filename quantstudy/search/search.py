@@ -317,7 +317,7 @@ def _test(shop: Workshop, front: list[Trial], group: Group, error: float, found:
 
 @torch.no_grad()
 def _logits(network: Any, images: Iterable[Tensor]) -> Tensor:
-    return torch.cat([network(batch) for batch in images])
+    return torch.cat([network(batch.clone()) for batch in images])
 
 
 def _line(trial: Trial) -> str:

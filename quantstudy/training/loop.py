@@ -119,8 +119,8 @@ def _one_epoch(
     with tqdm(total=own, desc=title, unit="img", leave=False, mininterval=1.0, disable=parallel.rank() > 0) as bar:
         for images, labels in batches:
             with autocast(device, run.dtype):
-                logits = model(images).float()
                 taught = _taught(run, images)
+                logits = model(images).float()
                 loss = training_loss(logits, labels, run.settings.label_smoothing, taught, run.distillation)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
@@ -152,7 +152,7 @@ def _one_epoch(
 
 @torch.no_grad()
 def _taught(run: Run, images: Tensor) -> Tensor | None:
-    return None if run.teacher is None else run.teacher(images).float().softmax(1)
+    return None if run.teacher is None else run.teacher(images.clone()).float().softmax(1)
 
 
 def _line(run: Run, row: dict[str, float]) -> str:

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 
 from quantstudy.methods import blocks
-from quantstudy.methods.blocks import fisher_information, reconstruct_blocks
-from quantstudy.methods.reconstruction import find_units
+from quantstudy.methods.blocks import find_units, fisher_information, reconstruct_blocks
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
@@ -74,7 +73,8 @@ def test_large_layers_are_named_and_keep_codes(
 
 def test_the_fisher_information_is_that_of_the_channels_that_matter(network: nn.Module, images: Tensor) -> None:
     network[4].weight[:, 3] = 0
-    found = fisher_information(network, images[:32], list(find_units(frozen(network, ActivationScheme()))))
-    assert list(found) == ["0.0", "1", "4"]
+    units, left = find_units(frozen(network, ActivationScheme()), images[:2])
+    found = fisher_information(network, images[:32], {name: unit.channels for name, unit in units.items()})
+    assert list(found) == ["0.0", "1", "4"] and not left
     assert float(found["1"][3]) == 0 and (found["1"] > 0).sum() == 7
     assert all(float(weight.mean()) == pytest.approx(1) for weight in found.values())

@@ -70,7 +70,7 @@ def test_bits_go_from_where_they_do_least_to_where_they_do_most() -> None:
     own = Calibration(model, [torch.randn(8, 1, 8, 8)])
     before = {name: value.clone() for name, value in model.state_dict().items()}
     schemes = dict.fromkeys(own.replaceable, scheme)
-    losses = losses_alone(model, own.replaceable, rounded_alone(model, own, row_of(0), schemes), own.images[0])
+    losses = losses_alone(model, own.replaceable, rounded_alone(model, own, row_of(0), schemes)[0], own.images[0])
     assert losses["strong"] > 100 * losses["faint"]
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     found = with_fragile_layers(own.replaceable, schemes, losses, 8, 0.0)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.lsq import estimate_batchnorm, freeze_learned, learnable
 from quantstudy.network.architectures import build
 from quantstudy.network.folding import fold_batchnorm, fold_pairs
@@ -90,7 +91,9 @@ def test_folding_after_training_leaves_the_function(network: nn.Module, images: 
     norms = [name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)]
     pairs, unfolded = fold_pairs(capture(network, images), norms)
     assert len(pairs) == 52 and not unfolded
-    found = learnable(network, statistics, dict.fromkeys(quantizable_layers(network), scheme), "mse", pairs).eval()
+    calibration, row = Calibration(network, [images], lambda: statistics), QatLsq(kind="qat_lsq", weight_bits=4)
+    found, stray = learnable(network, calibration, dict.fromkeys(quantizable_layers(network), scheme), row, pairs)
+    assert not stray and not found.training
     with torch.no_grad():
         trained = found(images)
         freeze_learned(found, pairs)

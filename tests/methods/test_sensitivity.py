@@ -68,7 +68,7 @@ def test_each_row_is_that_of_the_network_with_one_layer_replaced(residual: nn.Mo
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     settings, before = settings_of(group_size=8), copy.deepcopy(residual.state_dict())
     rows = measure_layers(residual, calibrated(residual, batches), batches, settings, MACS)
-    table = quantized_table(residual, calibrated(residual, batches), settings, WIDTHS[:-1])
+    table, _ = quantized_table(residual, calibrated(residual, batches), settings, WIDTHS[:-1])
     assert all(torch.equal(before[name], tensor) for name, tensor in residual.state_dict().items())
     reference = residual(images)
     assert [(row["layer"], row["bits"]) for row in rows] == [(name, bits) for name in MACS for bits in WIDTHS]
@@ -126,7 +126,7 @@ def test_layers_that_cannot_be_quantized_are_left_out(batches: Batches) -> None:
     layers = calibration.replaceable
     chosen = allocations_within(layers, rows, settings)[0]
     assert chosen.keys() == layers.keys() and mean_bits(layers, chosen, None) <= 8
-    table = quantized_table(model, calibration, settings, WIDTHS[:-1])
+    table, _ = quantized_table(model, calibration, settings, WIDTHS[:-1])
     variant = mixed(model, table, chosen, calibration, settings)
     assert set(quantized_layers(variant.network)) == {name for name, width in chosen.items() if width < 16}
     wide = dict.fromkeys(layers, 16)
@@ -152,7 +152,7 @@ def test_the_file_keeps_the_budget_and_loads_to_identical_logits(
     settings = MixedBudget(kind="mixed_budget", mean_bits=size, group_size=32, bias_correction=True)
     bits = allocations_within(quantizable_layers(network), rows, settings)[0]
     calibration = Calibration(network, [images])
-    table = quantized_table(network, calibration, settings, WIDTHS[:-1])
+    table, _ = quantized_table(network, calibration, settings, WIDTHS[:-1])
     variant = mixed(network, table, bits, calibration, settings).eval()
     path = tmp_path / "variant.pth"
     save_variant(path, variant, FP32, "m")
@@ -195,7 +195,7 @@ def test_both_budgets_are_kept_by_every_allocation(network: nn.Module, rows: lis
 def test_the_network_as_a_whole_decides(network: nn.Module, images: Tensor) -> None:
     """The divergence is that of the assembled network's predictions, and the least of all allocations'."""
     settings = MixedBudget(kind="mixed_budget", mean_bits=4.0)
-    table = quantized_table(network, Calibration(network, [images]), settings, [2, 8])
+    table, _ = quantized_table(network, Calibration(network, [images]), settings, [2, 8])
     layers = list(quantizable_layers(network))
     spoilt, good = dict.fromkeys(layers, 2), dict.fromkeys(layers, 8)
     divergence = divergence_from(network, table, [images[:5], images[5:]])
@@ -221,7 +221,7 @@ def test_a_variant_of_the_table_is_the_one_made_whole(keys: dict[str, Any], netw
     settings = MixedBudget(kind="mixed_budget", mean_bits=4.0, group_size=32, **keys)
     bits = {name: WIDTHS[index % 4] for index, name in enumerate(quantizable_layers(network))}
     calibration = Calibration(network, [images])
-    table = quantized_table(network, calibration, settings, WIDTHS[:-1])
+    table, _ = quantized_table(network, calibration, settings, WIDTHS[:-1])
     whole = copy.deepcopy(network)
     integer = {name: width for name, width in bits.items() if width < 16}
     weights = {name: WeightScheme(width, 32, settings.weight_range) for name, width in integer.items()}
@@ -238,7 +238,7 @@ def test_a_variant_of_the_table_is_the_one_made_whole(keys: dict[str, Any], netw
 def test_a_layer_of_the_table_keeps_its_mean_output(network: nn.Module, images: Tensor) -> None:
     keys: dict[str, Any] = {"rounding": "gptq", "gain_correction": True, "bias_correction": True}
     settings = MixedBudget(kind="mixed_budget", mean_bits=4.0, **keys)
-    table = quantized_table(network, Calibration(network, [images]), settings, [3])
+    table, _ = quantized_table(network, Calibration(network, [images]), settings, [3])
     for name in ("features.0.0", "features.3.conv.1.0", "features.18.0", "classifier.1"):
         means: list[Tensor] = []
 
