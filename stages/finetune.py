@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         curve=layout.curve(name, "finetune"),
         resume=layout.resume(name, "finetune"),
         fingerprint=training.fingerprint(
-            study.model, preprocessing, study.training, study.seed, sha256(layout.split(name, "train"))
+            __file__, study.model, preprocessing, study.training, study.seed, sha256(layout.split(name, "train"))
         ),
         dtype=training_dtype(study.training.precision, device),
     )

@@ -1,5 +1,7 @@
 """From a study's `data` params to its splits, whatever their source."""
 
+from pathlib import Path
+
 import torch
 
 from quantstudy.data.container import Split
@@ -8,6 +10,7 @@ from quantstudy.data.folder import calibration_images, folder
 from quantstudy.data.images import ImageList, store
 from quantstudy.data.sampling import balanced_indices, calibration_indices, validation_indices
 from quantstudy.data.torchvision_sets import torchvision_set
+from quantstudy.errors import UserError
 from quantstudy.params import Calibration, Data
 
 
@@ -35,6 +38,9 @@ def prepare(
     found = calibration_images(calibration, test.classes, f"{key}.calibration")
     drawn = calibration_indices(len(rest) if found is None else len(found.names), calibration, seed, study)
     if found is not None:
+        if shared := _places(found) & _places(lists["test"]):
+            few = f"{len(shared)} of its images are test images, {min(shared).name} for one"
+            raise UserError(f"{key}.calibration.path: {few}; calibrate on others")
         lists["calibration"] = found.subset(drawn)
     splits = _stored(lists, data)
     splits["validation"] = splits["train"].subset(held_out)
@@ -45,6 +51,13 @@ def prepare(
 
 def _stored(lists: dict[str, ImageList], data: Data) -> dict[str, Split]:
     return dict(zip(lists, store(list(lists.values()), data.preprocessing), strict=True))
+
+
+def _places(images: ImageList) -> set[Path]:
+    """Return the paths of images of a folder or an archive."""
+    named = (name.partition(": ") for name in images.names)
+    roots: dict[str, Path] = {}
+    return {roots.setdefault(root, Path(root).resolve()) / inside for root, _, inside in named}
 
 
 def _at_most(images: ImageList, maximum: int | None) -> ImageList:

@@ -76,7 +76,9 @@ def train(
         curve=place.curve,
         resume=place.resume,
         fingerprint=loop.fingerprint(
-            *(settings, row, study.seed, preprocessing), *(sha256(path) for path in (place.fp32, *place.inputs))
+            __file__,
+            *(settings, row, study.seed, preprocessing),
+            *(sha256(path) for path in (place.fp32, *place.inputs)),
         ),
         dtype=recipe.autocast_dtype(row),
         score_start=True,

@@ -15,7 +15,7 @@ from typing import Any
 
 from quantstudy import params as P
 from quantstudy.data.container import Split
-from quantstudy.files import write_json, write_text
+from quantstudy.files import PARTIAL, write_json, write_text
 from quantstudy.machine.hardware import describe_machine
 from quantstudy.measure.accuracy import accuracy
 from quantstudy.measure.latency import Timing
@@ -32,8 +32,22 @@ _SENTENCE = {"size": "the smallest", "latency": "the fastest", "bit_operations":
 
 
 def ship(shop: Workshop, found: Found, test: Split, folder: Path) -> dict[str, Any]:
-    """Write the folder; return the content of ship.json. Only this function looks at the test split, and only once."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Write the folder; return the content of ship.json. Only this function looks at the test split, and only once.
+
+    The folder of an earlier search stays until the new one is whole.
+    """
+    begun = folder.with_name(f"{PARTIAL}{folder.name}")
+    try:
+        shutil.rmtree(begun, ignore_errors=True)
+        facts = _written(shop, found, test, begun)
+        shutil.rmtree(folder, ignore_errors=True)
+        begun.rename(folder)
+    finally:
+        shutil.rmtree(begun, ignore_errors=True)
+    return facts
+
+
+def _written(shop: Workshop, found: Found, test: Split, folder: Path) -> dict[str, Any]:
     facts = described_search(shop, found)
     if found.best:
         variant = load_variant(shop.variant(found.best))
@@ -45,6 +59,7 @@ def ship(shop: Workshop, found: Found, test: Split, folder: Path) -> dict[str, A
         save_onnx(folder / "model.onnx", described(shipped.exported, shop.facts))
         shutil.copyfile(shop.variant(found.best), folder / "model.pth")
         sizes = {name: (folder / f"model.{name}").stat().st_size / 1e6 for name in ("pth", "onnx")}
+        facts["size_mb"] = sizes["onnx"]
         facts["files_mb"] = sizes | {"fp32_onnx": shop.judge.fp32.exported.ByteSize() / 1e6}
         facts["onnx_form"] = form_of(shipped.exported)
         saturates = may_saturate(shipped.exported)

@@ -9,6 +9,7 @@ a small data set.
 import json
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from quantstudy.data.sampling import validation_indices
 from quantstudy.errors import UserError
 from quantstudy.machine.device import autocast
 from quantstudy.network.checkpoint import load_into
+from quantstudy.network.source_code import scripts_sha256
 from quantstudy.training import parallel
 from quantstudy.training.optimization import make_optimizer, make_schedule, training_loss
 from quantstudy.training.progress import Run, State, keep, restore, save, write_curve
@@ -210,6 +212,12 @@ def summary(state: State, training: Batches, validation: Batches) -> dict[str, A
     }
 
 
-def fingerprint(*parts: Any) -> str:
-    """Return a text that is equal only for runs of equal `parts`: settings, seed, checksums of the files read."""
-    return json.dumps([part.model_dump() if isinstance(part, P.Section) else part for part in parts])
+def fingerprint(script: str, *parts: Any) -> str:
+    """Return a text that is equal only for runs of equal code and `parts`: settings, seed, checksums of files read.
+
+    `script` is the file that trains; all code that it runs counts.
+    """
+    root = Path(__file__).resolve().parents[2]
+    code = scripts_sha256([Path(script).resolve().relative_to(root)], root)
+    plain = [part.model_dump() if isinstance(part, P.Section) else part for part in parts]
+    return json.dumps([*code.values(), *plain])

@@ -20,6 +20,7 @@ from quantstudy.data.folder import tree_sha256
 from quantstudy.data.prepare import prepare
 from quantstudy.errors import UserError
 from quantstudy.files import sha256
+from quantstudy.params import Calibration
 from tests.data.conftest import MakeTree, Pack, folder_data
 
 
@@ -252,3 +253,20 @@ def test_no_program_outside_decodes_an_image(make_tree: MakeTree, monkeypatch: A
     (tree / "train" / "ant" / "9.png").write_bytes(script)
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was called"))
     assert "not an image that can be decoded (cannot identify" in message(tree)
+
+
+@pytest.mark.parametrize("place", ["", "test", "test/ant", "link"])
+def test_images_that_test_do_not_calibrate(place: str, make_tree: MakeTree, tmp_path: Path) -> None:
+    tree = make_tree()
+    (tmp_path / "link").symlink_to(tree / "test")
+    path = tmp_path / "link" if place == "link" else tree / place
+
+    def splits(path: Path) -> dict[str, Split]:
+        checksum = tree_sha256(open_files(path))
+        return prepare(
+            folder_data(tree, 16), "own", Calibration(path=str(path), sha256=checksum, batches=1, batch_size=2)
+        )
+
+    with pytest.raises(UserError, match=r"own\.calibration\.path: \d+ of its images are test images, .* for one"):
+        splits(path)
+    assert len(splits(tree / "train")["calibration"]) == 2

@@ -102,3 +102,17 @@ def test_float16_scales_gradients_and_skips_those_that_overflow(
     model = network()
     training.train(model, *batches, replace(run, dtype=torch.float16))
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()) and min(scales) > 1
+
+
+def test_a_run_of_other_code_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "quantstudy" / "training"
+    package.mkdir(parents=True)
+    script = tmp_path / "stages" / "own.py"
+    script.parent.mkdir()
+    monkeypatch.setattr("quantstudy.training.loop.__file__", str(package / "loop.py"))
+    found = []
+    for text in ("x = 1\n", "x = 1  # a comment\n", "x = 2\n"):
+        script.write_text(text)
+        found.append(training.fingerprint(str(script), 7, "a"))
+    assert found[0] == found[1] != found[2]
+    assert training.fingerprint(str(script), 8, "a") != found[2]
