@@ -87,14 +87,14 @@ front: setup  ## Accuracy against size for budgets of bits: make front STUDY=...
 figures: setup  ## Draw the figures of docs/
 	python -m docs.drawing
 
-evidence: setup  ## Make what README and docs/ show, in several sittings: make evidence [PARTS="default runtimes"]
+evidence: setup $(PEERS)/.ready  ## Make what README and docs/ show, in several sittings: make evidence [PARTS="default runtimes"]
 	@python -m tools.evidence $(PARTS)
 	@python -m quantstudy readme
 
 dag: setup  ## Draw the DAG by kind of stage, as Mermaid
 	@python -m tools.dag
 
-peers: $(PEERS)/.ready  ## Compare with NNCF, ONNX Runtime and torchao: make peers STUDY=...
+peers: $(PEERS)/.ready  ## Compare with NNCF, ONNX Runtime, torchao and others: make peers STUDY=...
 	$(PEERS)/bin/python -m benchmarks.peers --study $(STUDY)
 
 $(PEERS)/.ready: pyproject.toml constraints.txt
