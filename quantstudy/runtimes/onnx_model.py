@@ -329,10 +329,13 @@ class _Builder:
 
 
 def _multiplies_integers(layer: Any) -> bool:
-    """Whether a layer's input has the batch's own range, and ONNX has an integer operator for the layer."""
-    activation = layer.scheme.activation
+    """Whether a layer's input has the batch's own range, and ONNX has an integer operator for the layer.
+
+    Sums of integers have one scale per output channel, so scales per group rule them out.
+    """
+    weight, activation = layer.scheme.weight, layer.scheme.activation
     is_dynamic = activation.mode == "dynamic" and activation.highest == _HIGHEST_DYNAMIC
-    return is_dynamic and len(layer.shape) in (2, 4) and not is_transposed(layer)
+    return is_dynamic and weight.group_size is None and len(layer.shape) in (2, 4) and not is_transposed(layer)
 
 
 def _tensor(name: str, tensor: Tensor) -> TensorProto:
