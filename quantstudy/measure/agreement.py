@@ -61,7 +61,8 @@ def check(
         preprocessing: the preprocessing that the model expects.
 
     Raises:
-        UserError: a runtime, or an int8 kernel of eager mode, computes something else.
+        UserError: a runtime, or an int8 kernel of eager mode, computes something else, or runtimes are installed and
+            none of them can run the model.
     """
     facts: dict[str, Any] = {"agreement": {}, "agreement_as_exported": {}, "sqnr_db": {}, "sqnr_db_as_exported": {}}
     facts |= {"exported": {}, "unavailable": {}}
@@ -97,6 +98,10 @@ def check(
                 what = f"{runtime}, {form_of(forms[key])}: {_difference(logits, expected.argmax(1))}"
                 remarks.append(what + _cause(forms[key], is_rounded))
     remarks += [f"{runtime} {reason}" for runtime, reason in facts["unavailable"].items()]
+    failed = [runtime for runtime in facts["unavailable"] if not why_missing(runtime)]
+    if failed and not facts["exported"]:
+        what = f"no installed runtime can run the model: {failed[0]}: {facts['unavailable'][failed[0]]}"
+        raise UserError(f"export: {what}; nothing is written")
     return {"images": len(expected), **facts, "remarks": remarks}
 
 
