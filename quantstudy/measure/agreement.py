@@ -25,9 +25,10 @@ from quantstudy.errors import UserError, one_line
 from quantstudy.machine.hardware import int8_sums_saturate
 from quantstudy.measure.accuracy import percent_equal
 from quantstudy.params import Preprocessing
+from quantstudy.quantization.layers import activation_modes
 from quantstudy.quantization.sqnr import least_sqnr_db, sqnr_db
 from quantstudy.runtimes.executables import build_executable, unrounded
-from quantstudy.runtimes.onnx_tuning import AS_EXPORTED, form_of, may_saturate, quantizes_inputs
+from quantstudy.runtimes.onnx_tuning import AS_EXPORTED, form_of, may_saturate
 from quantstudy.runtimes.sessions import open_session, why_missing
 
 WANTED_AGREEMENT = 99.5
@@ -60,12 +61,13 @@ def check(
         preprocessing: the preprocessing that the model expects.
 
     Raises:
-        UserError: a runtime, or an int8 kernel of eager mode, computes something else.
+        UserError: a runtime, or an int8 kernel of eager mode, computes something else, or runtimes are installed and
+            none of them can run the model.
     """
     facts: dict[str, Any] = {"agreement": {}, "agreement_as_exported": {}, "sqnr_db": {}, "sqnr_db_as_exported": {}}
     facts |= {"exported": {}, "unavailable": {}}
     remarks: list[str] = []
-    simulated = copy.deepcopy(model)
+    simulated, is_rounded = copy.deepcopy(model), bool(activation_modes(model) - {"none"})
     eager = build_executable(model, "eager", _CPU)
     expected = run_on_split(eager.run, test, preprocessing, _BATCH, _CPU, eager.memory_format)
     measure, least = _bound(simulated, expected, test, preprocessing)
@@ -94,8 +96,12 @@ def check(
                 raise UserError(f"export: {what}, less than {least:.1f}; nothing is written")
             if facts[key][runtime] < WANTED_AGREEMENT:
                 what = f"{runtime}, {form_of(forms[key])}: {_difference(logits, expected.argmax(1))}"
-                remarks.append(what + _cause(forms[key]))
+                remarks.append(what + _cause(forms[key], is_rounded))
     remarks += [f"{runtime} {reason}" for runtime, reason in facts["unavailable"].items()]
+    failed = [runtime for runtime in facts["unavailable"] if not why_missing(runtime)]
+    if failed and not facts["exported"]:
+        what = f"no installed runtime can run the model: {failed[0]}: {facts['unavailable'][failed[0]]}"
+        raise UserError(f"export: {what}; nothing is written")
     return {"images": len(expected), **facts, "remarks": remarks}
 
 
@@ -136,12 +142,11 @@ def _logits(exported: onnx.ModelProto, runtime: str, test: Split, preprocessing:
     return run_on_split(run, test, preprocessing, _BATCH, _CPU)
 
 
-def _cause(exported: onnx.ModelProto) -> str:
-    """Say why a runtime's arithmetic differs; if no input is quantized, the cause is not known."""
+def _cause(exported: onnx.ModelProto, is_rounded: bool) -> str:
+    """Say why a runtime's arithmetic differs; if no activation is rounded, the cause is not known."""
     if int8_sums_saturate() and may_saturate(exported):
         return ": this CPU has no VNNI, so that sums of these weights saturate; those of saturation_free do not"
-    halves = ": codes that fall on the other side of a half in another order of sums"
-    return halves if quantizes_inputs(exported) else ""
+    return ": codes that fall on the other side of a half in another order of sums" if is_rounded else ""
 
 
 def _difference(logits: np.ndarray, expected: np.ndarray) -> str:

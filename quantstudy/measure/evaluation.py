@@ -28,6 +28,7 @@ from quantstudy.measure.memory import with_peak_memory_mb
 from quantstudy.measure.operations import count_macs, layer_bits, tera_bit_operations
 from quantstudy.measure.per_layer import LAYER_IMAGES, layer_sqnr_db, weight_storage
 from quantstudy.network.fp32 import load_preprocessing
+from quantstudy.quantization.layers import activation_modes
 from quantstudy.quantization.sqnr import sqnr_db
 from quantstudy.quantization.variant import load_any
 from quantstudy.runtimes.executables import Executable, build_executable, open_executable, worth_compiling
@@ -39,7 +40,10 @@ Record = dict[str, Any]
 BATCH_SIZES = (1, 16)
 """The batch sizes that are timed."""
 EAGER_BATCH = 64
-"""The batch size for accuracy in eager mode, which builds no graph per size. Large batches read weights less often."""
+"""The batch size for accuracy in eager mode, which builds no graph per size. Large batches read weights less often.
+
+A variant that finds ranges at run time has the larger timed size on all runtimes: its results depend on the batch.
+"""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ class _Model(NamedTuple):
     """The settings of its method, as the params had them."""
     skipped: Record
     """Where its method could not apply a technique: technique -> layer -> reason."""
+    is_dynamic: bool
+    """Whether ranges are found at run time, so that results depend on the batch."""
 
 
 class Logits(NamedTuple):
@@ -119,11 +125,12 @@ def evaluate(task: Task, test: Split, validation: Split, reference: np.ndarray |
     timed = {size: _time(task, executables, baselines, size) for size in BATCH_SIZES}
     timings = {size: timing for size, (timing, _) in timed.items()}
     chosen = fastest(task.variant, executables, timings)
-    logits_of = {executable.runtime: _logits(executable, task, test) for executable in executables}
+    eager_size = max(BATCH_SIZES) if model.is_dynamic else EAGER_BATCH
+    logits_of = {executable.runtime: _logits(executable, task, test, eager_size) for executable in executables}
     logits = logits_of[chosen.runtime]
     if memory is None:
         failed["peak_memory_mb"] = "the system does not let a process reset its peak"
-    judged = _logits(chosen, task, validation) if len(validation) else logits[:0]
+    judged = _logits(chosen, task, validation, eager_size) if len(validation) else logits[:0]
     before, judged_before = (logits, judged) if reference is None else np.split(reference, [len(test)])
     metrics: Record = accuracy(logits, before, test.labels.numpy())
     metrics |= validation_figures(judged, judged_before, validation.labels.numpy())
@@ -151,15 +158,19 @@ def evaluate(task: Task, test: Split, validation: Split, reference: np.ndarray |
     return metrics, details, Logits(logits, judged)
 
 
-def _logits(executable: Executable, task: Task, images: Split) -> np.ndarray:
-    size = EAGER_BATCH if executable.runtime == "eager" else max(BATCH_SIZES)
+def _logits(executable: Executable, task: Task, images: Split, eager_size: int) -> np.ndarray:
+    size = eager_size if executable.runtime == "eager" else max(BATCH_SIZES)
     return run_on_split(executable.run, images, task.preprocessing, size, task.device, executable.memory_format)
 
 
 def _eager_after_a_batch(task: Task) -> tuple[Executable, _Model]:
     model = load_any(task.path)
-    said = (getattr(model, key, {}) for key in ("method", "skipped"))  # an fp32 model has neither
-    facts = _Model(stored(model), layer_bits(model), weight_storage(model), not_quantized(model), *said)
+    facts = _Model(
+        *(stored(model), layer_bits(model), weight_storage(model), not_quantized(model)),
+        method=getattr(model, "method", {}),  # an fp32 model has none
+        skipped=getattr(model, "skipped", {}),
+        is_dynamic="dynamic" in activation_modes(model),
+    )
     executable = build_executable(model, "eager", task.device)
     executable.run(task.noise(max(BATCH_SIZES)))
     return executable, facts

@@ -25,7 +25,7 @@ from quantstudy.network.attention import operands
 from quantstudy.network.graph import as_stored, out_channels_first, put
 from quantstudy.quantization.packing import pack, unpack
 from quantstudy.quantization.saturation import may_saturate
-from quantstudy.quantization.schemes import SMALLEST_SCALE, ActivationScheme, WeightScheme
+from quantstudy.quantization.schemes import SMALLEST_SCALE, ActivationScheme, Mode, WeightScheme
 
 OPS = torch.ops.quantized_decomposed
 
@@ -276,6 +276,14 @@ def quantize_layers(model: nn.Module, schemes: dict[str, LayerScheme]) -> dict[s
 def quantized_operands(model: nn.Module) -> dict[str, ActivationQuantizer]:
     """Return the quantizers of the operands of attention's products, by name."""
     return {name: side for name, side in operands(model).items() if isinstance(side, ActivationQuantizer)}
+
+
+def activation_modes(model: nn.Module) -> set[Mode]:
+    """Return how the activations of `model` are quantized: the modes of its layers' inputs and of operands.
+
+    With "dynamic" among them, the result of an image depends on the other images of its batch.
+    """
+    return {module.scheme.mode for module in model.modules() if isinstance(module, ActivationQuantizer)}
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:

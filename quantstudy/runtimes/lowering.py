@@ -12,6 +12,7 @@ simulated code by one, where float32 rounding falls on the other side of a half.
 """
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ Kernel = Int8Conv2d | Int8Linear
 _POST_OPS: dict[type[nn.Module], PostOp] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
 _RELU_CALLS = ("relu", "relu_")
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d)
+_KEEPS_ORDER = (nn.MaxPool2d, CodeMaxPool2d, nn.Flatten, *_NOTHING)
 LARGEST_CHANGE = 0.03
 """How far fused codes may change the logits of two images, as a share of the logits' norm."""
 
@@ -60,7 +62,11 @@ def fuse(network: nn.Module, images: Tensor) -> None:
         replaced = _fusions(graph)
         kept = {name: network.get_submodule(name) for name in replaced}
         put(network, replaced)
-        if relative_error(before, run_in_eval(network, images)) > LARGEST_CHANGE:
+        try:
+            change = relative_error(before, run_in_eval(network, images))
+        except Exception:  # an operator that takes no codes, or your network's code again
+            change = math.inf
+        if change > LARGEST_CHANGE:
             put(network, kept)
 
 
@@ -69,8 +75,8 @@ def _fusions(graph: Graph) -> dict[str, nn.Module]:
     replaced: dict[str, nn.Module] = {}
     for name, calls in graph.calls_of.items():
         module = calls[0].module
-        if type(module) is nn.MaxPool2d and not module.return_indices and not has_hooks(module):
-            replaced[name] = CodeMaxPool2d(module)
+        if _is_plain(module, (nn.MaxPool2d,)):
+            replaced[name] = CodeMaxPool2d(module)  # type: ignore[arg-type]
         elif isinstance(module, Kernel) and len(calls) == 1:
             post_op, activation = _post_op(graph, calls[0])
             if activation is not None:
@@ -81,6 +87,13 @@ def _fusions(graph: Graph) -> dict[str, nn.Module]:
                 case _:
                     replaced[name] = module.fused(post_op, None)
     return replaced
+
+
+def _is_plain(module: nn.Module | None, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a module computes just what one of the classes `kinds` computes, and returns it alone."""
+    if module is None or type(module) not in kinds or has_hooks(module):
+        return False
+    return not getattr(module, "return_indices", False)
 
 
 def lower_int8(model: nn.Module, images: Tensor) -> nn.Module:
@@ -139,7 +152,7 @@ def _post_op(graph: Graph, call: Call) -> tuple[PostOp, str | None]:
     A ReLU may also stay where it is: it computes the same once more. A ReLU6 may not: it would clamp codes.
     """
     reader = call.readers[0] if len(call.readers) == 1 else Call("nothing")
-    while isinstance(reader.module, _NOTHING) and len(reader.readers) == 1:
+    while _is_plain(reader.module, _NOTHING) and len(reader.readers) == 1:
         reader = reader.readers[0]
     if reader.module is None:
         return ("relu" if reader.name in _RELU_CALLS else "none"), None
@@ -159,9 +172,9 @@ def _readers(call: Call, is_positive: bool, removed: str | None) -> set[Activati
     found: set[Activation | None] = set()
     for reader in call.readers:
         module = reader.module
-        relu = is_positive and (type(module) is nn.ReLU or (module is None and reader.name in _RELU_CALLS))
-        relu = (relu and not (module and has_hooks(module))) or (module is not None and reader.name == removed)
-        keeps_order = isinstance(module, (nn.MaxPool2d, CodeMaxPool2d, nn.Flatten, *_NOTHING))
+        relu = is_positive and (_is_plain(module, (nn.ReLU,)) or (module is None and reader.name in _RELU_CALLS))
+        relu = relu or (module is not None and reader.name == removed)
+        keeps_order = _is_plain(module, _KEEPS_ORDER)
         if isinstance(module, Kernel):
             found.add(module.activation)
         elif relu or keeps_order or (module is None and reader.name == "flatten"):

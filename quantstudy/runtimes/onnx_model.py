@@ -5,6 +5,7 @@
   followed by a Cast.
 - A calibrated input becomes a QuantizeLinear and a DequantizeLinear, to and from uint8; fewer than 8 bits add a Clip.
 - An input with the batch's own range becomes a DynamicQuantizeLinear, and its layer a ConvInteger or MatMulInteger.
+  That operator knows 8 bits alone: with fewer bits the rounding is written out in float operators.
 - A 16-bit weight is stored in 16 bits, followed by a Cast: the arithmetic is float32.
 
 The grids are those of the quantized layers, so a runtime computes the same as the variant, up to rounding. The
@@ -28,6 +29,7 @@ from quantstudy.files import atomic, write_json
 from quantstudy.network.graph import is_transposed
 from quantstudy.quantization.layers import ActivationQuantizer, ChannelReLU, quantized_layers, quantized_operands
 from quantstudy.quantization.packing import pack
+from quantstudy.quantization.schemes import SMALLEST_SCALE
 from quantstudy.quantization.variant import Variant
 from quantstudy.runtimes.onnx_graph import sealed
 
@@ -35,6 +37,8 @@ PRODUCER = "quantstudy"
 CALL = "@"
 """Separates a layer's name from the number of the call, in the node names of its second and later calls."""
 _MULTIPLIES = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_HIGHEST_DYNAMIC = 255
+"""The largest code that DynamicQuantizeLinear makes; it always has 8 bits."""
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
@@ -228,10 +232,30 @@ class _Builder:
             return value
         if quantizer.scheme.mode == "static":
             return self._quantize_input(value, quantizer)
-        if (value, "rounded") not in self.quantized_inputs:
-            rounded = self._add("DequantizeLinear", self._dynamic_codes(value), f"{value}.rounded")
-            self.quantized_inputs[value, "rounded"] = rounded
-        return self.quantized_inputs[value, "rounded"]
+        highest = quantizer.scheme.highest
+        if (value, highest) not in self.quantized_inputs:
+            if highest == _HIGHEST_DYNAMIC:
+                rounded = self._add("DequantizeLinear", self._dynamic_codes(value), f"{value}.rounded")
+            else:
+                rounded = self._round_in_own_range(value, highest)
+            self.quantized_inputs[value, highest] = rounded
+        return self.quantized_inputs[value, highest]
+
+    def _round_in_own_range(self, value: str, highest: int) -> str:
+        """Round a value in its own range to codes from 0 to `highest`, as `ActivationQuantizer` does, in float."""
+        numbers = (0, highest, SMALLEST_SCALE)
+        zero, most, smallest = (self._constant(f"range.{number}", np.array(number, np.float32)) for number in numbers)
+
+        def add(operator: str, *inputs: str, **attributes: int) -> str:
+            return self._add(operator, list(inputs), f"{value}.to{highest}.{len(self.nodes)}", **attributes)
+
+        low = add("Min", add("ReduceMin", value, keepdims=0), zero)
+        high = add("Max", add("ReduceMax", value, keepdims=0), zero)
+        scale = add("Max", add("Div", add("Sub", high, low), most), smallest)
+        zero_point = add("Clip", add("Round", add("Div", add("Neg", low), scale)), zero, most)
+        steps = add("Round", add("Mul", value, add("Reciprocal", scale)))
+        codes = add("Clip", add("Add", steps, zero_point), zero, most)
+        return add("Mul", add("Sub", codes, zero_point), scale)
 
     def _append_bounded(self, node: onnx.NodeProto, module: ChannelReLU) -> None:
         """Clamp at zero and at each channel's own bound."""
@@ -305,8 +329,13 @@ class _Builder:
 
 
 def _multiplies_integers(layer: Any) -> bool:
-    """Whether a layer's input has the batch's own range, and ONNX has an integer operator for the layer."""
-    return layer.scheme.activation.mode == "dynamic" and len(layer.shape) in (2, 4) and not is_transposed(layer)
+    """Whether a layer's input has the batch's own range, and ONNX has an integer operator for the layer.
+
+    Sums of integers have one scale per output channel, so scales per group rule them out.
+    """
+    weight, activation = layer.scheme.weight, layer.scheme.activation
+    is_dynamic = activation.mode == "dynamic" and activation.highest == _HIGHEST_DYNAMIC
+    return is_dynamic and weight.group_size is None and len(layer.shape) in (2, 4) and not is_transposed(layer)
 
 
 def _tensor(name: str, tensor: Tensor) -> TensorProto:

@@ -36,6 +36,8 @@ _FOLLOWED = ("Relu", "Clip", "MaxPool", "Reshape", "Flatten")
 """Operators that ONNX Runtime looks through to find the QuantizeLinear behind a layer."""
 MULTIPLIES = ("Conv", "ConvTranspose", "Gemm", "MatMul", "ConvInteger", "MatMulInteger")
 """The operators that hold a layer's multiplications."""
+_PLACES = {"DequantizeLinear": 0, "ConvInteger": 1, "MatMulInteger": 1}
+"""The place of the weight among an operator's inputs."""
 _Parts = tuple[list[onnx.NodeProto], list[TensorProto]]
 
 
@@ -125,8 +127,13 @@ def may_saturate(model: onnx.ModelProto) -> bool:
 
 
 def _saturating(nodes: Sequence[onnx.NodeProto], tensors: Iterable[TensorProto]) -> dict[str, np.ndarray]:
-    """Return the int8 weights whose sums may saturate, as codes by name, judged by the layers that read them."""
-    codes = {t.name: numpy_helper.to_array(t) for t in tensors if t.data_type == TensorProto.INT8 and len(t.dims) > 1}
+    """Return the int8 weights whose sums may saturate, as codes by name, judged by the layers that read them.
+
+    No runtime multiplies weights of several blocks a row in int8. OpenVINO does if a block is the whole row.
+    """
+    length = {node.input[0]: found for node in nodes if (found := _block_length(node))}
+    int8 = {t.name: t for t in tensors if t.data_type == TensorProto.INT8 and len(t.dims) > 1}
+    codes = {name: numpy_helper.to_array(t) for name, t in int8.items() if length.get(name, t.dims[1]) == t.dims[1]}
     writer = {node.output[0]: node for node in nodes}
     safe: dict[str, bool] = {}
     for node in nodes:
@@ -139,6 +146,12 @@ def _saturating(nodes: Sequence[onnx.NodeProto], tensors: Iterable[TensorProto])
     for name in codes.keys() - safe.keys():  # no layer tells the layout: take the largest pair
         safe[name] = 2 * int(np.abs(codes[name].astype(np.int16)).max()) <= saturation.LARGEST_PAIR
     return {name: found for name, found in codes.items() if not safe[name]}
+
+
+def _block_length(node: onnx.NodeProto) -> int:
+    """Return how many codes share a scale if a node dequantizes in blocks; 0 for any other node."""
+    is_dequantize = node.op_type == "DequantizeLinear"
+    return next((a.i for a in node.attribute if is_dequantize and a.name == "block_size"), 0)
 
 
 def _weight_of(node: onnx.NodeProto, writer: dict[str, onnx.NodeProto]) -> tuple[str, bool]:
@@ -219,12 +232,15 @@ def _is_pointwise(node: onnx.NodeProto, codes: np.ndarray) -> bool:
 
 
 def _unsigned(nodes: Sequence[onnx.NodeProto], tensors: Sequence[TensorProto]) -> _Parts:
-    """Store weights that may saturate as uint8 with a zero point of 128: the same values."""
+    """Store weights that may saturate as uint8 with a zero point of 128: the same values.
+
+    ONNX Runtime multiplies no weights in blocks in int8, so they stay.
+    """
     saturating = _saturating(nodes, tensors)
     stored = {tensor.name: tensor for tensor in tensors}
     changed = []
     for node in nodes:
-        place = {"DequantizeLinear": 0, "ConvInteger": 1, "MatMulInteger": 1}.get(node.op_type)
+        place = None if _block_length(node) else _PLACES.get(node.op_type)
         codes = saturating.get(node.input[place]) if place is not None else None
         if place is None or codes is None:
             changed.append(node)

@@ -24,6 +24,7 @@ from quantstudy.errors import UserError
 from quantstudy.measure.agreement import check
 from quantstudy.measure.latency import Timing, time_calmly
 from quantstudy.measure.sequential import PairedTest, images_needed
+from quantstudy.quantization.layers import activation_modes
 from quantstudy.runtimes.onnx_model import to_onnx
 from quantstudy.runtimes.onnx_tuning import exported_model
 from quantstudy.runtimes.sessions import Session, open_session
@@ -61,6 +62,8 @@ class Shipped:
     exported: onnx.ModelProto
     """Made for the goal's runtime."""
     session: Session
+    is_dynamic: bool
+    """Whether ranges are found at run time."""
 
 
 @dataclass
@@ -88,7 +91,8 @@ class Judge:
     def shipped(self, model: nn.Module) -> Shipped:
         """Return a model in the form to ship; raise `UserError` if it cannot be exported."""
         exported = exported_model(model, self.graph, self.goal.runtime)
-        return Shipped(exported, open_session(exported, self.goal.runtime, self.threads))
+        session = open_session(exported, self.goal.runtime, self.threads)
+        return Shipped(exported, session, "dynamic" in activation_modes(model))
 
     def check(self, model: nn.Module, shipped: Shipped, images: Split) -> dict[str, Any]:
         """Return how the shipped form agrees with eager PyTorch; raise `UserError` if it computes something else."""
@@ -106,8 +110,7 @@ class Judge:
         A range that is found at run time depends on the images of its batch. Then batches are as large as the goal's,
         64 images at most. Otherwise they have 64 images, which takes a fraction of the time of single images.
         """
-        dynamic = any(node.op_type == "DynamicQuantizeLinear" for node in shipped.exported.graph.node)
-        size = min(self.goal.batch_size, _LARGEST_BATCH) if dynamic else _LARGEST_BATCH
+        size = min(self.goal.batch_size, _LARGEST_BATCH) if shipped.is_dynamic else _LARGEST_BATCH
         return run_on_split(shipped.session.run, images, self.preprocessing, size, _CPU)
 
     def judge(self, shipped: Shipped, error: float) -> PairedTest:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quantstudy import layout
+from quantstudy.data.batches import run_on_split
 from quantstudy.data.container import Split
 from quantstudy.measure import evaluation, latency
 from quantstudy.measure.accuracy import accuracy
@@ -192,7 +193,7 @@ def test_a_busy_timing_of_either_side_gives_no_speed_up() -> None:
 
 
 MODEL = evaluation._Model(
-    {"layers_quantizable": 2.0}, {"0": (8, 8), "1": (4, 32)}, {"0": (9, 9), "1": (9, 18)}, {}, {}, {}
+    {"layers_quantizable": 2.0}, {"0": (8, 8), "1": (4, 32)}, {"0": (9, 9), "1": (9, 18)}, {}, {}, {}, False
 )
 VALIDATION = [9, 0, 5, 6]
 """Numbers of images."""
@@ -213,10 +214,14 @@ def evaluated(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return executable(runtime, real, run)
 
     def evaluate(
-        *runtimes: tuple[Any, ...], fp32: float = 4.0, validation: Sequence[int] = VALIDATION
+        *runtimes: tuple[Any, ...],
+        fp32: float = 4.0,
+        validation: Sequence[int] = VALIDATION,
+        is_dynamic: bool = False,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         built, baseline = [stand_in(*given) for given in runtimes], stand_in("eager", fp32, FP32)
-        monkeypatch.setattr(evaluation, "_eager_after_a_batch", lambda task: (built[0], MODEL))
+        model = MODEL._replace(is_dynamic=is_dynamic)
+        monkeypatch.setattr(evaluation, "_eager_after_a_batch", lambda task: (built[0], model))
         monkeypatch.setattr(evaluation, "_executables", lambda task, eager: (built, [baseline], {}))
         for name, size in (("v", 1_000_000), ("fp32", 4_000_000)):
             layout.model("study", name).parent.mkdir(parents=True, exist_ok=True)
@@ -249,6 +254,32 @@ def test_accuracy_and_latency_are_of_one_executable(evaluated: Evaluated) -> Non
     assert (metrics["kernel_real"], metrics["size_mb"], metrics["compression"]) == (1, 1, 4)
     assert metrics["tbops"] == 8 * 8 + 2 * 4 * 32
     assert [(row["weight"], row["activation"]) for row in details["layers"]] == [(8, 8), (4, 32)]
+
+
+@pytest.mark.parametrize("is_dynamic", [False, True])
+def test_all_runtimes_see_the_same_batches_if_results_depend_on_them(
+    is_dynamic: bool, evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def recorded(run: Any, images: Any, preprocessing: Any, size: int, *rest: Any) -> np.ndarray:
+        sizes.append(size)
+        return run_on_split(run, images, preprocessing, size, *rest)
+
+    monkeypatch.setattr(evaluation, "run_on_split", recorded)
+    evaluated(("eager", 2, FP32), ("openvino", 3, WORSE), is_dynamic=is_dynamic)
+    eager = 16 if is_dynamic else 64
+    assert sizes == [eager, 16, eager]  # the test images on both, the validation images on the fastest
+
+
+@pytest.mark.parametrize("method", ["int8-dynamic", "int8-static", "int8-weight-only"])
+def test_the_model_tells_whether_results_depend_on_the_batch(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    made = METHODS[method](network, torch.randn(2, 3, 8, 8))
+    monkeypatch.setattr(evaluation, "load_any", lambda path: made)
+    monkeypatch.setattr(Task, "noise", lambda task, size: torch.zeros(size, 3, 8, 8))
+    _, facts = evaluation._eager_after_a_batch(Task("study", None, "v", None, CPU))  # type: ignore[arg-type]
+    assert facts.is_dynamic == (method == "int8-dynamic")
 
 
 def test_validation_figures_are_of_their_own_images(evaluated: Evaluated) -> None:

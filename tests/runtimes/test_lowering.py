@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from quantstudy.machine.hardware import int8_sums_saturate
 from quantstudy.quantization.layers import LayerScheme, quantize_layers, quantized_layers
 from quantstudy.quantization.schemes import ActivationScheme, Mode, WeightScheme
+from quantstudy.runtimes import lowering
 from quantstudy.runtimes.kernels import Int8Conv2d, StaticActivation, int8_kernels_available
-from quantstudy.runtimes.lowering import Kernel, lower_int8
+from quantstudy.runtimes.lowering import Kernel, fuse, lower_int8, use_kernels
 from quantstudy.runtimes.uint8 import CodeMaxPool2d
 from tests.runtimes.variants import quantized
 
@@ -133,6 +135,80 @@ def test_a_layer_called_twice_keeps_both_calls() -> None:
     torch.manual_seed(0)
     model = quantized(Twice(), images(), INT8, ActivationScheme("static", 8)).network
     torch.testing.assert_close(lower_int8(model, images())(images()), model(images()), atol=0.02, rtol=0)
+
+
+class WidePool(nn.MaxPool2d):
+    """A pool of its own, one call of the graph, that needs floating point."""
+
+    captured_whole = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.sqrt())
+
+
+def hooked(module: nn.Module) -> nn.Module:
+    """Add a hook that needs floating point."""
+    module.register_forward_hook(lambda module, inputs, output: output.to(torch.float32).clamp(max=0.5))
+    return module
+
+
+class Between(nn.Module):
+    """A module between two convolutions, which codes would pass."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.first, self.relu, self.between = nn.Conv2d(3, 8, 3), nn.ReLU(), between
+        self.second, self.last, self.head = nn.Conv2d(8, 8, 1), nn.ReLU(), nn.LazyLinear(10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.between(self.relu(self.first(x)))
+        x = x[0] if isinstance(x, tuple) else x
+        return self.head(self.last(self.second(x)).flatten(1))
+
+
+@pytest.mark.parametrize("behind_relu", [True, False])
+@pytest.mark.parametrize(
+    ("between", "passes_codes"),
+    [
+        (nn.MaxPool2d(2), True),
+        (nn.MaxPool2d(2, return_indices=True), False),
+        (WidePool(2), False),
+        (nn.Identity(), True),
+        *((hooked(module), False) for module in (nn.MaxPool2d(2), nn.Identity(), nn.Dropout(), nn.ReLU())),
+    ],
+    ids=["pool", "indices", "own-pool", "identity", "hooked-pool", "hooked-identity", "hooked-dropout", "hooked-relu"],
+)
+@torch.no_grad()
+def test_codes_pass_only_modules_that_compute_what_their_class_does(
+    between: nn.Module, passes_codes: bool, behind_relu: bool
+) -> None:
+    torch.manual_seed(0)
+    network = Between(copy.deepcopy(between)).eval()
+    if not behind_relu and not isinstance(between, WidePool):
+        network.relu = nn.Identity()  # type: ignore[assignment]
+    network(images())
+    model = quantized(network, images(), INT8, ActivationScheme("static", 8)).network
+    lowered: Any = lower_int8(model, images())
+    expected = model(images())
+    assert (lowered(images()) - expected).norm() < 0.02 * expected.norm()
+    assert lowered.second.post_op == "relu", "nothing is fused"
+    assert (lowered.first.output is not None) == passes_codes
+
+
+@torch.no_grad()
+def test_a_network_that_fails_when_fused_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("no codes")
+
+    network = network_of("plain", "static")
+    use_kernels(network)
+    modules, expected = dict(network.named_modules()), network(images())
+    fusions = lowering._fusions
+    monkeypatch.setattr(lowering, "_fusions", lambda graph: fusions(graph) | {"11": Failing()})
+    fuse(network, images())
+    assert dict(network.named_modules()) == modules
+    assert torch.equal(network(images()), expected)
 
 
 @pytest.mark.parametrize("architecture", ["mobilenet_v3_small", "squeezenet1_1"])

@@ -16,8 +16,11 @@ from quantstudy.measure import agreement
 from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.recipes import quantize
 from quantstudy.network.architectures import build
+from quantstudy.network.attention import Product, operands
 from quantstudy.network.folding import fold_batchnorm
-from quantstudy.quantization.layers import quantized_layers
+from quantstudy.network.graph import put
+from quantstudy.quantization.layers import ActivationQuantizer, quantized_layers
+from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
 from quantstudy.quantization.sqnr import sqnr_db
 from quantstudy.quantization.variant import Variant, save_variant
 from quantstudy.runtimes import executables, lowering, onnx_tuning
@@ -25,7 +28,7 @@ from quantstudy.runtimes.onnx_graph import INPUT, load_graph, network_graph
 from quantstudy.runtimes.onnx_model import save_onnx, to_onnx
 from quantstudy.runtimes.onnx_tuning import exported_model
 from quantstudy.runtimes.sessions import Session, open_session, why_missing
-from tests.runtimes.variants import METHODS
+from tests.runtimes.variants import METHODS, quantized
 
 SIZE, CLASSES = 32, 10
 PERCEPTRON = f"{__name__}:perceptron"
@@ -134,6 +137,45 @@ def test_layers_are_reused_and_weights_computed_as_in_pytorch(method: str, runti
         torch.testing.assert_close(opened.run(images()), model(images()), rtol=1e-3, atol=1e-3)
     if (method, runtime) == ("7-bit-static", "onnxruntime"):  # here with float32 between the layers
         assert opened.integer_layers == {"twice", "tied", "head"}
+
+
+WEIGHTS = [WeightScheme(8), WeightScheme(8, 16), WeightScheme(4, 16), WeightScheme(8, 32)]
+
+
+class EveryKind(nn.Module):
+    """Every kind of layer, an input that two layers read, and a product of two activations.
+
+    The layers' rows have 27, 27, 32, 16 and 384 weights.
+    """
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.first, self.beside = nn.Conv2d(3, 16, 3, stride=4), nn.Conv2d(3, 16, 3, stride=4)
+        self.grouped, self.turned = nn.Conv2d(16, 8, 2, groups=2), nn.ConvTranspose2d(8, 6, 2, groups=2)
+        self.product, self.head = Product(), nn.Linear(6 * 8 * 8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [N, 3, S, S] to logits [N, classes]."""
+        x = self.turned(self.grouped(self.first(x).relu() - self.beside(x)).relu())
+        return self.head((self.product(x, x.transpose(-2, -1)) + x).flatten(1))
+
+
+def every_kind(num_classes: int) -> nn.Module:
+    return EveryKind(num_classes)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("weight", WEIGHTS, ids=lambda weight: f"{weight.bits}-{weight.group_size}")
+@pytest.mark.parametrize("bits", [2, 3, 4, 7, 8])
+@torch.no_grad()
+def test_a_range_found_at_run_time_has_the_bits_of_its_scheme(bits: int, weight: WeightScheme, runtime: str) -> None:
+    architecture, scheme = f"{__name__}:every_kind", ActivationScheme("dynamic", bits)
+    model = quantized(network(architecture), images(), weight, scheme)
+    put(model.network, {name: ActivationQuantizer(scheme) for name in operands(model.network)})
+    opened = session(architecture, model, runtime)
+    x = torch.cat([images(16), images(16).abs() + 1, -images(16).abs() - 1, torch.zeros(2, 3, SIZE, SIZE)])
+    each = [snr_db(model(pair), opened.run(pair)) for pair in x.split(2)]
+    assert np.median(each) > 60  # codes at a half fall either way
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ from torch import nn
 
 from quantstudy.__main__ import main
 from quantstudy.errors import UserError, run_stage
-from quantstudy.quantization.schemes import WeightScheme
-from quantstudy.runtimes.onnx_graph import INPUT, network_graph
+from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
+from quantstudy.runtimes.onnx_graph import INPUT, graph_of, network_graph
 from quantstudy.runtimes.onnx_model import save_onnx, to_onnx
-from quantstudy.runtimes.sessions import why_missing
-from tests.runtimes.variants import STATIC, quantized
+from quantstudy.runtimes.onnx_tuning import may_saturate, tuned
+from quantstudy.runtimes.sessions import open_session, why_missing
+from tests.runtimes.variants import DYNAMIC, STATIC, quantized
 
 SIZE, CLASSES = 8, 10
 ARCHITECTURE = f"{__name__}:residual"
@@ -96,6 +97,34 @@ def test_what_needs_no_change_is_copied(tmp_path: Path) -> None:
     tune(made(tmp_path, 4, in_8_bits=("first", "head")), out, "--without-vnni")
     types = {tensor.data_type for tensor in onnx.load(out).graph.initializer if len(tensor.dims) > 1}
     assert types == {TensorProto.UINT8, TensorProto.INT4}
+
+
+@pytest.mark.skipif(why_missing("onnxruntime") is not None, reason="no onnxruntime")
+@pytest.mark.parametrize("activation", [STATIC, DYNAMIC, ActivationScheme("dynamic", 4)], ids=str)
+@pytest.mark.parametrize(
+    ("weight", "in_8_bits"),
+    [(WeightScheme(8, 16), ()), (WeightScheme(8, 1024), ()), (WeightScheme(4, 16), ("first", "head"))],
+    ids=["8 bits", "8 bits, whole rows", "4 bits between"],
+)
+@torch.no_grad()
+def test_weights_in_blocks_stay(weight: WeightScheme, in_8_bits: tuple[str, ...], activation: ActivationScheme) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, SIZE, SIZE)
+    variant = quantized(residual(CLASSES), images, weight, activation, in_8_bits=in_8_bits)
+    plain = to_onnx(variant, network_graph(ARCHITECTURE, CLASSES, SIZE))
+    found = tuned(plain, saturates=True)
+    assert all(tensor in found.graph.initializer for tensor in plain.graph.initializer if len(tensor.dims) > 1)
+    wanted, logits = variant(images), open_session(found, "onnxruntime", 1).run(images)
+    assert (wanted - logits).norm() < 0.01 * wanted.norm()
+
+
+@pytest.mark.parametrize(("group_size", "wanted"), [(16, False), (32, False), (64, True), (256, True), (None, True)])
+def test_weights_in_several_blocks_a_row_do_not_saturate(group_size: int | None, wanted: bool) -> None:
+    """Where a block is the whole row OpenVINO multiplies in int8."""
+    network, images = nn.Sequential(nn.Flatten(), nn.Linear(64, 8)), torch.rand(4, 1, SIZE, SIZE)
+    nn.init.ones_(network[1].weight)  # type: ignore[arg-type]
+    variant = quantized(network, images, WeightScheme(8, group_size), STATIC)
+    assert may_saturate(to_onnx(variant, graph_of(network, images.shape[1:]))) == wanted
 
 
 def test_mistakes_are_one_line_and_write_nothing(exported: Path, tmp_path: Path) -> None:
