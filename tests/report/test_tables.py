@@ -10,8 +10,9 @@ from quantstudy import layout
 from quantstudy.errors import UserError
 from quantstudy.files import read_json, write_json
 from quantstudy.params import load_params
+from quantstudy.report.markdown import NOTHING
 from quantstudy.report.results import Result, load_results, pictures, remarks
-from quantstudy.report.tables import NOTHING, markdown, note, scaling_law
+from quantstudy.report.tables import markdown, note, scaling_law
 from tests.conftest import Project
 from tests.report.fabricate import fabricate
 
