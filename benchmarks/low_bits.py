@@ -33,6 +33,7 @@ from quantstudy.data.container import Split, load_split
 from quantstudy.data.folder import images_below
 from quantstudy.data.preprocessing import pixels
 from quantstudy.data.sampling import validation_indices
+from quantstudy.errors import run_stage
 from quantstudy.files import read_json, write_json, write_text
 from quantstudy.machine.device import set_up
 from quantstudy.machine.hardware import describe_machine
@@ -181,4 +182,4 @@ def measured(subject: Subject, draw: int, methods: dict[str, P.MethodRow]) -> It
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -29,7 +29,7 @@ from benchmarks.peer_tools import BATCH_SIZES, CPU, TOOLS, Candidate, Subject, n
 from quantstudy import layout
 from quantstudy.data.batches import images_of, run_on_split
 from quantstudy.data.container import load_split
-from quantstudy.errors import one_line
+from quantstudy.errors import one_line, run_stage
 from quantstudy.files import write_json, write_text
 from quantstudy.machine.device import set_up
 from quantstudy.machine.hardware import describe_machine, int8_sums_saturate
@@ -190,4 +190,4 @@ def _versions() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)
