@@ -33,7 +33,7 @@ from quantstudy.data.container import Split, load_split
 from quantstudy.data.folder import images_below
 from quantstudy.data.preprocessing import pixels
 from quantstudy.data.sampling import validation_indices
-from quantstudy.errors import run_stage
+from quantstudy.errors import run_stage, unknown
 from quantstudy.files import read_json, write_json, write_text
 from quantstudy.machine.device import set_up
 from quantstudy.machine.hardware import describe_machine
@@ -88,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--target", choices=["any_x86", "vnni"], default="vnni")
     arguments = parser.parse_args(argv)
     rows = P.load_methods()
+    for name in arguments.methods:
+        if name not in rows:
+            raise unknown("--methods", name, rows)
     set_up(0)
     subject = of_study(arguments.study) if arguments.study else of_photos(arguments)
     file = layout.low_bits(subject.name, "json")
@@ -99,10 +102,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in measured(subject, draw, {name: rows[name].made_for(arguments.target) for name in missing}):
             found.append(row | {"target": arguments.target})
             print(found[-1], flush=True)
-            found.sort(key=lambda row: (order.index(row["method"]), row["target"], row["draw"]))
+            found.sort(key=lambda row: (*place(row["method"], order), row["target"], row["draw"]))
             write_json(file, found)
             note = f"`{subject.name}`: {subject.images}. {describe_machine()}."
             write_text(file.with_suffix(".md"), markdown(found) + "\n" + note + "\n")
+
+
+def place(name: str, known: Sequence[str]) -> tuple[int, str]:
+    """Return where a method stands in the table: in the order of params.yaml, and last if it is gone from there."""
+    return (known.index(name) if name in known else len(known)), name
 
 
 def of_study(name: str) -> Subject:
