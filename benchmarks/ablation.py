@@ -3,12 +3,12 @@
     python -m benchmarks.ablation --study mobilenetv2_food101_64px
     python -m benchmarks.ablation --study mobilenetv2_food101_64px --schemes W4A8 --seeds 3
 
-The benchmark starts from models/<study>/fp32.pth. It draws calibration images by seed from the training part of the
-training split, `--images` per draw. The last row of a scheme gets `--seeds` draws, each row before it one. Top-1 is
-measured on the whole test split, simulated in eager mode.
+The benchmark starts from models/<study>/fp32.pth. It draws calibration images by seed, from where the study draws its
+own and as many, or `--images`. The last row of a scheme gets `--seeds` draws, each row before it one. Top-1 is measured
+on the whole test split, simulated in eager mode.
 
 The benchmark writes reports/<study>/ablation.json and .md. It keeps rows that are already there, so you can continue or
-extend a run. Delete ablation.json to start again.
+extend a run; rows of other schemes and techniques stand last. Delete ablation.json to start again.
 """
 
 import argparse
@@ -31,7 +31,10 @@ from quantstudy import layout
 from quantstudy import params as P
 from quantstudy.data.batches import images_of, run_on_split
 from quantstudy.data.container import Split, load_split
-from quantstudy.data.sampling import validation_indices
+from quantstudy.data.folder import calibration_images
+from quantstudy.data.images import store
+from quantstudy.data.sampling import calibration_indices, validation_indices
+from quantstudy.errors import run_stage
 from quantstudy.files import read_json, write_json, write_text
 from quantstudy.machine.device import set_up
 from quantstudy.machine.hardware import describe_machine
@@ -73,21 +76,26 @@ class Subject:
     """A study's model and images."""
 
     name: str
+    study: P.Study
+    """Its `calibration` says how many images are drawn, and from where."""
     fp32: nn.Module
     preprocessing: P.Preprocessing
     train: Split
     test: Split
-    images: int
-    seed: int
     right: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict)
     """Whether each test image is predicted correctly, by scheme and techniques; fp32's at ()."""
 
     def calibration(self, seed: int) -> Calibration:
-        """Draw calibration images from the images that trained the fp32 model, never from the validation part."""
-        kept, _ = validation_indices(self.train.labels, 0.1, self.seed)
-        order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))
-        drawn = self.train.subset(kept[order[: self.images]])
-        return Calibration(self.fp32, images_of(drawn, self.preprocessing, BATCH))
+        """Draw calibration images as the study does; with the study's seed, the same ones."""
+        row, fraction = self.study.calibration, self.study.training.validation_fraction
+        found = calibration_images(row, self.train.classes, f"studies.{self.name}.calibration")
+        if found is None:
+            kept, _ = validation_indices(self.train.labels, fraction, self.study.seed)
+            drawn = self.train.subset(kept[calibration_indices(len(kept), row, seed, self.name)])
+        else:
+            chosen = found.subset(calibration_indices(len(found.names), row, seed, self.name))
+            (drawn,) = store([chosen], self.preprocessing)
+        return Calibration(self.fp32, images_of(drawn, self.preprocessing, BATCH), bins=row.bins)
 
     def correct(self, model: nn.Module) -> np.ndarray:
         """Return, for each test image, whether the model predicts its label."""
@@ -101,15 +109,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--study", required=True, help="a row of studies whose fp32 model and data are there")
     parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
     parser.add_argument("--seeds", type=int, default=3, help="calibration draws of each scheme's last row")
-    parser.add_argument("--images", type=int, default=2048, help="calibration images of a draw")
+    parser.add_argument("--images", type=int, help="calibration images of a draw, the study's number by default")
     parser.add_argument("--without", nargs="*", choices=list(STEPS), default=[], help="techniques to leave out")
     arguments = parser.parse_args(argv)
     study = P.load_params().study(arguments.study)
+    if arguments.images is not None:
+        drawn = {"batches": 1, "batch_size": arguments.images}
+        study = study.model_copy(update={"calibration": study.calibration.model_copy(update=drawn)})
     set_up(study.seed)
     path = layout.model(arguments.study, "fp32")
-    splits = (load_split(layout.split(arguments.study, part)) for part in ("train", "test"))
+    train, test = (load_split(layout.split(arguments.study, part)) for part in ("train", "test"))
     preprocessing = load_preprocessing(path)
-    subject = Subject(arguments.study, load_fp32(path), preprocessing, *splits, arguments.images, study.seed)
+    subject = Subject(arguments.study, study, load_fp32(path), preprocessing, train, test)
     subject.right[()] = subject.correct(subject.fp32)
     file = layout.report(arguments.study) / "ablation.json"
     rows: list[Row] = read_json(file) if file.is_file() else []
@@ -137,7 +148,8 @@ def _add(rows: list[Row], subject: Subject, scheme: str, steps: list[str], seeds
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "variant.pth"
         save_variant(path, variant, load_checkpoint(layout.model(subject.name, "fp32")), scheme)
-        facts = _facts(subject.images, variant, path, statistics.mean(seconds))
+        images = subject.study.calibration.batches * subject.study.calibration.batch_size
+        facts = _facts(images, variant, path, statistics.mean(seconds))
     _put(rows, subject, {"scheme": scheme, "techniques": steps}, correct, facts)
 
 
@@ -171,9 +183,17 @@ def _put(
     print(f"{row['scheme']} {row['techniques']}: drop {row['top1_drop']:+.2f}, {row['seconds']:.0f} s", flush=True)
 
 
+def order(row: Row) -> tuple[Any, ...]:
+    """Return a row's place in the table: by scheme, then by techniques; unknown ones come last, by name."""
+
+    def place(name: str, known: Sequence[str]) -> tuple[int, str]:
+        return (known.index(name) if name in known else len(known), name)
+
+    return place(row["scheme"], list(SCHEMES)), [place(step, list(STEPS)) for step in row["techniques"]]
+
+
 def _write(rows: list[Row], subject: Subject, file: Path) -> None:
-    schemes, order = list(SCHEMES), list(STEPS)
-    rows.sort(key=lambda row: (schemes.index(row["scheme"]), [order.index(step) for step in row["techniques"]]))
+    rows.sort(key=order)
     write_json(file, rows)
     note = (
         f"`{subject.name}`: fp32 {100 * subject.right[()].mean():.2f} % on {len(subject.test)} test images. "
@@ -183,4 +203,4 @@ def _write(rows: list[Row], subject: Subject, file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

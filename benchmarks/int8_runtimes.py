@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from quantstudy import params as P
+from quantstudy.errors import run_stage
 from quantstudy.machine.hardware import describe_machine
 from quantstudy.measure.latency import time_alternately
 from quantstudy.methods.calibration import Calibration
@@ -119,4 +120,4 @@ def compare(model: nn.Module, graph: onnx.ModelProto, x: Tensor, seconds: float)
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

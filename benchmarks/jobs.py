@@ -23,6 +23,7 @@ import psutil
 import yaml
 from dvc.repo import Repo
 
+from quantstudy.errors import run_stage
 from quantstudy.files import write_json
 from quantstudy.machine.hardware import describe_machine
 from quantstudy.params import load_params
@@ -142,4 +143,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

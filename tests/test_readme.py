@@ -21,6 +21,7 @@ from PIL import Image
 from quantstudy import layout
 from quantstudy.data.preprocessing import pixels
 from quantstudy.errors import UserError
+from quantstudy.files import write_json, write_text
 from quantstudy.network.architectures import build
 from quantstudy.network.fp32 import skeleton
 from quantstudy.params import Preprocessing
@@ -78,6 +79,40 @@ def test_a_table_has_the_rows_that_are_asked_for_and_a_place_needs_its_report(
             filled(Path("README.md"), broken)
     with pytest.raises(UserError, match="'int8' is unknown"):
         filled(Path("README.md"), f"<!-- results: s int8 -->\n{end}", lambda path: table)
+
+
+@pytest.mark.parametrize("kind", ["ablation", "front", "low_bits"])
+def test_a_table_of_another_fp32_model_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = Path("docs/a.md")
+    place = f"<!-- {kind}: s -->\n<!-- end -->"
+
+    def write(top1: float | None) -> None:
+        rows = {
+            "ablation": [{"top1": top1 - 2.25, "top1_drop": 2.25}] if top1 else [],
+            "front": {"comparison": [], "rows": [{"series": "fp32", "top1": top1}] if top1 else []},
+            "low_bits": [{"fp32_top1": top1}] if top1 else [{}],
+        }
+        file = {"ablation": layout.report("s") / "ablation.json", "front": layout.budget_front("s", "json")}
+        write_json(file.get(kind, layout.low_bits("s", "json")), rows[kind])
+
+    for path in (layout.report("s") / "ablation.md", layout.budget_front("s", "png"), layout.low_bits("s", "md")):
+        write_text(path, "| a |\n|---|\n")
+    write(58.44)
+    assert "Another" not in filled(page, place)  # the study has no table of variants
+    write_json(layout.metrics("s", "fp32"), {"top1": 58.42})
+    line = "|\n\nAnother fp32 model than in the table of variants: 58.44 and 58.42 % top-1.\n<!-- end -->"
+    assert filled(page, place).endswith(line)
+    for top1 in (58.42, None):
+        write(top1)
+        assert "Another" not in filled(page, place)
+
+
+def test_a_report_that_lacks_a_key_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_json(layout.metrics("s", "int8"), {"top1_drop": 1.5})
+    with pytest.raises(UserError, match=r"a.md: the decision of s has no key 'speedup_b1'; run `dvc repro` again"):
+        filled(Path("docs/a.md"), "<!-- decision: s\nSpeed = int8\n-->\n<!-- end -->")
 
 
 @pytest.mark.skipif(why_missing("onnxruntime") is not None, reason="no onnxruntime")

@@ -4,7 +4,7 @@ A part is some commands and the committed files that they write. The commands ru
 `.cache/evidence/<folder>`, so a checkout's own params and models stay as they are. The clone keeps what it has made: a
 part that is stopped goes on in the next sitting. What a part wrote is then copied to the checkout, and
 reports/evidence.json notes its commit, day, machine, load and seconds, and the SHA-256 of all code that it ran, of its
-commands, of each method's row in params.yaml and of its studies' rows.
+commands, of each method's row in params.yaml, of its studies' rows and of the other sections.
 
 `--check` fails if any of these has changed since the part was made. A new row changes nothing. A part that was never
 made is named.
@@ -36,7 +36,11 @@ RECORD = Path("reports") / "evidence.json"
 FOLDER = Path(".cache") / "evidence"
 EXTERNAL = Path("data") / "external"
 PEERS = ".venv-peers/bin/python"
-STAGES = tuple(f"stages/{name}.py" for name in ("download", "finetune", "calibrate", "trace", "ptq", "qat", "evaluate"))
+MODEL = tuple(f"stages/{name}.py" for name in ("download", "finetune", "calibrate", "trace"))
+"""The stages behind `made_model`."""
+STAGES = (*MODEL, "stages/ptq.py", "stages/qat.py", "stages/evaluate.py")
+LISTS = ("run", "ship", "ptq", "qat", "export", "budget")
+"""The keys of params.yaml that say which studies and methods run."""
 
 
 @dataclass(frozen=True)
@@ -83,35 +87,35 @@ def of_study(study: str, *needs: str) -> tuple[Part, ...]:
             f"{study}-ablation",
             (model, f"python -m benchmarks.ablation {option}"),
             (f"{reports}/ablation.*",),
-            ("benchmarks/ablation.py",),
+            ("benchmarks/ablation.py", *MODEL),
             **where,
         ),
         Part(
             f"{study}-front",
             (model, front, f"python -m benchmarks.budget_front {option}"),
             (f"{reports}/budget_front.*",),
-            ("benchmarks/budget_front.py", "stages/sensitivity.py"),
+            ("benchmarks/budget_front.py", *MODEL, "stages/sensitivity.py"),
             **where,
         ),
         Part(
             f"{study}-peers",
             (model, peers),
             (f"reports/peers/{study}.*",),
-            ("benchmarks/peers.py",),
+            ("benchmarks/peers.py", *MODEL),
             **where,
         ),
         Part(
             f"{study}-low-bits",
             (model, f"python -m benchmarks.low_bits {option}"),
             (f"reports/low_bits/{study}.*",),
-            ("benchmarks/low_bits.py",),
+            ("benchmarks/low_bits.py", *MODEL),
             **where,
         ),
         Part(
             f"{study}-search",
             (model, *searches),
             (f"reports/peers/{study}_search.*",),
-            ("benchmarks/search.py",),
+            ("benchmarks/search.py", *MODEL),
             **where,
         ),
     )
@@ -124,13 +128,10 @@ def made_model(study: str) -> str:
 
 def timed_peers(study: str, *needs: str) -> Part:
     """Return the comparison with other tools at 224 px, accuracy and time."""
-    commands = (
-        made_model(study),
-        f"{PEERS} -m benchmarks.peers --study {study}",
-    )
+    commands = (made_model(study), f"{PEERS} -m benchmarks.peers --study {study}")
     writes = (f"reports/peers/{study}.*",)
     where: Any = {"folder": study, "params": {"run": [study]}, "needs": needs}
-    return Part(f"{study}-peers", commands, writes, ("benchmarks/peers.py",), **where)
+    return Part(f"{study}-peers", commands, writes, ("benchmarks/peers.py", *MODEL), **where)
 
 
 def low_bits_of_photos() -> tuple[Part, ...]:
@@ -157,9 +158,8 @@ def all_parts() -> dict[str, Part]:
         f"reports/{study}/{what}" for study in digits for what in ("metrics/*.json", "results.md", "*_plot.png")
     )
     runtimes = "reports/benchmarks/int8_runtimes.txt"
-    timed = " && ".join(
-        f"python -m benchmarks.int8_runtimes --architecture {name}" for name in ("vgg11", "mobilenet_v2")
-    )
+    start = "python -m benchmarks.int8_runtimes --architecture"
+    timed = " && ".join(f"{start} {name}" for name in ("vgg11", "mobilenet_v2"))
     found = [
         Part(
             "default",
@@ -184,7 +184,7 @@ def stale(parts: Iterable[Part], root: Path, made: Mapping[str, Any]) -> dict[st
     for part in parts:
         if part.name in made:
             now, noted = code_of(part, root) | settings_of(part, root), made[part.name]
-            then = noted["code"] | noted["settings"]
+            then = noted.get("code", {}) | noted.get("settings", {"its settings were not noted": ""})
             if changed := [key for key in then | dict.fromkeys(part.scripts) if now.get(key) != then.get(key)]:
                 found[part.name] = changed
     return found
@@ -197,10 +197,15 @@ def code_of(part: Part, root: Path) -> dict[str, str]:
 
 
 def settings_of(part: Part, root: Path) -> dict[str, str]:
-    """Return the SHA-256 of a part's commands and, by name, of the rows of all methods and of the part's studies."""
-    params = yaml.safe_load((root / PARAMS_FILE).read_text(encoding="utf-8"))
-    studies = part.params.get("run", params["run"] if part.folder == "default" else [])
-    found: dict[str, Any] = {"its commands": part.commands}
+    """Return the SHA-256 of a part's commands and, by name, of what it reads in params.yaml.
+
+    These are the rows of all methods, the rows of its studies, and every other section; `LISTS` only for `default`, as
+    the other parts have lists of their own.
+    """
+    params = yaml.safe_load((root / PARAMS_FILE).read_text(encoding="utf-8")) | dict(part.params)
+    studies = params["run"] if part.folder == "default" or "run" in part.params else []
+    rest = params.keys() - {"methods", "studies", *(LISTS if part.name != "default" else ())}
+    found: dict[str, Any] = {"its commands": part.commands} | {name: params[name] for name in sorted(rest)}
     found |= {f"methods.{name}": row for name, row in params["methods"].items()}
     found |= {f"studies.{name}": row for name, row in params["studies"].items() if name in studies}
     return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in found.items()}
@@ -216,14 +221,13 @@ def make(part: Part, root: Path) -> dict[str, Any]:
     commit = _commit(root)
     if missing := [name for name in part.needs if not (root / EXTERNAL / name).exists()]:
         raise UserError(f"{part.name}: {', '.join(missing)}: no such file in {EXTERNAL}; put or link it there")
-    clone = _clone(root, part, commit)
+    clone, begun = _clone(root, part, commit)
     load, began = os.getloadavg()[0], time.monotonic()
     path = f"{root / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
     for command in part.commands:
         print(f"{part.name}: {command}", flush=True)
-        if status := subprocess.run(
-            ["bash", "-c", command], cwd=clone, env=os.environ | {"PATH": path}, check=False
-        ).returncode:
+        shell: Any = {"cwd": clone, "env": os.environ | {"PATH": path}, "check": False}
+        if status := subprocess.run(["bash", "-c", command], **shell).returncode:
             raise UserError(f"{part.name}: `{command}` ended with status {status}; the next run goes on from there")
     for pattern in part.writes:
         written = sorted(clone.glob(pattern))
@@ -232,6 +236,7 @@ def make(part: Part, root: Path) -> dict[str, Any]:
         for file in written:
             (target := root / file.relative_to(clone)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
+    begun.unlink()
     return {
         "commit": commit,
         "day": datetime.now(UTC).date().isoformat(),
@@ -261,11 +266,11 @@ def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
-def _clone(root: Path, part: Part, commit: str) -> Path:
-    """Return the clone of a part, at the commit, with the part's params.
+def _clone(root: Path, part: Part, commit: str) -> tuple[Path, Path]:
+    """Return the clone of a part, at the commit, with the part's params, and the note of what began the part there.
 
-    What the part has written there is kept if that was at the same commit. dvc.lock is always kept: by it DVC knows
-    what has changed.
+    What a part has written there is kept until it ends. It begins anew if its code or settings are not those that began
+    it. dvc.lock is always kept: by it DVC knows what has changed.
     """
     clone = root / FOLDER / part.folder
     if not clone.is_dir():
@@ -274,26 +279,38 @@ def _clone(root: Path, part: Part, commit: str) -> Path:
         (clone / "data").mkdir(exist_ok=True)
         for name in (".venv-peers", EXTERNAL.as_posix()):
             (clone / name).symlink_to(root / name)
-        (clone / ".dvc" / "config.local").write_text(
-            f"[cache]\n    dir = {root / '.dvc' / 'cache'}\n", encoding="utf-8"
-        )
+        cache = f"[cache]\n    dir = {root / '.dvc' / 'cache'}\n"
+        (clone / ".dvc" / "config.local").write_text(cache, encoding="utf-8")
     elif _git(clone, "rev-parse", "HEAD").strip() != commit:
-        lock = (clone / "dvc.lock").read_bytes()
+        open_parts = [other for other in all_parts().values() if _note(clone, other).is_file()]
+        kept = {file: file.read_bytes() for file in (clone / "dvc.lock", *_written(clone, open_parts))}
         _git(clone, "fetch", "--quiet", "origin")
         _git(clone, "checkout", "--quiet", "--force", "--detach", commit)
-        (clone / "dvc.lock").write_bytes(lock)
-    begun = clone / ".cache" / f"begun-{part.name}"
-    if not begun.is_file() or begun.read_text(encoding="utf-8") != commit:
-        for pattern in part.writes:
-            for file in clone.glob(pattern):
-                if file.name != "dvc.lock":
-                    file.unlink()
-        begun.parent.mkdir(exist_ok=True)
-        begun.write_text(commit, encoding="utf-8")
+        for file in _written(clone, open_parts):  # as the commit has it
+            file.unlink()
+        for file, content in kept.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
     if part.params:
         params = yaml.safe_load((root / PARAMS_FILE).read_text(encoding="utf-8")) | dict(part.params)
         (clone / PARAMS_FILE).write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
-    return clone
+    begun, now = _note(clone, part), json.dumps(code_of(part, clone) | settings_of(part, clone))
+    if not begun.is_file() or begun.read_text(encoding="utf-8") != now:
+        for file in _written(clone, [part]):
+            file.unlink()
+        begun.parent.mkdir(exist_ok=True)
+        begun.write_text(now, encoding="utf-8")
+    return clone, begun
+
+
+def _note(clone: Path, part: Part) -> Path:
+    return clone / ".cache" / f"begun-{part.name}"
+
+
+def _written(clone: Path, parts: Iterable[Part]) -> list[Path]:
+    """Return what parts have written in a clone, without dvc.lock."""
+    found = dict.fromkeys(file for part in parts for pattern in part.writes for file in clone.glob(pattern))
+    return [file for file in found if file.name != "dvc.lock"]
 
 
 def check(parts: Mapping[str, Part], root: Path) -> int:
@@ -301,10 +318,8 @@ def check(parts: Mapping[str, Part], root: Path) -> int:
     made: dict[str, Any] = read_json(root / RECORD) if (root / RECORD).is_file() else {}
     found = stale(parts.values(), root, made)
     for name, scripts in found.items():
-        print(
-            f"{name}: made by other code or settings ({', '.join(scripts)}); run `make evidence PARTS={name}`",
-            file=sys.stderr,
-        )
+        changed = f"made by other code or settings ({', '.join(scripts)})"
+        print(f"{name}: {changed}; run `make evidence PARTS={name}`", file=sys.stderr)
     if never := [name for name in parts if name not in made]:
         print(f"{RECORD}: {len(never)} of {len(parts)} parts were not made yet: {', '.join(never)}")
     return int(bool(found))

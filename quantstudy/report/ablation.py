@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from quantstudy.report.tables import markdown_table, p_value, signed
+from quantstudy.report.markdown import markdown_table, p_value, signed
 
 _HEADER = ("scheme", "techniques", "drop", "top-1 %", "seeds", "images", "p, row above", "bits", "MB", "s")
 

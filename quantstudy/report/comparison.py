@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from quantstudy.errors import UserError
 from quantstudy.measure.statistics import mcnemar_exact_p
+from quantstudy.report.markdown import NOTHING, latency, markdown_table, p_value, signed
 from quantstudy.report.revisions import Revision
-from quantstudy.report.tables import NOTHING, latency, markdown_table, p_value, signed
 
 FALSE_DISCOVERIES = 0.05
 """The expected share of false alarms among the variants called moved."""

@@ -12,9 +12,11 @@ there is typed by hand. The kinds are
 - `reliability`: how often tests tried to break runs, params or files, and what happened (`tests/harness`).
 
 If names of variants, tools or schemes follow the study, the table keeps only the rows that begin with one of them.
+A line under a table says if its fp32 model is not the one of the study's result table.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -23,7 +25,7 @@ from typing import Any
 
 from quantstudy import layout
 from quantstudy.errors import UserError, unknown
-from quantstudy.report.tables import NOTHING, markdown_table, number, p_value, signed
+from quantstudy.report.markdown import NOTHING, markdown_table, number, p_value, signed
 
 README, DOCS = Path("README.md"), Path("docs")
 KINDS = "results|decision|peers|ablation|front|low_bits|reliability"
@@ -39,6 +41,12 @@ COMMANDS = {
     "reliability": "python -m tests.harness.runs, .params and .files",
 }
 """The command that writes the files of each kind."""
+STATED: dict[str, Callable[[Any], list[float]]] = {
+    "ablation": lambda rows: [row["top1"] + row["top1_drop"] for row in rows],
+    "front": lambda found: [row["top1"] for row in found["rows"] if row["series"] == "fp32"],
+    "low_bits": lambda rows: [row["fp32_top1"] for row in rows if "fp32_top1" in row],
+}
+"""The top-1 of fp32 that the JSON report of each kind states."""
 
 Read = Callable[[Path], str]
 
@@ -57,7 +65,7 @@ def filled(page: Path, text: str, read: Read = read_utf8) -> str:
     """Return the text of a page with every marked place filled from the reports.
 
     Raises:
-        UserError: a report is missing, or its table has no row with one of the names.
+        UserError: a report is missing or lacks a key, or its table has no row with one of the names.
     """
 
     def place(found: re.Match[str]) -> str:
@@ -65,7 +73,10 @@ def filled(page: Path, text: str, read: Read = read_utf8) -> str:
         try:
             if kind == "decision":
                 return f"{start}{decision(study, names.strip().splitlines(), read)}{end}"
-            return f"{start}{content(kind, study, names.split(), page, read)}{end}"
+            return f"{start}{content(kind, study, names.split(), page, read)}{other_fp32(kind, study, read)}{end}"
+        except KeyError as error:
+            line = f"the {kind} of {study} has no key {error}; run `{COMMANDS[kind]}` again"
+            raise UserError(f"{page}: {line}") from None
         except FileNotFoundError as error:
             raise UserError(f"{page}: no file {error.filename}; run `{COMMANDS[kind]}` first") from None
 
@@ -83,6 +94,23 @@ def content(kind: str, study: str, names: Sequence[str], page: Path, read: Read)
     place = {"peers": layout.peers(study, "md"), "low_bits": layout.low_bits(study, "md")}.get(kind)
     table = read(place or layout.report(study) / f"{kind}.md")
     return with_rows(table, names, f"{page}, {kind} of {study}") if names else table
+
+
+def other_fp32(kind: str, study: str, read: Read) -> str:
+    """Return a line for a table whose fp32 model has another top-1 than the study's metrics; else nothing."""
+    files = {
+        "ablation": layout.report(study) / "ablation.json",
+        "front": layout.budget_front(study, "json"),
+        "low_bits": layout.low_bits(study, "json"),
+    }
+    metrics = layout.metrics(study, "fp32")
+    if kind not in files or not (metrics.is_file() and files[kind].is_file()):
+        return ""
+    own = json.loads(read(metrics))["top1"]
+    stated = STATED[kind](json.loads(read(files[kind])))
+    other = dict.fromkeys(f"{top1:.2f}" for top1 in stated if not math.isclose(top1, own))
+    line = f"\nAnother fp32 model than in the table of variants: {', '.join(other)} and {own:.2f} % top-1.\n"
+    return line if other else ""
 
 
 def with_rows(table: str, wanted: Sequence[str], where: str) -> str:

@@ -43,8 +43,8 @@ def plot_budget_front(path: Path, title: str, rows: Sequence[Mapping[str, Any]])
 def _draw(left: Axes, right: Axes, series: str, rows: Sequence[Mapping[str, Any]]) -> None:
     marker, color, label = SERIES[series]
     size, top1 = [row["size_mb"] for row in rows], [row["top1"] for row in rows]
-    below = [row["top1"] - row["top1_low"] for row in rows]
-    above = [row["top1_high"] - row["top1"] for row in rows]
+    below = [max(0.0, row["top1"] - row["top1_low"]) for row in rows]  # at 0 and 100 % the ends may be rounded
+    above = [max(0.0, row["top1_high"] - row["top1"]) for row in rows]
     style: Any = {"marker": marker, "color": color, "markersize": 6, "linewidth": 1.3}
     left.errorbar(size, top1, yerr=[below, above], label=label, elinewidth=0.8, capsize=2, **style)
     right.plot(size, [row["sqnr_db"] for row in rows], **style)

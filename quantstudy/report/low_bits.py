@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from quantstudy.report.tables import markdown_table, signed
+from quantstudy.report.markdown import markdown_table, signed
 
 _HEADER = ("method", "bits a weight", "drop, points", "least to most", "SQNR, dB", "divergence", "same class, %", "s")
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from quantstudy.report.markdown import markdown_table, number
 from quantstudy.report.style import BLUE, GREY, ORANGE, plot_style, save
-from quantstudy.report.tables import markdown_table, number
 
 _WHAT = ("tool", "method", "runtime")
 RECORD_KEYS = (*_WHAT, "top1", "images", "size_mb", "quantize_s", "latency_ms_b1", "latency_ms_b16")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from quantstudy import layout
 from quantstudy.errors import UserError
 from quantstudy.files import read_json
+from quantstudy.measure.statistics import wilson_interval
 from quantstudy.params import METHOD_ROWS, MethodRow, Params
 
 METRIC_KEYS = (
@@ -82,10 +83,11 @@ class Result:
 
     @property
     def interval(self) -> dict[str, float]:
-        """Top-1, half the width of its 95 % interval, and that interval's ends within 0 to 100."""
-        top1, half = self.value("top1"), self.value("top1_ci95")
-        ends = {"top1_low": max(0.0, top1 - half), "top1_high": min(100.0, top1 + half)}
-        return {"top1": top1, "top1_ci95": half} | ends
+        """Top-1, half the width of its 95 % Wilson interval, and that interval's ends; top-1 is not its middle."""
+        top1, images = self.value("top1"), round(self.value("images"))
+        low, high = wilson_interval(round(top1 * images / 100), images)
+        ends = {"top1_low": min(low, top1), "top1_high": max(high, top1)}  # at 0 and 100 % they may be rounded
+        return {"top1": top1, "top1_ci95": self.value("top1_ci95")} | ends
 
 
 def load_results(params: Params, study: str) -> list[Result]:
@@ -107,6 +109,9 @@ def _load(params: Params, study: str, variant: str) -> Result:
             raise UserError(f"{path}: {key} is {metrics[key]!r:.40}, no number; run evaluate for {variant} again")
         if key in NEVER_NULL and metrics[key] is None:
             raise UserError(f"{path}: {key} is null; run evaluate for {variant} again")
+    top1, images = metrics["top1"], metrics["images"]
+    if not (images >= 1 and 0 <= top1 <= 100):
+        raise UserError(f"{path}: {top1:g} % of {images:g} images is no accuracy; run evaluate for {variant} again")
     measured = (metrics, read_json(details) if details.is_file() else {})
     if not isinstance(measured[1], dict) or measured[1].get("variant", variant) != variant:
         raise UserError(f"{details}: not the details of {variant}; run evaluate for it again")

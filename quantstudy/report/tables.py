@@ -6,9 +6,8 @@ from typing import Any
 from quantstudy import layout
 from quantstudy.files import write_csv, write_json, write_text
 from quantstudy.params import Params, Study
+from quantstudy.report.markdown import NOTHING, latency, markdown_table, number, p_value, signed
 from quantstudy.report.results import METRIC_KEYS, Result, remarks
-
-NOTHING = "–"  # noqa: RUF001 - an en dash, the typographic sign of an empty cell
 
 FACTS = ("variant", "group", "family", "kind", "widths", "bits")
 SCALING_COLUMNS = ("training", "bits", "variant", "top1", "top1_ci95", "top1_low", "top1_high")
@@ -53,19 +52,6 @@ def markdown(results: Sequence[Result]) -> str:
     return markdown_table([HEADER, *(_cells(result) for result in results)], words=2)
 
 
-def p_value(p: float) -> str:
-    """Return a p-value as the tables show it."""
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def markdown_table(rows: Sequence[Sequence[str]], words: int) -> str:
-    """Return a padded Markdown table, its header first; the columns after the first `words` are aligned right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    rule = " | ".join("-" * width if column < words else "-" * (width - 1) + ":" for column, width in enumerate(widths))
-    return "".join(f"| {line} |\n" for line in (lines[0], rule, *lines[1:]))
-
-
 def _cells(result: Result) -> tuple[str, ...]:
     speedups = [number(result[f"speedup_b{batch}"], 2) for batch in (1, 16)]
     return (
@@ -97,21 +83,6 @@ def _drop(result: Result) -> str:
     if result.group == "baseline" or drop is None:
         return NOTHING
     return signed(drop) + ("" if p is None else f" ({p_value(p)})")
-
-
-def signed(points: float) -> str:
-    """Return percentage points with their sign, without a negative zero."""
-    return f"{round(points, 2) + 0.0:+.2f}"
-
-
-def number(value: float | None, decimals: int) -> str:
-    """Return a number, or a dash for None."""
-    return NOTHING if value is None else f"{value:.{decimals}f}"
-
-
-def latency(milliseconds: float | None, busy: bool) -> str:
-    """Return a latency, marked if the machine was busy."""
-    return number(milliseconds, 2) + (" busy" if busy else "")
 
 
 def facts(row: Study, results: Sequence[Result]) -> dict[str, str]:

@@ -9,9 +9,13 @@ import pytest
 from quantstudy import layout
 from quantstudy.errors import UserError
 from quantstudy.files import read_json, write_json
+from quantstudy.measure.statistics import wilson_interval
 from quantstudy.params import load_params
+from quantstudy.report.front import plot_budget_front
+from quantstudy.report.lines import plot_scaling_law
+from quantstudy.report.markdown import NOTHING
 from quantstudy.report.results import Result, load_results, pictures, remarks
-from quantstudy.report.tables import NOTHING, markdown, note, scaling_law
+from quantstudy.report.tables import markdown, note, scaling_law
 from tests.conftest import Project
 from tests.report.fabricate import fabricate
 
@@ -38,10 +42,36 @@ def test_one_result_a_variant_in_the_order_of_the_params(results: list[Result]) 
     assert facts["clip_int4_p99"] == ("outlier", "INT4 clipped", "4/4", 4)
     assert facts["qat_int4"] == ("qat", "uniform INT4", "4/8", 4)
     assert facts["qat_fp16"] == ("qat", "16-bit float", "16/16", 16)
-    rows = scaling_law(load_params(), change("fp32", top1=99.9, top1_ci95=0.5))
+    rows = scaling_law(load_params(), results)
     points = [(training, bits) for training in ("PTQ", "QAT") for bits in (32, 16, 8, 4)]
     assert [(row["training"], row["bits"]) for row in rows] == points
-    assert (rows[0]["top1_low"], rows[0]["top1_high"]) == (99.4, 100.0)
+
+
+@pytest.mark.parametrize(("correct", "images"), [(0, 3), (39, 40), (10, 10), (9_995, 10_000)])
+def test_the_ends_of_an_interval_are_wilsons(results: list[Result], correct: int, images: int) -> None:
+    low, high = wilson_interval(correct, images)
+    found = change("fp32", top1=100 * correct / images, images=images, top1_ci95=(high - low) / 2)
+    row = scaling_law(load_params(), found)[0]
+    assert (row["top1_low"], row["top1_high"]) == pytest.approx((low, high))
+    assert row["top1_low"] <= row["top1"] <= row["top1_high"]
+
+
+@pytest.mark.parametrize(("correct", "images"), [(0, 3), (10, 10)])
+def test_the_ends_of_no_and_of_all_images_can_be_drawn(
+    results: list[Result], tmp_path: Path, correct: int, images: int
+) -> None:
+    found = change("fp32", top1=100 * correct / images, images=images)
+    plot_scaling_law(tmp_path / "law.png", "tiny", scaling_law(load_params(), found))
+    low, high = wilson_interval(correct, images)
+    row = {"series": "uniform", "label": "W4", "size_mb": 1.0, "sqnr_db": 9.0}
+    row |= {"top1": 100 * correct / images, "top1_low": low, "top1_high": high}
+    plot_budget_front(tmp_path / "front.png", "tiny", [row])
+
+
+@pytest.mark.parametrize("values", [{"top1": 100.5}, {"top1": -0.5}, {"images": 0}], ids=str)
+def test_metrics_that_are_no_accuracy_are_one_line(results: list[Result], values: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=r"fp32\.json: .* is no accuracy; run evaluate for fp32 again"):
+        change("fp32", **values)
 
 
 def cells(results: list[Result]) -> dict[str, list[str]]:

@@ -1,7 +1,7 @@
 """Parts of the evidence are made once for their code, go on where they were stopped, and say what made them."""
 
+import re
 import subprocess
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,22 +10,25 @@ import pytest
 import yaml
 
 from quantstudy.errors import UserError
-from quantstudy.files import read_json
+from quantstudy.files import read_json, write_json
 from tests.conftest import ROOT
 from tools import evidence
 from tools.evidence import RECORD, Part, all_parts, main
 
 SCRIPT = """
 from pathlib import Path
-rows = Path("rows.txt")
-rows.write_text((rows.read_text() if rows.is_file() else "") + "row ")
+if Path("early").is_file():
+    raise SystemExit("stopped before it wrote")
+made = Path("reports/toy.txt")
+made.parent.mkdir(exist_ok=True)
+made.write_text((made.read_text() if made.is_file() else Path("params.yaml").read_text()) + "row ")
 if Path("stop").is_file():
     raise SystemExit("stopped")
-Path("reports").mkdir(exist_ok=True)
-Path("reports/toy.txt").write_text(Path("params.yaml").read_text() + rows.read_text())
 """
 PARAMS = """
 run: [own]
+ptq: [one]
+target: any_x86
 methods:
   one: {bits: 8}
 studies:
@@ -72,7 +75,7 @@ def test_a_part_is_made_once_for_its_code_in_a_clone_with_its_params(root: Path,
     main([])
     made = root / "reports" / "toy.txt"
     assert yaml.safe_load(made.read_text().partition("row ")[0])["run"] == ["other"]
-    assert (root / "params.yaml").read_text() == PARAMS and not (root / "rows.txt").exists()
+    assert (root / "params.yaml").read_text() == PARAMS
     noted = read_json(root / RECORD)["toy"]
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     assert noted["commit"] == head and noted["seconds"] > 0 and noted["code"].keys() == {"work/make.py"}
@@ -98,7 +101,9 @@ def test_a_comment_changes_nothing_and_other_code_fails_the_check(root: Path, ca
         ("  one: {bits: 8}", "  one: {bits: 4}", "methods.one"),
         ("  other: {seed: 0}", "  other: {seed: 1}", "studies.other"),
         ("  one: {bits: 8}", "  none: {bits: 8}", "methods.one"),
+        ("target: any_x86", "target: vnni", "target"),
         ("  own: {seed: 0}", "  own: {seed: 1}", None),
+        ("ptq: [one]", "ptq: []", None),
         ("  one: {bits: 8}", "  one: {bits: 8}\n  new: {bits: 4}", None),
     ],
 )
@@ -111,6 +116,31 @@ def test_other_settings_fail_the_check_and_new_ones_do_not(
     assert said is None or f"settings ({said})" in capsys.readouterr().err
 
 
+def test_the_default_run_is_also_of_its_lists(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(evidence, "all_parts", lambda: {"default": replace(PART, name="default", params={})})
+    main([])
+    (root / "params.yaml").write_text(PARAMS.replace("ptq: [one]", "ptq: []").replace("own: {seed: 0}", "own: {}"))
+    assert checked() == 1 and "settings (ptq, studies.own)" in capsys.readouterr().err
+
+
+def test_every_section_of_params_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    for part in all_parts().values():
+        known = {key.partition(".")[0] for key in evidence.settings_of(part, ROOT)}
+        rest = set(params) - {"studies", *evidence.LISTS}
+        assert known - {"its commands", "studies"} == rest | (set(evidence.LISTS) if part.name == "default" else set())
+
+
+@pytest.mark.parametrize("key", ["settings", "code"])
+def test_a_part_whose_record_lacks_a_key_is_stale(root: Path, capsys: Any, key: str) -> None:
+    main([])
+    record = read_json(root / RECORD)
+    del record["toy"][key]
+    write_json(root / RECORD, record)
+    assert checked() == 1 and "toy: made by other code or settings" in capsys.readouterr().err
+
+
 def test_other_commands_fail_the_check(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main([])
     other = replace(PART, commands=("python work/make.py --faster",))
@@ -118,24 +148,58 @@ def test_other_commands_fail_the_check(root: Path, monkeypatch: pytest.MonkeyPat
     assert checked() == 1
 
 
-def test_a_part_that_was_stopped_goes_on_at_the_same_commit_and_begins_anew_at_another(root: Path) -> None:
+def stopped(root: Path) -> None:
+    """Run the part until it has written; then it ends with an error."""
     clone = root / ".cache" / "evidence" / "default"
-    stop: Callable[[], Path] = lambda: clone / "stop"  # noqa: E731
-    main([])
-    stop().touch()
-    (root / RECORD).unlink()
+    (clone / "stop").touch()
     with pytest.raises(UserError, match=r"toy: `python work/make.py` ended with status 1"):
         main([])
-    assert not (root / RECORD).exists()
-    stop().unlink()
+    (clone / "stop").unlink()
+    assert not (root / RECORD).exists() or "toy" not in read_json(root / RECORD)
+
+
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        (None, 3),
+        (("notes.txt", "other"), 3),
+        (("work/make.py", SCRIPT + "# a comment\n"), 3),
+        (("reports/toy.txt", "row of another machine"), 3),
+        (("work/make.py", SCRIPT + "print(1)\n"), 1),
+        (("params.yaml", PARAMS.replace("any_x86", "vnni")), 1),
+    ],
+    ids=["same-commit", "other-file", "comment", "committed-result", "code", "params"],
+)
+def test_a_part_that_was_stopped_goes_on_unless_its_code_or_settings_changed(
+    root: Path, change: tuple[str, str] | None, rows: int
+) -> None:
     main([])
-    assert (root / "reports" / "toy.txt").read_text().count("row") == 3
-    (root / "work" / "make.py").write_text(SCRIPT + "print(1)\n")
     commit()
-    stop().touch()
+    (root / RECORD).unlink()
+    stopped(root)
+    stopped(root)
+    if change:
+        (root / change[0]).write_text(change[1])
+        commit()
+    main([])
+    made = (root / "reports" / "toy.txt").read_text()
+    assert made.count("row ") == rows and "another" not in made
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert read_json(root / RECORD)["toy"]["commit"] == head
+
+
+def test_what_another_commit_has_does_not_continue_a_part(root: Path) -> None:
+    main([])
+    commit()
+    (root / RECORD).unlink()
+    (early := root / ".cache" / "evidence" / "default" / "early").touch()
     with pytest.raises(UserError):
         main([])
-    assert not (clone / "reports" / "toy.txt").exists()  # what other code wrote is gone
+    early.unlink()
+    (root / "notes.txt").write_text("other")
+    commit()
+    main([])
+    assert (root / "reports" / "toy.txt").read_text().count("row ") == 1
 
 
 def test_what_no_commit_has_makes_no_evidence(root: Path) -> None:
@@ -154,6 +218,23 @@ def test_a_file_that_is_missing_is_named(root: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(evidence, "all_parts", lambda part=part: {"toy": part})
         with pytest.raises(UserError, match=line):
             main([])
+
+
+def test_every_part_names_the_script_of_each_stage_and_module_that_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    stages = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
+    outs = {out if isinstance(out, str) else next(iter(out)): name for name in stages for out in stages[name]["outs"]}
+
+    def scripts(name: str) -> set[str]:
+        above = [scripts(outs[dep]) for dep in stages[name].get("deps", []) if outs.get(dep, name) != name]
+        return {f"stages/{stages[name]['cmd'].split()[3]}.py"}.union(*above)
+
+    for part in all_parts().values():
+        text = " ".join(part.commands)
+        named = re.findall(r"-m (benchmarks\.\w+)", text)
+        run = {f"{module.replace('.', '/')}.py" for module in named}
+        run |= set().union(*(scripts(name) for name in re.findall(r"(\w+)@", text)))
+        assert run <= set(part.scripts), part.name
 
 
 def test_every_part_names_scripts_that_are_there_and_files_that_git_holds(monkeypatch: pytest.MonkeyPatch) -> None:
