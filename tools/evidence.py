@@ -230,9 +230,11 @@ def make(part: Part, root: Path) -> dict[str, Any]:
         if status := subprocess.run(["bash", "-c", command], **shell).returncode:
             raise UserError(f"{part.name}: `{command}` ended with status {status}; the next run goes on from there")
     for pattern in part.writes:
-        written = sorted(clone.glob(pattern))
-        if not written:
+        if not (written := sorted(clone.glob(pattern))):
             raise UserError(f"{part.name}: its commands wrote no {pattern}")
+        for file in root.glob(pattern):
+            if not (clone / file.relative_to(root)).exists():  # of a method that has another name now
+                file.unlink()
         for file in written:
             (target := root / file.relative_to(clone)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
@@ -251,12 +253,8 @@ def make(part: Part, root: Path) -> dict[str, Any]:
 def _commit(root: Path) -> str:
     """Return the current commit; raise `UserError` if a file that makes evidence differs from it."""
     changed = [line[3:] for line in _git(root, "status", "--porcelain", "--untracked-files=no").splitlines()]
-    own = [
-        "README.md",
-        "docs/*.md",
-        RECORD.as_posix(),
-        *(name for part in all_parts().values() for name in part.writes),
-    ]
+    made = (name for part in all_parts().values() for name in part.writes)
+    own = ["README.md", "docs/*.md", RECORD.as_posix(), *made]
     if other := [name for name in changed if not any(Path(name).match(pattern) for pattern in own)]:
         raise UserError(f"{other[0]}: has changes that are not committed; evidence carries the commit that made it")
     return _git(root, "rev-parse", "HEAD").strip()
@@ -279,8 +277,8 @@ def _clone(root: Path, part: Part, commit: str) -> tuple[Path, Path]:
         (clone / "data").mkdir(exist_ok=True)
         for name in (".venv-peers", EXTERNAL.as_posix()):
             (clone / name).symlink_to(root / name)
-        cache = f"[cache]\n    dir = {root / '.dvc' / 'cache'}\n"
-        (clone / ".dvc" / "config.local").write_text(cache, encoding="utf-8")
+        cache = root / ".dvc" / "cache"
+        (clone / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {cache}\n", encoding="utf-8")
     elif _git(clone, "rev-parse", "HEAD").strip() != commit:
         open_parts = [other for other in all_parts().values() if _note(clone, other).is_file()]
         kept = {file: file.read_bytes() for file in (clone / "dvc.lock", *_written(clone, open_parts))}
@@ -309,8 +307,8 @@ def _note(clone: Path, part: Part) -> Path:
 
 def _written(clone: Path, parts: Iterable[Part]) -> list[Path]:
     """Return what parts have written in a clone, without dvc.lock."""
-    found = dict.fromkeys(file for part in parts for pattern in part.writes for file in clone.glob(pattern))
-    return [file for file in found if file.name != "dvc.lock"]
+    patterns = dict.fromkeys(pattern for part in parts for pattern in part.writes)
+    return [file for pattern in patterns for file in clone.glob(pattern) if file.name != "dvc.lock"]
 
 
 def check(parts: Mapping[str, Part], root: Path) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 from quantstudy.network.graph import LAYERS
 from quantstudy.network.macs import count_macs as count_macs
 from quantstudy.quantization.layers import quantized_layers
-from quantstudy.runtimes.executables import network_of
+from quantstudy.quantization.variant import network_of
 
 
 def layer_bits(model: nn.Module) -> dict[str, tuple[int, int]]:

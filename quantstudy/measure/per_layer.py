@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.sqnr import sqnr_db
-from quantstudy.runtimes.executables import network_of
+from quantstudy.quantization.variant import network_of
 
 LAYER_IMAGES = 16
 """The number of test images for comparing the outputs of layers."""

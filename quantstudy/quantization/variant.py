@@ -138,6 +138,11 @@ def cast(network: nn.Module, dtype: torch.dtype, skipped: Skipped | None = None)
     return Variant(network, dtype, skipped)
 
 
+def network_of(model: nn.Module) -> tuple[nn.Module, torch.dtype]:
+    """Return the network inside a variant, or the model itself, and the float type of its arithmetic."""
+    return (model.network, model.dtype) if isinstance(model, Variant) else (model, torch.float32)
+
+
 def merged(*parts: Skipped) -> Skipped:
     """Return all that some parts of a method could not do, without techniques that left nothing out."""
     found: Skipped = {}

@@ -29,7 +29,7 @@ from quantstudy.machine.hardware import arithmetic_is_native
 from quantstudy.quantization.layers import ActivationQuantizer, quantized_layers
 from quantstudy.quantization.observers import quantizable_layers
 from quantstudy.quantization.schemes import ActivationScheme
-from quantstudy.quantization.variant import Variant, cast
+from quantstudy.quantization.variant import Variant, cast, network_of
 from quantstudy.runtimes.kernels import int8_kernels_available
 from quantstudy.runtimes.lowering import fuse, runs_in_int8, saturates, use_kernels
 from quantstudy.runtimes.weight_only import has_kernel, use_weight_only_kernels
@@ -122,11 +122,6 @@ def real_layers(model: nn.Module, runtime: str, device: torch.device) -> dict[st
         in_int8 = _is_int8(layer) and layer.scheme.activation.mode in modes and runs_in_int8(layer)
         layers[name] = has_kernel(layer, device) or (in_int8 and int8_kernels_available(device))
     return layers
-
-
-def network_of(model: nn.Module) -> tuple[nn.Module, torch.dtype]:
-    """Return the network inside a variant, or the model itself, and the float type of its arithmetic."""
-    return (model.network, model.dtype) if isinstance(model, Variant) else (model, torch.float32)
 
 
 def unrounded(model: nn.Module) -> Variant:

@@ -245,3 +245,15 @@ def test_every_part_names_scripts_that_are_there_and_files_that_git_holds(monkey
         for pattern in part.writes:
             inside = subprocess.run(["git", "check-ignore", "-q", pattern.replace("*", "x")], check=False)
             assert inside.returncode == 1, f"git ignores {pattern}"
+
+
+def test_what_a_part_no_longer_writes_is_deleted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    several = replace(PART, writes=("reports/*.txt",))
+    monkeypatch.setattr(evidence, "all_parts", lambda: {"toy": several})
+    for name in ("old.txt", "own.json"):
+        (root / "reports").mkdir(exist_ok=True)
+        (root / "reports" / name).write_text("of an earlier run")
+    git("add", "-A")
+    git("commit", "-qm", "b")
+    main([])
+    assert sorted(path.name for path in (root / "reports").iterdir()) == ["evidence.json", "own.json", "toy.txt"]
