@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from quantstudy.errors import UserError, run_stage, unknown
-from quantstudy.files import read_json, write_json
+from quantstudy.files import read_json, sha256, write_json
 from quantstudy.machine.hardware import describe_machine
 from quantstudy.network.source_code import scripts_sha256
 from quantstudy.params import PARAMS_FILE
@@ -185,7 +185,9 @@ def stale(parts: Iterable[Part], root: Path, made: Mapping[str, Any]) -> dict[st
         if part.name in made:
             now, noted = code_of(part, root) | settings_of(part, root), made[part.name]
             then = noted.get("code", {}) | noted.get("settings", {"its settings were not noted": ""})
-            if changed := [key for key in then | dict.fromkeys(part.scripts) if now.get(key) != then.get(key)]:
+            absent = {f"{EXTERNAL}/{name}" for name in part.needs} - now.keys()  # they cannot be compared
+            keys = (then | dict.fromkeys(part.scripts)).keys() - absent
+            if changed := sorted(key for key in keys if now.get(key) != then.get(key)):
                 found[part.name] = changed
     return found
 
@@ -197,7 +199,7 @@ def code_of(part: Part, root: Path) -> dict[str, str]:
 
 
 def settings_of(part: Part, root: Path) -> dict[str, str]:
-    """Return the SHA-256 of a part's commands and, by name, of what it reads in params.yaml.
+    """Return the SHA-256 of a part's commands and, by name, of its files and of what it reads in params.yaml.
 
     These are the rows of all methods, the rows of its studies, and every other section; `LISTS` only for `default`, as
     the other parts have lists of their own.
@@ -208,6 +210,8 @@ def settings_of(part: Part, root: Path) -> dict[str, str]:
     found: dict[str, Any] = {"its commands": part.commands} | {name: params[name] for name in sorted(rest)}
     found |= {f"methods.{name}": row for name, row in params["methods"].items()}
     found |= {f"studies.{name}": row for name, row in params["studies"].items() if name in studies}
+    files = [f"{EXTERNAL}/{name}" for name in part.needs if (root / EXTERNAL / name).exists()]
+    found |= {file: sha256(root / file) for file in files}
     return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in found.items()}
 
 

@@ -54,10 +54,9 @@ def _stored(lists: dict[str, ImageList], data: Data) -> dict[str, Split]:
 
 
 def _places(images: ImageList) -> set[Path]:
-    """Return the paths of images of a folder or an archive."""
+    """Return the paths of images of a folder or an archive, links followed."""
     named = (name.partition(": ") for name in images.names)
-    roots: dict[str, Path] = {}
-    return {roots.setdefault(root, Path(root).resolve()) / inside for root, _, inside in named}
+    return {Path(root, inside).resolve() for root, _, inside in named}
 
 
 def _at_most(images: ImageList, maximum: int | None) -> ImageList:

@@ -20,7 +20,7 @@ import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -47,79 +47,133 @@ class Unit(NamedTuple):
     channels: int
     """The axis of the channels in its output."""
     rows: int
-    """How many rows of its output an image has; 0 if a row belongs to several images."""
+    """How many rows of its input and output an image has."""
 
 
 def find_units(network: nn.Module, images: Tensor) -> tuple[dict[str, Unit], dict[str, str]]:
     """Return the units to reconstruct one after another, in the order in which they run, and what cannot be one.
 
-    A unit is the largest module that takes and returns one tensor, is called once, and contains quantized layers. A
-    plain container is none; its parts may be. The network runs once on `images` [N, C, H, W].
+    A unit is the largest module that takes and returns one tensor, whose rows belong to one image each, and that
+    contains quantized layers, all called once. A plain container is none; its parts may be. The network runs on the
+    first two of `images` [N, C, H, W] and on the first alone.
 
     Returns:
         The units by name, and the layers of no unit, each with the reason.
     """
-    calls = _calls(network, images)
+    two = images[:2] if len(images) > 1 else images.expand(2, *images.shape[1:])
+    calls, alone = _calls(network, two), _calls(network, two[:1])
     layers = {id(layer) for layer in quantized_layers(network).values()}
     units: dict[str, Unit] = {}
     left: dict[str, str] = {}
+    taken: set[int] = set()
 
     def visit(name: str, module: nn.Module) -> None:
-        if not any(id(part) in layers for part in module.modules()):
+        inside = {id(part) for part in module.modules()} & layers
+        if not inside - taken:
             return
-        found = calls.get(name, [])
-        is_container = module is network or isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-        if len(found) == 1 and isinstance(found[0].result, torch.Size) and (id(module) in layers or not is_container):
-            rows, rest = divmod(found[0].result[0], len(images))
-            units[name] = Unit(_channel_axis(network, calls, name, found[0].result), 0 if rest else rows)
-        elif id(module) in layers:
-            left[name] = f"is called {len(found)} times" if len(found) != 1 else "does not take one tensor to one"
+        is_layer, is_container = id(module) in layers, module is network or isinstance(module, _CONTAINERS)
+        problem = _problem(calls[id(module)], alone[id(module)])
+        once = not inside & taken and all(len(calls[part]) == 1 for part in inside)
+        if not problem and once and (is_layer or not is_container):
+            units[name] = Unit(_channel_axis(network, two, calls, module), alone[id(module)][0].given[0])
+            taken.update(inside)
+        elif is_layer:
+            left[name] = problem
+            taken.add(id(module))
         else:
             for child, part in module.named_children():
                 visit(f"{name}.{child}" if name else child, part)
 
     visit("", network)
-    return dict(sorted(units.items(), key=lambda unit: calls[unit[0]][0].start)), left
+    starts = {name: calls[id(network.get_submodule(name))][0].start for name in units}
+    return dict(sorted(units.items(), key=lambda unit: starts[unit[0]])), left
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass
 class _Call:
     start: int
     """How many calls began before."""
-    result: torch.Size | None = None
-    """The shape of the result; None if the module does not take one tensor to one."""
+    given: torch.Size = field(default_factory=torch.Size)
+    """The shape of its input; none if the module does not take one tensor to one."""
+    result: torch.Size = field(default_factory=torch.Size)
 
 
-def _calls(network: nn.Module, images: Tensor) -> dict[str, list[_Call]]:
-    """Return the calls of each module, by name."""
-    found: dict[str, list[_Call]] = defaultdict(list)
+_Calls = Mapping[int, list[_Call]]
+
+
+def _problem(calls: list[_Call], alone: list[_Call]) -> str:
+    """Return why a module with these calls, for two images and for one, cannot be a unit."""
+    if len(calls) != 1 or len(alone) != 1:
+        return f"is called {len(calls)} times"
+    (call,), (one,) = calls, alone
+    if not call.given or not call.result:
+        return "does not take one tensor to one"
+    rows = {call.given[0], call.result[0], 2 * one.given[0], 2 * one.result[0]}
+    return "" if len(rows) == 1 else "rows of its input or output belong to several images"
+
+
+def _calls(network: nn.Module, images: Tensor) -> _Calls:
+    """Return the calls of each module, by its id."""
+    found: dict[int, list[_Call]] = defaultdict(list)
     number = itertools.count()
 
-    def enter(name: str, *_: Any) -> None:
-        found[name].append(_Call(next(number)))
+    def enter(module: Any, *_: Any) -> None:
+        found[id(module)].append(_Call(next(number)))
 
-    def leave(name: str, module: Any, values: Any, keywords: Any, result: Any) -> None:
+    def leave(module: Any, values: Any, keywords: Any, result: Any) -> None:
         given = [*values, *keywords.values()]
         takes_one = len(given) == 1 and isinstance(given[0], Tensor) and not keywords.keys() - {"input"}
         if takes_one and isinstance(result, Tensor):
-            found[name][-1].result = result.shape
+            found[id(module)][-1].given, found[id(module)][-1].result = given[0].shape, result.shape
 
     with contextlib.ExitStack() as hooks, torch.no_grad():
-        for name, module in network.named_modules():
-            hooks.enter_context(module.register_forward_pre_hook(functools.partial(enter, name)))
-            hook = functools.partial(leave, name)
-            hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+        for module in network.modules():
+            hooks.enter_context(module.register_forward_pre_hook(enter))
+            hooks.enter_context(module.register_forward_hook(leave, with_kwargs=True))
         network(images.clone())
     return found
 
 
-def _channel_axis(network: nn.Module, calls: dict[str, list[_Call]], name: str, shape: torch.Size) -> int:
-    """Return the axis of the channels in a unit's output: the last one if its last layer, a linear one, makes them."""
-    layers = quantized_layers(network.get_submodule(name))
-    names = [f"{name}.{inner}" if inner else name for inner in layers]
-    last = max((inner for inner in names if calls.get(inner)), key=lambda inner: calls[inner][-1].start)
-    layer = network.get_submodule(last)
-    return -1 if isinstance(layer, QuantLinear) and shape[-1] == layer.shape[0] else 1
+def _channel_axis(network: nn.Module, images: Tensor, calls: _Calls, unit: nn.Module) -> int:
+    """Return the axis of a unit's output whose size is that of its last layer's channels, 1 or -1.
+
+    If both axes have this size, the layer's first channel is shifted: the axis along which the output then changes at
+    one place alone is that of the channels.
+    """
+    layer = max(quantized_layers(unit).values(), key=lambda inner: calls[id(inner)][0].start)
+    shape, is_linear = calls[id(unit)][0].result, isinstance(layer, QuantLinear)
+    if len(shape) < 3:
+        return 1
+    fits = [axis for axis in (1, -1) if shape[axis] == layer.shape[0]]
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        plain, shifted = (_output(network, images, unit, layer, by) for by in (0.0, 1.0))
+        changed = (shifted - plain).abs()
+        places = {axis: int((changed.transpose(0, axis).flatten(1).amax(1) > 0).sum()) for axis in fits}
+        if places[1] != places[-1]:
+            return min(fits, key=lambda axis: places[axis])
+    return -1 if is_linear and len(shape) == 3 else 1
+
+
+@torch.no_grad()
+def _output(network: nn.Module, images: Tensor, unit: nn.Module, layer: nn.Module, by: float) -> Tensor:
+    """Return the output of `unit` if the first channel of its last layer is shifted by a number."""
+    found: list[Tensor] = []
+
+    def shift(module: nn.Module, values: Any, result: Tensor) -> Tensor:
+        result.select(-1 if isinstance(module, QuantLinear) else 1, 0).add_(by)
+        return result
+
+    def keep(module: nn.Module, values: Any, result: Tensor) -> None:
+        found.append(result.clone())
+
+    with layer.register_forward_hook(shift), unit.register_forward_hook(keep):
+        network(images.clone())
+    return found[0]
 
 
 def reconstruct_blocks(reference: nn.Module, network: nn.Module, images: Tensor, steps: int) -> dict[str, str]:
@@ -134,7 +188,7 @@ def reconstruct_blocks(reference: nn.Module, network: nn.Module, images: Tensor,
     Returns:
         The layers whose codes and scales were not trained, each with the reason.
     """
-    units, left = find_units(network, images[:2])
+    units, left = find_units(network, images)
     axes = {name: facts.channels for name, facts in units.items()}
     weights = fisher_information(reference, images[:_FISHER_IMAGES], axes)
     images, judges = _in_turns(images)
@@ -209,15 +263,8 @@ def _learn(
 
 
 def _rows(judges: Tensor, count: int, by_image: int) -> tuple[Tensor, Tensor]:
-    """Return which of the first `count` rows of activations train and which judge, by the images that they belong to.
-
-    Of rows that images share, `by_image` 0, the last ones judge.
-    """
-    every = torch.arange(count)
-    if not by_image:
-        train, judge = split(count)
-        return every[:train], every[-judge:]
-    judges = judges.repeat_interleave(by_image)[:count]
+    """Return which of the first `count` rows of activations train and which judge; an image has `by_image` rows."""
+    every, judges = torch.arange(count), judges.repeat_interleave(by_image)[:count]
     return (every, every) if bool(judges.all()) else (every[~judges], every[judges])
 
 

@@ -89,13 +89,13 @@ def _inputs_of(network: nn.Module, name: str | None) -> Iterator[list[Tensor]]:
     """Yield a list that holds the last input of the named layer; without a name it stays empty."""
     seen: list[Tensor] = []
 
-    def keep(_: nn.Module, values: tuple[Tensor, ...]) -> None:
-        seen[:] = [values[0]]
+    def keep(_: nn.Module, values: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
+        seen[:] = [values[0] if values else keywords["input"]]
 
     if name is None:
         yield seen
         return
-    with network.get_submodule(name).register_forward_pre_hook(keep):
+    with network.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True):
         yield seen
 
 

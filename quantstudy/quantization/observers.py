@@ -56,7 +56,7 @@ def collect(
         extremes[name] = [min(seen[0], low), max(seen[1], high)]
         pairs = zip(moving.setdefault(name, [low, high]), (low, high), strict=True)
         moving[name] = [before + AVERAGING * (now - before) for before, now in pairs]
-        squares = torch.linalg.vector_norm(value, dtype=torch.float64).square()  # without a copy in float64
+        squares = torch.stack([part.double().square().sum() for part in value.split(8)]).sum()  # without a whole copy
         moments = torch.stack([value.sum().double(), squares]).cpu()
         found = torch.cat([torch.tensor([value.numel()], dtype=torch.float64), moments])
         sums[name] = sums.get(name, torch.zeros(3, dtype=torch.float64)) + found

@@ -41,8 +41,9 @@ class WeightOnlyLinear(nn.Module):
         scale = layer.weight_scale.t().to(torch.bfloat16)  # [groups, out_features]
         self._scale = torch.stack([scale, torch.zeros_like(scale)], dim=-1).contiguous()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # torch's name of it, which a network may use
         """Multiply with the packed weight."""
+        x = input
         rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
         y = torch.ops.aten._weight_int4pack_mm(rows, self._weight, self.group_size, self._scale).float()
         if self._bias is not None:

@@ -34,7 +34,7 @@ _SENTENCE = {"size": "the smallest", "latency": "the fastest", "bit_operations":
 def ship(shop: Workshop, found: Found, test: Split, folder: Path) -> dict[str, Any]:
     """Write the folder; return the content of ship.json. Only this function looks at the test split, and only once.
 
-    The folder of an earlier search stays until the new one is whole.
+    The folder is put in its place once it is whole.
     """
     begun = folder.with_name(f"{PARTIAL}{folder.name}")
     try:

@@ -255,11 +255,14 @@ def test_no_program_outside_decodes_an_image(make_tree: MakeTree, monkeypatch: A
     assert "not an image that can be decoded (cannot identify" in message(tree)
 
 
-@pytest.mark.parametrize("place", ["", "test", "test/ant", "link"])
+@pytest.mark.parametrize("place", ["", "test", "test/ant", "link", "links"])
 def test_images_that_test_do_not_calibrate(place: str, make_tree: MakeTree, tmp_path: Path) -> None:
     tree = make_tree()
     (tmp_path / "link").symlink_to(tree / "test")
-    path = tmp_path / "link" if place == "link" else tree / place
+    (tmp_path / "links").mkdir()
+    for number, image in enumerate(sorted((tree / "test").rglob("*.png"))):
+        (tmp_path / "links" / f"{number}.png").symlink_to(image)
+    path = tmp_path / place if place.startswith("link") else tree / place
 
     def splits(path: Path) -> dict[str, Split]:
         checksum = tree_sha256(open_files(path))

@@ -49,6 +49,14 @@ class Own(nn.Module):
         return found
 
 
+class ByKeyword(Own):
+    """Calls the head by keyword."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(input=self.run(self, x).mean((2, 3)))
+        return found
+
+
 def body(m: Any, x: Tensor) -> Tensor:
     return F.relu(m.second(F.relu(m.first(x))))
 
@@ -130,7 +138,7 @@ def test_layers_learn_their_rounding_in_the_order_in_which_they_run(
     torch.manual_seed(0)
     network = Own(body, second=nn.Conv2d(8, 8, 3), first=nn.Conv2d(3, 8, 3)).eval().requires_grad_(False)
     assert [name for name, _ in network.named_children()] == ["second", "first", "head"]
-    units, _ = find_units(low(network, images), images[:2])
+    units, _ = find_units(low(network, images), images)
     assert list(units) == ["first", "second", "head"]
     learned: list[str] = []
     monkeypatch.setattr(
@@ -141,9 +149,10 @@ def test_layers_learn_their_rounding_in_the_order_in_which_they_run(
     assert learned == ["first", "second", "head"]
 
 
-@pytest.mark.parametrize("name", ["adaround", "brecq"])
+@pytest.mark.parametrize("name", ["adaround", "brecq", "finetuned"])
 def test_a_layer_that_is_called_by_keyword_is_learned(name: str, images: Tensor) -> None:
     network = made(lambda m, x: F.relu(m.second(input=F.relu(m.first(input=x)))))
+    network.__class__ = ByKeyword
     variant = quantize(network, Calibration(network, [images]), ROWS[name])
     assert not variant.skipped and len(quantized_layers(variant.network)) == 3
 
@@ -253,12 +262,41 @@ def test_a_unit_takes_one_tensor_to_one(images: Tensor) -> None:
     torch.manual_seed(0)
     network = fold_batchnorm(DenseNet(4, (2, 1), 8, num_classes=5).eval())
     x = torch.randn(32, 3, 32, 32)
-    units, left = find_units(low(network, x), x[:2])
+    units, left = find_units(low(network, x), x)
     names = set(quantized_layers(low(network, x)))
     assert not left and {"features.denseblock1.denselayer1.conv1", "features.transition1.conv"} <= set(units)
     assert all(any(name == unit or name.startswith(f"{unit}.") for unit in units) for name in names)
     row = P.WeightOnly(kind="weight_only", weight_bits=4, rounding="brecq", steps=2, fragile_bits=None)
     assert "brecq" not in quantize(network, Calibration(network, [x]), row).skipped
+
+
+class Wrapped(nn.Module):
+    """A layer, which may be another module's too, and one of its own."""
+
+    def __init__(self, layer: nn.Module, own: bool) -> None:
+        super().__init__()
+        self.layer, self.own = layer, nn.Conv2d(8, 8, 1) if own else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = F.relu(self.own(F.relu(self.layer(x))))
+        return found
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_layer_of_two_modules_is_trained_once_or_named(own: bool, calls: int, images: Tensor) -> None:
+    shared = nn.Conv2d(8, 8, 3, padding=1)
+    wraps = [Wrapped(shared, own) for _ in range(2)]
+    network = made(lambda m, x: m.b(m.a(m.first(x))) if calls == 2 else m.b(m.first(x)), a=wraps[0], b=wraps[1])
+    network.second = nn.Identity()
+    network.again = nn.Sequential(network.first, network.head)
+    variant = quantize(network, Calibration(network, [images]), ROWS["brecq"])
+    units, left = find_units(variant.network, images)
+    if calls == 2:
+        assert variant.skipped["brecq"] == left == {"a.layer": "is called 2 times"}
+        assert set(units) == {"first", "head", *(["a.own", "b.own"] if own else [])}
+    else:
+        assert "brecq" not in variant.skipped and set(units) >= {"first", "head"} and not left
 
 
 def test_a_layer_that_is_called_twice_is_left_and_named(images: Tensor) -> None:
@@ -267,15 +305,81 @@ def test_a_layer_that_is_called_twice_is_left_and_named(images: Tensor) -> None:
     assert variant.skipped["brecq"] == {"second": "is called 2 times"}
 
 
+@pytest.mark.parametrize("count", [24, 32])
+@pytest.mark.parametrize("places", [4, 5])
+def test_rows_that_belong_to_several_images_are_left_and_named(places: int, count: int) -> None:
+    """Tokens come first, images second."""
+    network = made(lambda m, x: m.tokens(m.first(x).flatten(2).permute(2, 0, 1)).permute(1, 2, 0)[..., None])
+    network.tokens, network.second = nn.Linear(8, 8), nn.Identity()
+    images = torch.randn(count, 3, places + 2, 3)
+    variant = quantize(network, Calibration(network, [images]), ROWS["brecq"])
+    assert variant.skipped["brecq"] == {"tokens": "rows of its input or output belong to several images"}
+
+
+class Cut(nn.Module):
+    """Cuts each image into four windows, and gives them to a layer; `joined` puts them together again."""
+
+    def __init__(self, joined: bool) -> None:
+        super().__init__()
+        self.joined, self.layer = joined, nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        count, channels, side, _ = x.shape
+        windows = x.reshape(count, channels, 2, side // 2, 2, side // 2).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+        found: Tensor = self.layer(windows)
+        return found.reshape(count, -1, side, side) if self.joined else found
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_module_that_cuts_windows_is_a_unit_if_it_joins_them(joined: bool, images: Tensor) -> None:
+    network = made(lambda m, x: m.cut(m.first(x)).reshape(len(x), 8, -1, 1), cut=Cut(joined))
+    network.second = nn.Identity()
+    units, left = find_units(low(network, images), images)
+    assert not left and set(units) == {"first", "cut" if joined else "cut.layer", "head"}
+    assert joined or units["cut.layer"].rows == 4
+    assert "brecq" not in quantize(network, Calibration(network, [images]), ROWS["brecq"]).skipped
+
+
 def test_the_channels_of_a_transformer_are_last() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 3, 32, 32)
     network = swin_t(num_classes=5).eval().requires_grad_(False)
-    units, _ = find_units(low(network, x, freezes=False), x[:2])
+    units, _ = find_units(low(network, x, freezes=False), x)
     axes = {name: unit.channels for name, unit in units.items()}
     assert axes["features.0.0"] == 1 and axes["features.1.0"] == -1
     found = fisher_information(network, x, axes)
     assert len(found["features.0.0"]) == len(found["features.1.0"]) == 96 and len(found["features.7.1"]) == 768
+
+
+class Mixed(nn.Module):
+    """A layer and a permutation, from channels that come first or last to channels that come first or last."""
+
+    def __init__(self, layer: nn.Module, after: tuple[int, ...], before: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.layer, self.after, self.before = layer, after, before
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer(x.permute(self.before) if self.before else x).permute(self.after)
+        return found
+
+
+@pytest.mark.parametrize("side", [8, 10])
+@pytest.mark.parametrize(
+    ("block", "axis"),
+    [
+        (Mixed(nn.Linear(8, 8), (0, 3, 1, 2), (0, 2, 3, 1)), 1),
+        (Mixed(nn.Conv2d(8, 8, 1), (0, 2, 3, 1)), -1),
+        (Mixed(nn.Conv2d(8, 8, 1), (0, 1, 2, 3)), 1),
+        (Mixed(nn.Linear(8, 8), (0, 1, 2, 3), (0, 2, 3, 1)), -1),
+    ],
+    ids=["linear, channels first", "convolution, channels last", "convolution", "linear"],
+)
+def test_the_channels_are_found_on_maps_as_wide_as_there_are_channels(block: Mixed, axis: int, side: int) -> None:
+    network = made(lambda m, x: m.block(m.first(x)).flatten(1)[:, :8, None, None], block=block)
+    network.second = nn.Identity()
+    x = torch.randn(4, 3, side + 2, side + 2)
+    units, _ = find_units(low(network, x, freezes=False), x)
+    assert units["block"].channels == axis
 
 
 def test_the_information_is_that_of_the_output_and_not_of_an_activation_in_place(images: Tensor) -> None:
@@ -302,4 +406,3 @@ def test_what_judges_a_unit_trains_no_other_however_many_images_fit(count: int) 
         assert len(judging) >= max(1, round(kept * judge / count) - 1) and len(training) + len(judging) == kept
     training, judging = _rows(judges, 4 * count, 4)
     assert set((judging // 4).tolist()) == set(judges.nonzero().flatten().tolist())
-    assert len(_rows(judges, 5, 0)[0]) == split(5)[0]

@@ -257,3 +257,17 @@ def test_what_a_part_no_longer_writes_is_deleted(root: Path, monkeypatch: pytest
     git("commit", "-qm", "b")
     main([])
     assert sorted(path.name for path in (root / "reports").iterdir()) == ["evidence.json", "own.json", "toy.txt"]
+
+
+def test_other_files_fail_the_check_where_they_are_there(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needy = replace(PART, needs=("photos.tar",))
+    monkeypatch.setattr(evidence, "all_parts", lambda: {"toy": needy})
+    photos = root / "data" / "external" / "photos.tar"
+    photos.parent.mkdir(parents=True)
+    photos.write_text("photos")
+    main([])
+    assert checked() == 0
+    photos.write_text("others")
+    assert checked() == 1
+    photos.unlink()
+    assert checked() == 0
