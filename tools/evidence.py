@@ -186,8 +186,7 @@ def stale(parts: Iterable[Part], root: Path, made: Mapping[str, Any]) -> dict[st
             now, noted = code_of(part, root) | settings_of(part, root), made[part.name]
             then = noted.get("code", {}) | noted.get("settings", {"its settings were not noted": ""})
             absent = {f"{EXTERNAL}/{name}" for name in part.needs} - now.keys()  # they cannot be compared
-            keys = (then | dict.fromkeys(part.scripts)).keys() - absent
-            if changed := sorted(key for key in keys if now.get(key) != then.get(key)):
+            if changed := sorted(k for k in {*then, *part.scripts} - absent if now.get(k) != then.get(k)):
                 found[part.name] = changed
     return found
 
