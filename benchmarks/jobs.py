@@ -27,6 +27,7 @@ from quantstudy.errors import run_stage
 from quantstudy.files import write_json
 from quantstudy.machine.hardware import describe_machine
 from quantstudy.params import load_params
+from quantstudy.params.methods import METHOD_ROWS
 from tests.harness.runs import make_project
 
 RECORD = Path("reports") / "jobs" / "box.json"
@@ -65,9 +66,9 @@ def prepare(root: Path, studies: Sequence[str], usual: dict[str, float]) -> dict
     """Make a project whose stages sleep; return the seconds of each."""
     params: dict[str, Any] = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
     rows = params["methods"].items()
-    kinds = {name: str(row.get("kind", "")) for name, row in rows}
-    trained = [name for name, kind in kinds.items() if kind.startswith("qat")]
-    untrained = [name for name, kind in kinds.items() if not kind.startswith("qat") and kind != "mixed_budget"]
+    kinds = {name: METHOD_ROWS[row["kind"]] for name, row in rows}
+    trained = [name for name, kind in kinds.items() if kind.trains]
+    untrained = [name for name, kind in kinds.items() if not kind.trains and not kind.needs_sensitivity]
     dag = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
     make_project(root, list(dag))
     for stage in dag.values():

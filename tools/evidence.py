@@ -31,13 +31,13 @@ from quantstudy.files import read_json, sha256, write_json
 from quantstudy.machine.hardware import describe_machine
 from quantstudy.network.source_code import scripts_sha256
 from quantstudy.params import PARAMS_FILE
+from quantstudy.params.methods import METHOD_ROWS
 
 RECORD = Path("reports") / "evidence.json"
 FOLDER = Path(".cache") / "evidence"
 EXTERNAL = Path("data") / "external"
 PEERS = ".venv-peers/bin/python"
-MODEL = tuple(f"stages/{name}.py" for name in ("download", "finetune", "calibrate", "trace"))
-"""The stages behind `made_model`."""
+MODEL = tuple(f"stages/{name}.py" for name in ("download", "finetune", "calibrate", "trace"))  # of `made_model`
 STAGES = (*MODEL, "stages/ptq.py", "stages/qat.py", "stages/evaluate.py")
 LISTS = ("run", "ship", "ptq", "qat", "export", "budget")
 """The keys of params.yaml that say which studies and methods run."""
@@ -65,8 +65,8 @@ class Part:
 def of_study(study: str, *needs: str) -> tuple[Part, ...]:
     """Return the parts of a study of real images: all methods, what each technique adds, budgets, peers, the search."""
     rows = yaml.safe_load(PARAMS_FILE.read_text(encoding="utf-8"))["methods"]
-    trained = [name for name, row in rows.items() if row["kind"].startswith("qat")]
-    budget = [name for name, row in rows.items() if row["kind"] == "mixed_budget"]
+    trained = [name for name, row in rows.items() if METHOD_ROWS[row["kind"]].trains]
+    budget = [name for name, row in rows.items() if METHOD_ROWS[row["kind"]].needs_sensitivity]
     others = [name for name in rows if name not in (*trained, *budget)]
     lists = {"run": [study], "ptq": others, "qat": trained, "budget": {"studies": [study], "methods": budget}}
     where: Any = {"folder": study, "needs": needs, "params": lists}
