@@ -126,7 +126,7 @@ def nncf(shop: Workshop, test: Split) -> Iterable[Row]:
         openvino.save_model(model, path)
         size = sum(part.stat().st_size for part in (path, path.with_suffix(".bin"))) / 1e6
     run = OpenVino(model, judge.threads)
-    shipped: Any = Shipped(judge.fp32.exported, Session(run, lambda: frozenset()))
+    shipped: Any = Shipped(judge.fp32.exported, Session(run, lambda: frozenset()), is_dynamic=False)
     row = _row("nncf", shop.goal) | {"variant": "quantize_with_accuracy_control", "seconds": seconds, "size_mb": size}
     yield row | _judged(shop, shipped) | _measured(shop, shipped, test)
 
@@ -199,7 +199,8 @@ def olive(shop: Workshop, test: Split) -> Iterable[Row]:
             yield row
             return
         model = onnx.load(best.model_path)
-    shipped = Shipped(model, open_session(model, "onnxruntime", judge.threads))
+    is_dynamic = any(node.op_type == "DynamicQuantizeLinear" for node in model.graph.node)
+    shipped = Shipped(model, open_session(model, "onnxruntime", judge.threads), is_dynamic)
     row |= {"variant": "OnnxQuantization, on ONNX Runtime", "size_mb": model.ByteSize() / 1e6}
     yield row | _judged(shop, shipped) | _measured(shop, shipped, test)
 
