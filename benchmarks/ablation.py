@@ -27,6 +27,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
+from benchmarks.low_bits import place
 from quantstudy import layout
 from quantstudy import params as P
 from quantstudy.data.batches import images_of, run_on_split
@@ -185,10 +186,6 @@ def _put(
 
 def order(row: Row) -> tuple[Any, ...]:
     """Return a row's place in the table: by scheme, then by techniques; unknown ones come last, by name."""
-
-    def place(name: str, known: Sequence[str]) -> tuple[int, str]:
-        return (known.index(name) if name in known else len(known), name)
-
     return place(row["scheme"], list(SCHEMES)), [place(step, list(STEPS)) for step in row["techniques"]]
 
 
