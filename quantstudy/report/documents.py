@@ -41,12 +41,21 @@ COMMANDS = {
     "reliability": "python -m tests.harness.runs, .params and .files",
 }
 """The command that writes the files of each kind."""
-STATED: dict[str, Callable[[Any], list[float]]] = {
-    "ablation": lambda rows: [row["top1"] + row["top1_drop"] for row in rows],
-    "front": lambda found: [row["top1"] for row in found["rows"] if row["series"] == "fp32"],
-    "low_bits": lambda rows: [row["fp32_top1"] for row in rows if "fp32_top1" in row],
+STATED: dict[str, tuple[Callable[[str], Path], Callable[[Any], list[float]]]] = {
+    "ablation": (
+        lambda study: layout.report(study) / "ablation.json",
+        lambda rows: [row["top1"] + row["top1_drop"] for row in rows],
+    ),
+    "front": (
+        lambda study: layout.budget_front(study, "json"),
+        lambda found: [row["top1"] for row in found["rows"] if row["series"] == "fp32"],
+    ),
+    "low_bits": (
+        lambda study: layout.low_bits(study, "json"),
+        lambda rows: [row["fp32_top1"] for row in rows if "fp32_top1" in row],
+    ),
 }
-"""The top-1 of fp32 that the JSON report of each kind states."""
+"""By kind, a study's JSON report and the top-1 of fp32 that it states."""
 
 Read = Callable[[Path], str]
 
@@ -98,16 +107,14 @@ def content(kind: str, study: str, names: Sequence[str], page: Path, read: Read)
 
 def other_fp32(kind: str, study: str, read: Read) -> str:
     """Return a line for a table whose fp32 model has another top-1 than the study's metrics; else nothing."""
-    files = {
-        "ablation": layout.report(study) / "ablation.json",
-        "front": layout.budget_front(study, "json"),
-        "low_bits": layout.low_bits(study, "json"),
-    }
-    metrics = layout.metrics(study, "fp32")
-    if kind not in files or not (metrics.is_file() and files[kind].is_file()):
+    if kind not in STATED:
+        return ""
+    file_of, stated_in = STATED[kind]
+    file, metrics = file_of(study), layout.metrics(study, "fp32")
+    if not (metrics.is_file() and file.is_file()):
         return ""
     own = json.loads(read(metrics))["top1"]
-    stated = STATED[kind](json.loads(read(files[kind])))
+    stated = stated_in(json.loads(read(file)))
     other = dict.fromkeys(f"{top1:.2f}" for top1 in stated if not math.isclose(top1, own))
     line = f"\nAnother fp32 model than in the table of variants: {', '.join(other)} and {own:.2f} % top-1.\n"
     return line if other else ""
