@@ -13,7 +13,8 @@ from quantstudy.errors import UserError
 from quantstudy.files import read_json, write_json
 from tests.conftest import ROOT
 from tools import evidence
-from tools.evidence import RECORD, Part, all_parts, main
+from tools.evidence import RECORD, main
+from tools.evidence_parts import Part, all_parts
 
 SCRIPT = """
 from pathlib import Path
