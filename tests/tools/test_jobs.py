@@ -247,16 +247,23 @@ def test_two_machines_with_folders_of_their_own_finish_though_one_is_killed(tmp_
     subprocess.run(["git", "clone", "-q", str(root), str(clone)], check=True)
     run(root, "tools.jobs", "--jobs", "1", "first")  # the remote does not have it
     temporary = Path("/tmp") / f"qs{os.getpid()}"
-    ray = [str(Path(sys.executable).parent / "ray"), "start", "--num-cpus=1", "--disable-usage-stats", "--block"]
+    program = str(Path(sys.executable).parent / "ray")
+    ray = [program, "start", "--num-cpus=1", "--disable-usage-stats", "--block"]
     head = [*ray, "--head", "--port=6390", "--include-dashboard=false", f"--temp-dir={temporary}"]
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+    def joined(count: int) -> bool:
+        asked = [program, "status", "--address=127.0.0.1:6390"]
+        status = subprocess.run(asked, env=os.environ | secret, text=True, capture_output=True, timeout=60)
+        return status.stdout.count(" node_") >= count
+
     nodes = [subprocess.Popen(head, cwd=root, env=os.environ | secret, **quiet)]
     try:
-        time.sleep(8)
+        wait_for(lambda: joined(1), 120)
         apart = os.environ | secret | {"QUANTSTUDY_FOLDER": str(clone)}
         nodes.append(subprocess.Popen([*ray, "--address=127.0.0.1:6390"], cwd=clone, env=apart, **quiet))
-        time.sleep(5)
+        wait_for(lambda: joined(2), 120)
         (clone / "stages").mkdir(exist_ok=True)
         (clone / "stages" / "more.py").write_text("MORE = 1\n")
         refused = start(root, "tools.jobs", "--address", "127.0.0.1:6390", **secret)
