@@ -1,17 +1,21 @@
 """Every kind of mistake in the params is one line: the key, the value, the choices. All are told at once."""
 
+import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import yaml
 from dvc.utils.serialize import parse_yaml
 
 from quantstudy.__main__ import check
 from quantstudy.errors import UserError
-from quantstudy.params import load_methods, load_params
+from quantstudy.params import Params, load_methods, load_params
+from quantstudy.params.section import Section
 from tests.conftest import ROOT, Project
 from tests.params import ABSENT, TINY_PARAMS
 
@@ -112,6 +116,27 @@ def refused(path: Path = Path("params.yaml")) -> list[str]:
 def test_a_mistake_is_one_line(key: str, value: Any, line: str, project: Project) -> None:
     project.edit(key, value)
     assert any(re.search(line, found) for found in refused())
+
+
+def sections(kind: type[Section], place: str) -> Iterator[str]:
+    """Return where the sections below a class of sections lie, optional ones and the rows of a mapping too."""
+    for name, field in kind.model_fields.items():
+        row = {"studies": ".tiny", "methods": ".qat_w4a8"}.get(name, "")
+        for one in (field.annotation, *get_args(field.annotation)):
+            if inspect.isclass(one) and issubclass(one, Section):
+                yield f"{place}{name}{row}"
+                yield from sections(one, f"{place}{name}{row}.")
+
+
+@pytest.mark.parametrize("place", [*sections(Params, "")])
+def test_a_misspelt_key_of_any_section_is_one_line(place: str, project: Project) -> None:
+    path = project.root / "params.yaml"
+    section = params = yaml.safe_load(path.read_text())
+    for part in place.split("."):
+        section = section.setdefault(part, {})
+    section["misspelt"] = 1
+    path.write_text(yaml.safe_dump(params))
+    assert any("'misspelt' is an unknown key" in line and "choose one of" in line for line in refused())
 
 
 @pytest.mark.parametrize("key", BEYOND)

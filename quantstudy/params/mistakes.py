@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from types import UnionType
 from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
@@ -51,6 +52,8 @@ def _keys_at(place: Sequence[Any], whole: Any) -> list[str]:
             whole = get_args(whole)[1]
         elif isinstance(whole, type) and issubclass(whole, Section):
             whole = whole.model_fields[part].annotation
+            if isinstance(whole, UnionType):  # an optional section
+                whole = get_args(whole)[0]
         else:
             whole = METHOD_ROWS[part]
     return list(whole.model_fields)
