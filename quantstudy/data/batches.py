@@ -97,7 +97,7 @@ class Batches:
             chunks: Sequence[Tensor] = order.tensor_split(len(self))
             if self._parts > 1:
                 chunks = [chunk.tensor_split(self._parts)[self._part] for chunk in chunks]
-                generator.manual_seed(generator.initial_seed() + 1 + self._part)
+                generator.manual_seed((generator.initial_seed() + 1) * 1_009 + self._part)  # no other epoch's
         else:
             chunks = torch.split(self._indices, self._batch_size)
         for chunk, pixels in zip(chunks, self._pixels(chunks), strict=True):

@@ -1,9 +1,9 @@
 """An image-folder tree, `train/<class>/<file>` and `test/<class>/<file>`, or an archive of one.
 
 train/ may be missing, and test/ may have classes that train/ lacks; stages that train refuse that. With `test_fraction`
-the
-tree is `<class>/<file>`, and the test split is drawn. A single folder may wrap the whole tree. Hidden files and folders
-are left out, and so are files outside the class folders.
+the tree is `<class>/<file>`, and the test split is drawn. Folders may wrap the whole tree, one inside the other. Hidden
+files and folders are left out, and so are files outside the class folders. Folders beside train/ and test/ are left out
+too, and a line says so.
 """
 
 import hashlib
@@ -14,12 +14,14 @@ import torch
 
 from quantstudy.data.archive import Files, open_files
 from quantstudy.data.images import ImageList
+from quantstudy.data.preprocessing import image_suffixes
 from quantstudy.data.sampling import validation_indices
 from quantstudy.errors import UserError
 from quantstudy.files import check_sha256, expect_sha256
 from quantstudy.params import Calibration, Data
 
 _SPLITS = ("train", "test")
+_OTHER_SPLITS = {"training", "testing", "val", "valid", "validation", "dev", "eval"}
 
 
 def folder(data: Data, key: str) -> tuple[ImageList, ImageList]:
@@ -35,13 +37,20 @@ def folder(data: Data, key: str) -> tuple[ImageList, ImageList]:
     if data.test_fraction is not None:
         if split := next((name for name in tops if name in _SPLITS), None):
             raise UserError(f"{key}.test_fraction: {path} has a folder {split}/; remove the key")
+        if tops and _OTHER_SPLITS.issuperset(tops):
+            what = f"{path} has folders of splits, {_few(tops)}, not of classes"
+            raise UserError(f"{key}.test_fraction: {what}; name them train and test, and remove the key")
         images = _image_list(path, files, _classes(path, files, root))
         kept, drawn = validation_indices(images.labels, data.test_fraction, seed=0)  # the same for every study
         return images.subset(kept), images.subset(drawn)
     if "test" not in tops:
         inside = "" if root == PurePosixPath() else f" in {root}/"
         hint = f"to draw the test split from folders of classes set {key}.test_fraction"
+        if "train" in tops:
+            hint = "give the folder of the test images this name"
         raise UserError(f"{path}: no folder test/{inside}; found {_few(tops)}; {hint}")
+    if unused := [name for name in tops if name not in _SPLITS]:
+        print(f"{path}: left out beside train/ and test/: {_few(unused)}")
     test = _classes(path, files, root / "test")
     train = _classes(path, files, root / "train") if "train" in tops else {}
     if odd := sorted(set(train) - set(test)):
@@ -51,11 +60,10 @@ def folder(data: Data, key: str) -> tuple[ImageList, ImageList]:
 
 def images_below(path: Path, files: Files, key: str) -> list[str]:
     """Return every visible image file of a folder or an archive, by path; raise `UserError`, naming `key`, for none."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    names = [name for name in files.names if name.lower().endswith(IMG_EXTENSIONS) and _is_visible(name)]
+    suffixes = image_suffixes()
+    names = [name for name in files.names if name.lower().endswith(suffixes) and _is_visible(name)]
     if not names:
-        raise UserError(f"{key}: no images in {path}; their names end in one of {', '.join(IMG_EXTENSIONS)}")
+        raise UserError(f"{key}: no images in {path}; their names end in one of {', '.join(suffixes)}")
     return names
 
 
@@ -93,12 +101,20 @@ def tree_sha256(files: Files) -> str:
 
 
 def _root(path: Path, files: Files) -> tuple[PurePosixPath, list[str]]:
-    """Return the folder that holds the splits or classes, the top or its only folder, and the names in that folder."""
-    names = [PurePosixPath(name) for name in (*files.names, *files.folders) if _is_visible(name)]
-    tops = sorted({name.parts[0] for name in names if name.parts})
-    if len(tops) == 1 and tops[0] not in _SPLITS:
-        return PurePosixPath(tops[0]), sorted({name.parts[1] for name in names if len(name.parts) > 1})
-    return PurePosixPath(), tops
+    """Return the folder that holds the splits or classes, and the names of the folders in it.
+
+    It is the top, or where the top has one folder, which has folders in it, that folder or one further in.
+    """
+    folders = {parent for name in files.names if _is_visible(name) for parent in PurePosixPath(name).parents}
+    folders |= {PurePosixPath(name) for name in files.folders if _is_visible(name)}
+    root, inside = PurePosixPath(), _inside(folders, PurePosixPath())
+    while len(inside) == 1 and inside[0] not in _SPLITS and (further := _inside(folders, root / inside[0])):
+        root, inside = root / inside[0], further
+    return root, inside
+
+
+def _inside(folders: set[PurePosixPath], root: PurePosixPath) -> list[str]:
+    return sorted(folder.name for folder in folders if folder != root and folder.parent == root)
 
 
 def _classes(path: Path, files: Files, root: PurePosixPath) -> dict[str, list[str]]:
@@ -120,6 +136,8 @@ def _classes(path: Path, files: Files, root: PurePosixPath) -> dict[str, list[st
 
 
 def _image_list(path: Path, files: Files, classes: dict[str, list[str]]) -> ImageList:
+    if len(classes) < 2:
+        raise UserError(f"{path}: {next(iter(classes))}/ is the only class folder; two are needed at least")
     names = [name for members in classes.values() for name in members]
     counts = torch.tensor([len(members) for members in classes.values()])
     labels = torch.arange(len(classes)).repeat_interleave(counts)

@@ -38,9 +38,10 @@ def prepare(
     found = calibration_images(calibration, test.classes, f"{key}.calibration")
     drawn = calibration_indices(len(rest) if found is None else len(found.names), calibration, seed, study)
     if found is not None:
-        if shared := _places(found) & _places(lists["test"]):
-            few = f"{len(shared)} of its images are test images, {min(shared).name} for one"
-            raise UserError(f"{key}.calibration.path: {few}; calibrate on others")
+        for part, images in {"test": lists["test"], "validation": lists["train"].subset(held_out)}.items():
+            if shared := _places(found) & _places(images):
+                few = f"{len(shared)} of its images are {part} images, {min(shared).name} for one"
+                raise UserError(f"{key}.calibration.path: {few}; calibrate on others")
         lists["calibration"] = found.subset(drawn)
     splits = _stored(lists, data)
     splits["validation"] = splits["train"].subset(held_out)

@@ -26,6 +26,13 @@ _FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """The formats that Pillow itself decodes; it hands others, EPS for example, to outside programs."""
 
 
+def image_suffixes() -> tuple[str, ...]:
+    """Return how the names of images end, sorted, for the formats that can be read."""
+    from PIL import Image
+
+    return tuple(sorted(suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS))
+
+
 def opened(source: "bytes | Image") -> "Image":
     """Read an image's header, which has its size; an image that is already open stays as it is."""
     from PIL import Image

@@ -41,7 +41,8 @@ def calibration_indices(images: int, calibration: Calibration, seed: int, study:
     needed = calibration.batches * calibration.batch_size
     if needed > images:
         origin = calibration.path or "the training split without its validation part"
-        remedy = "raise data.max_train" if images else "name a folder of images in calibration.path"
+        remedy = "raise data.max_train if it is set" if images else "name a folder of images in calibration.path"
+        remedy = "add images to it" if calibration.path else remedy
         raise UserError(
             f"studies.{study}.calibration: {calibration.batches} batches of {calibration.batch_size} need {needed} "
             f"images, but {origin} has {images}; lower batches or batch_size, or {remedy}"

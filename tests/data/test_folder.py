@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shutil
 import socket
 import subprocess
 import tarfile
@@ -161,8 +162,10 @@ def test_a_cut_tar_and_a_damaged_zip(make_tree: MakeTree, pack: Pack) -> None:
 def test_a_tree_of_another_layout(make_tree: MakeTree) -> None:
     tree = make_tree()
     (tree / "test").rename(tree / "val")
-    hint = "to draw the test split from folders of classes set studies.tiny.data.test_fraction"
+    hint = "give the folder of the test images this name"
     assert message(tree) == f"PATH: no folder test/; found train, val; {hint}"
+    hint = "to draw the test split from folders of classes set studies.tiny.data.test_fraction"
+    assert message(tree / "train") == f"PATH: no folder test/; found ant, bee; {hint}"
     assert message(tree.parent).startswith("PATH: no folder test/ in tree/; found train, val")
     tree = make_tree(name="empty")
     (tree / "train" / "cat").mkdir()
@@ -206,6 +209,32 @@ def test_a_test_split_is_drawn_from_folders_of_classes(make_tree: MakeTree, pack
     assert again is not None and torch.equal(again, test.images)
     line = message(tree, test_fraction=0.25)
     assert line == "studies.tiny.data.test_fraction: PATH has a folder test/; remove the key"
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_folders_around_the_classes_are_not_taken_for_classes(make_tree: MakeTree, depth: int) -> None:
+    tree = make_tree(name="a/b/tree")
+    (tree / "test").rename(tree.parents[2] / "test")
+    (tree / "train").rename(tree.with_name("flowers"))
+    (tree.parent / "LICENSE.txt").write_text("x")
+    (tree.parent / "tree").rmdir()
+    top = [tree.parent / "flowers", *tree.parents][depth]
+    assert read(top, test_fraction=0.25)[0].classes == ("ant", "bee")
+
+
+def test_splits_are_not_taken_for_classes_and_one_class_is_refused(make_tree: MakeTree, capsys: Any) -> None:
+    tree = make_tree()
+    (tree / "train").rename(tree / "training")
+    (tree / "test").rename(tree / "validation")
+    line = "studies.tiny.data.test_fraction: PATH has folders of splits, training, validation, not of classes; "
+    assert message(tree, test_fraction=0.25).startswith(line)
+    tree = make_tree(name="other")
+    (tree / "test" / "ant").rename(tree / "val")
+    shutil.rmtree(tree / "train" / "ant")
+    read(make_tree(name="whole"))
+    assert "left out" not in capsys.readouterr().out
+    assert message(tree) == "PATH: bee/ is the only class folder; two are needed at least"
+    assert capsys.readouterr().out == f"{tree}: left out beside train/ and test/: val\n"
 
 
 @pytest.mark.parametrize("end", ["000.png", ".", "../..", "/dev/zero", "/nowhere", "pipe", "socket"])
@@ -272,4 +301,7 @@ def test_images_that_test_do_not_calibrate(place: str, make_tree: MakeTree, tmp_
 
     with pytest.raises(UserError, match=r"own\.calibration\.path: \d+ of its images are test images, .* for one"):
         splits(path)
-    assert len(splits(tree / "train")["calibration"]) == 2
+    with pytest.raises(UserError, match=r"own\.calibration\.path: 1 of its images are validation images, .* for one"):
+        splits(tree / "train")
+    own = make_tree(name="own")
+    assert len(splits(own / "train")["calibration"]) == 2

@@ -51,7 +51,7 @@ def test_calibration_draw_is_by_seed_and_impossible_draws_are_refused() -> None:
         calibration_indices(100, Calibration(batches=4, batch_size=64), 0, "tiny")
     assert str(error.value) == (
         "studies.tiny.calibration: 4 batches of 64 need 256 images, but the training split without its validation "
-        "part has 100; lower batches or batch_size, or raise data.max_train"
+        "part has 100; lower batches or batch_size, or raise data.max_train if it is set"
     )
 
 
