@@ -7,7 +7,7 @@ compared before they are loaded into a network again.
 
 import functools
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import sysconfig
 from collections import OrderedDict
@@ -117,12 +117,12 @@ def code_sha256(architecture: str, key: str = "model.architecture") -> str | Non
     """Return the SHA-256 of the code behind an import path, None for any other name.
 
     The code is the module's file and the local modules that it imports; of an installed package, only the module's
-    file.
+    file. The module is not imported, only the packages that it lies in.
     """
     if not is_own(architecture):
         return None
     name = architecture.partition(":")[0]
-    file = Path(getattr(_module(name, key), "__file__", None) or "")
+    file = _source_file(name, key)
     depth = name.count(".") + (file.name == "__init__.py")
     if file.suffix != ".py" or not file.is_file() or len(file.parents) <= depth:
         raise UserError(f"{key}: {name} has no source file; write a function of num_classes in a module of your own")
@@ -161,12 +161,26 @@ def _own(architecture: str, key: str) -> Callable[..., Any]:
     return factory  # type: ignore[no-any-return]
 
 
+def _source_file(name: str, key: str) -> Path:
+    try:
+        found = importlib.util.find_spec(name)
+    except (Exception, SystemExit) as error:  # finding a.b imports a
+        raise _not_imported(name, key, error) from None
+    if found is None:
+        raise _not_imported(name, key, ModuleNotFoundError(f"No module named {name!r}"))
+    return Path(found.origin or "")
+
+
 def _module(name: str, key: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:  # importing runs your own code
-        where = f"{Path.cwd()} or PYTHONPATH"
-        raise UserError(f"{key}: {name} cannot be imported from {where}: {one_line(error)}") from None
+        raise _not_imported(name, key, error) from None
+
+
+def _not_imported(name: str, key: str, error: BaseException) -> UserError:
+    where = f"{Path.cwd()} or PYTHONPATH"
+    return UserError(f"{key}: {name} cannot be imported from {where}: {one_line(error)}")
 
 
 def vgg11_small(num_classes: int) -> nn.Module:

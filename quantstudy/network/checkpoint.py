@@ -5,6 +5,7 @@ it. Tensors must be finite when they are written and when they are read. `torch.
 64-byte alignment on each storage, so all tensors of one dtype are views into one storage.
 """
 
+import argparse
 import functools
 import json
 import re
@@ -129,7 +130,8 @@ def load_tensors(path: Path) -> Any:
         is_zip = zipfile.is_zipfile(path)
         if is_zip:
             check_records(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments of a training script, plain values
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except PermissionError:
         raise
     except Exception as error:  # damaged bytes may raise anything

@@ -60,13 +60,13 @@ def load_pretrained(model: nn.Module, row: P.Model, study: str) -> LoadReport:
     """
     if row.weights is None:
         return LoadReport("nowhere (random start)", [], list(model.state_dict()))
+    key = f"studies.{study}.model.weights"
     if row.weights == "imagenet":
-        source, state = f"torchvision ImageNet {row.architecture}", _imagenet(row.architecture)
+        source, state = f"torchvision ImageNet {row.architecture}", _imagenet(row.architecture, key)
     else:
-        check_sha256(Path(row.weights), row.weights_sha256, f"studies.{study}.model.weights_sha256")
-        key = f"studies.{study}.model.weights_key"
-        source, state = row.weights, read_state_dict(Path(row.weights), row.weights_key, key)
-    return load_state(model, state, source, f"studies.{study}.model.weights", row.architecture)
+        check_sha256(Path(row.weights), row.weights_sha256, f"{key}_sha256")
+        source, state = row.weights, read_state_dict(Path(row.weights), row.weights_key, f"{key}_key")
+    return load_state(model, state, source, key, row.architecture)
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], source: str, key: str, architecture: str) -> LoadReport:
@@ -76,7 +76,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str, key: str
     the report and in errors, `key` the param or file that an error names.
     """
     own = model.state_dict()
-    state = padded_names(opened_names(fitted(state, own, source), own.keys()), own)
+    state = padded_names(opened_names(fitted(state, own, source, f"{key}_key"), own.keys()), own)
     check_dense(state, source)
     state = {k: v for k, v in state.items() if not k.startswith(AUXILIARY_HEADS) or k in own}
     _fit_positions(model, state, own)
@@ -105,16 +105,16 @@ def _fit_positions(model: nn.Module, state: dict[str, Tensor], own: dict[str, Te
         interpolate_embeddings(model.image_size, model.patch_size, state)
 
 
-def _imagenet(architecture: str) -> dict[str, torch.Tensor]:
+def _imagenet(architecture: str, key: str) -> dict[str, torch.Tensor]:
     if architecture not in torchvision_names():
-        raise UserError(f"model.weights: torchvision has no imagenet weights of {architecture}; name a file, or null")
+        raise UserError(f"{key}: torchvision has no imagenet weights of {architecture}; name a file, or null")
     from torchvision.models import get_model_weights
 
     try:
         return dict(get_model_weights(architecture).DEFAULT.get_state_dict(progress=True, check_hash=True))
     except (OSError, RuntimeError) as error:
         what = f"imagenet weights of {architecture} could not be downloaded ({error})"
-        raise UserError(f"model.weights: {what}; put a state_dict on disk and name its path instead") from None
+        raise UserError(f"{key}: {what}; put a state_dict on disk and name its path instead") from None
 
 
 def read_state_dict(path: Path, key: str | None = None, named_by: str = "weights_key") -> dict[str, Tensor]:
@@ -158,10 +158,11 @@ def _state_dicts(content: Any, name: str = "", depth: int = 2) -> dict[str, dict
     return inside or ({name: tensors} if any(tensor.ndim > 1 for tensor in tensors.values()) else {})
 
 
-def fitted(state: Mapping[str, Tensor], own: Collection[str], source: str) -> dict[str, Tensor]:
+def fitted(state: Mapping[str, Tensor], own: Collection[str], source: str, key: str) -> dict[str, Tensor]:
     """Return a state_dict by the names `own` of a network's tensors, without the names of modules that lay around it.
 
-    If another module held the network, as Lightning's do, that module's other tensors are left out.
+    If another module held the network, as Lightning's do, that module's other tensors are left out. `key` is
+    the param that an error names.
 
     Raises:
         UserError: the other module held two networks that fit, a student and a teacher for example.
@@ -179,7 +180,7 @@ def fitted(state: Mapping[str, Tensor], own: Collection[str], source: str) -> di
     prefix = "" if "" in best or not best else best[0]
     if prefix and len(best) > 1 and 2 * most > len(wanted):
         which = " and ".join(one.removesuffix(".") for one in best[:4])
-        raise UserError(f"weights_key: {source} holds several networks that fit: {which:.150}; name one")
+        raise UserError(f"{key}: {source} holds several networks that fit: {which:.150}; name one")
     found = {name.removeprefix(prefix): tensor for name, tensor in plain.items() if name.startswith(prefix)}
     return {wanted.get(name, name): tensor for name, tensor in found.items() if name in wanted or name != "n_averaged"}
 
@@ -202,7 +203,7 @@ def network_of_state(
     check_layers(network, "architecture")
     head = f"{head_name(network)}.weight"
     own = network.state_dict()
-    state = padded_names(opened_names(fitted(state, own, source)), own)
+    state = padded_names(opened_names(fitted(state, own, source, "weights_key")), own)
     check_dense(state, source)
     weight = state.get(head)
     if weight is None or not weight.ndim:

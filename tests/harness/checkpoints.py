@@ -1,10 +1,10 @@
 """Checkpoints that a stranger may hand over: what writes each, how loading has to end, and the key of the weights."""
 
-import argparse
 import io
 import json
 import os
 import pickle
+import types
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -124,9 +124,9 @@ def code(model: nn.Module, state: State) -> dict[str, Any]:
     """Return contents that only code could load."""
     return {
         "a whole model": model,
-        "a Namespace": {"state_dict": state, "args": argparse.Namespace(lr=1)},
+        "a Namespace": {"state_dict": state, "args": types.SimpleNamespace(lr=1)},
         "a command": {"model": Evil()},
-        "a class": state | {"w": argparse.Namespace},
+        "a class": state | {"w": types.SimpleNamespace},
         "a path": state | {"w": Path("x")},
         "a function": state | {"w": print},
     }

@@ -222,6 +222,15 @@ def test_changed_code_is_noticed(own: str, tmp_path: Path) -> None:
         load_fp32(path)
 
 
+def test_code_of_another_sha256_is_not_even_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "strange_net.py").write_text("open('ran', 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="key: 'abc' is not the SHA-256 of the code of strange_net:network"):
+        architectures.check_code("strange_net:network", "abc", "key")
+    assert not Path("ran").exists()
+
+
 def test_mistakes_in_an_import_path_are_one_line(own: str) -> None:
     for path, line in {
         "not_there.net:network": "key: not_there.net cannot be imported from .*: ModuleNotFoundError",

@@ -46,7 +46,9 @@ def test_a_head_of_other_classes_keeps_its_random_start(imagenet_like: Path) -> 
 
 @pytest.mark.parametrize("architecture", ["vgg11_small", "mine:network"])
 def test_only_torchvisions_networks_have_imagenet_weights(architecture: str) -> None:
-    with pytest.raises(UserError, match=f"^model.weights: torchvision has no imagenet weights of {architecture}; "):
+    with pytest.raises(
+        UserError, match=rf"^studies\.\w+\.model\.weights: torchvision has no imagenet weights of {architecture}; "
+    ):
         load_pretrained(nn.Linear(1, 1), P.Model(architecture=architecture, weights="imagenet"), "s")
 
 

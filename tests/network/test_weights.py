@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +122,17 @@ def test_safetensors_are_read(network: nn.Module, path: Path) -> None:
     assert failure(network, path) == "PATH: truncated, corrupt or not a file of tensors"
 
 
+def test_a_training_script_may_save_its_arguments_too(network: nn.Module, path: Path) -> None:
+    state = copies(network)
+    torch.save({"model": state, "optimizer": {}, "epoch": 3, "args": argparse.Namespace(lr=1, data=["a"])}, path)
+    assert same(loaded(network, path), state)
+
+
 def test_the_line_says_what_a_file_is_and_what_to_save(network: nn.Module, path: Path) -> None:
     line = failure(network, path, network)
     assert "a whole pickled model (torch.nn.modules" in line and "torch.save(model.state_dict(), path)" in line
-    line = failure(network, path, {"state_dict": copies(network), "args": argparse.Namespace(lr=1)})
-    assert "beside its tensors argparse.Namespace" in line and "torch.save(checkpoint['state_dict'], path)" in line
+    line = failure(network, path, {"state_dict": copies(network), "args": types.SimpleNamespace(lr=1)})
+    assert "beside its tensors types.SimpleNamespace" in line and "torch.save(checkpoint['state_dict'], path)" in line
     torch.jit.trace(network.eval(), torch.ones(1, 3, 8, 8)).save(str(path))  # noqa: TID251
     assert "a TorchScript program" in failure(network, path)
     assert "holds {0: Tensor}, not a state_dict" in failure(network, path, {0: torch.ones(2, 2)})
