@@ -3,6 +3,8 @@
 It counts each operator that multiplies, whatever calls it.
 """
 
+from collections import Counter
+
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,5 +28,8 @@ def count_macs(model: nn.Module, image_size: int | Shape) -> tuple[int, dict[str
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # a fused operator is not counted
         model(torch.zeros(1, *image_shape(image_size), device=device))
     found = {name.partition(".")[2]: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
-    layers = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
-    return counter.get_total_flops() // 2, {name: found.get(name, 0) for name in layers}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    by_module: Counter[int] = Counter()  # the counter files a layer that lies at several places under one of them
+    for name, module in model.named_modules(remove_duplicate=False):
+        by_module[id(module)] += found.get(name, 0)
+    return counter.get_total_flops() // 2, {name: by_module[id(module)] for name, module in layers.items()}

@@ -17,6 +17,10 @@ def small() -> nn.Module:
 
 def test_operations_by_hand() -> None:
     assert count_macs(small().eval(), 16)[1] == {"0": 16 * 16 * 8 * 3 * 9, "1.2": 14 * 14 * 8 * 9, "4": 40}
+    convolution = nn.Conv2d(3, 3, 1)
+    twice = nn.ModuleDict({"stem": convolution, "body": nn.Sequential(convolution, nn.ReLU()), "rest": nn.Flatten()})
+    twice.forward = lambda x: twice["rest"](twice["body"](x))  # type: ignore[method-assign]
+    assert count_macs(twice, 16)[1] == {"stem": 16 * 16 * 9}
     macs = {"a": 10**12, "b": 2 * 10**12}
     assert tera_bit_operations(macs, {"a": (4, 8), "b": (8, 32)}) == 32 + 512
     with pytest.raises(KeyError):
