@@ -189,6 +189,8 @@ def reconstruct_blocks(reference: nn.Module, network: nn.Module, images: Tensor,
         The layers whose codes and scales were not trained, each with the reason.
     """
     units, left = find_units(network, images)
+    if not units:
+        return left
     axes = {name: facts.channels for name, facts in units.items()}
     weights = fisher_information(reference, images[:_FISHER_IMAGES], axes)
     images, judges = _in_turns(images)
@@ -287,7 +289,8 @@ def fisher_information(model: nn.Module, images: Tensor, axes: Mapping[str, int]
     Args:
         model: the fp32 network.
         images: float32 [N, C, H, W].
-        axes: the axis of the channels, by the module's name.
+        axes: the axis of the channels, by the module's name. The channels of a module that the network runs without
+            gradients all have 1.
     """
     found: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
@@ -304,9 +307,14 @@ def fisher_information(model: nn.Module, images: Tensor, axes: Mapping[str, int]
                 hooks.enter_context(model.get_submodule(name).register_forward_hook(hook))
             log_p = model(batch.detach().requires_grad_().clone()).log_softmax(1)  # it may write to its images
             drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-            gradients = torch.autograd.grad(-log_p.gather(1, drawn).sum(), list(outputs.values()), allow_unused=True)
-        for (name, output), gradient in zip(outputs.items(), gradients, strict=True):
-            gradient = torch.zeros_like(output) if gradient is None else gradient
+            loss = -log_p.gather(1, drawn).sum()
+            known = {name: output for name, output in outputs.items() if output.requires_grad and loss.requires_grad}
+            found_now = torch.autograd.grad(loss, list(known.values()), allow_unused=True) if known else ()
+        gradients = dict(zip(known, found_now, strict=True))
+        for name, output in outputs.items():
+            gradient = gradients.get(name)
+            if gradient is None:  # a network may run a part without gradients
+                gradient = torch.ones_like(output) if name not in known else torch.zeros_like(output)
             others = [axis for axis in range(gradient.ndim) if axis != axes[name] % gradient.ndim]
             found[name] = found.get(name, torch.zeros(())) + gradient.square().sum(others)
     return {name: total / total.mean().clamp_min(1e-30) for name, total in found.items()}

@@ -5,7 +5,7 @@ K = (in_channels / groups) * kH * kW values, in the order of `nn.Unfold`, paddin
 group.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,12 @@ from quantstudy.quantization.observers import quantizable_layers, run_watched
 
 BLOCK = 4096
 """If K is larger, second moments are kept only within blocks of this length: all of K = 25,088 (VGG-11) take 2.5 GB."""
-_COLUMNS = 8192
+_IMAGES, _PATCHES = 64, 8192
+"""Images that are looked at at once, and about the most patches of them, drawn at random.
+
+Patches at equal distances would lie in few columns of the map, the padded border among them, if the distance and the
+map's width share a factor.
+"""
 
 
 @dataclass
@@ -40,38 +45,47 @@ def input_moments(
 ) -> dict[str, Moments]:
     """Return the moments of the input of every layer, or of those of `names`, over `batches` [N, C, H, W].
 
-    A transposed convolution has no moments: its outputs are not products with patches. Of each batch, at most about
-    8,192 patches of a layer count, evenly spread.
+    A transposed convolution has no moments: its outputs are not products with patches. Of 64 images, at most about
+    8,192 patches of a layer count. They are drawn at random, by a fixed seed, and stand for the others.
     """
     totals: dict[str, list[Tensor]] = {}
     counts: Counter[str] = Counter()
+    generators: defaultdict[str, torch.Generator] = defaultdict(lambda: torch.Generator().manual_seed(0))
     layers = {n: layer for n, layer in quantizable_layers(model).items() if not is_transposed(layer)}
     layers = {name: layer for name, layer in layers.items() if names is None or name in names}
 
     def watch(name: str, value: Tensor) -> None:
-        x = _some_patches(layers[name], value)
-        sums = [x.sum(1), *(block.mT @ block for block in x.split(BLOCK, dim=2))]
-        if name in totals:
-            sums = [total.add_(part) for total, part in zip(totals[name], sums, strict=True)]
-        totals[name] = sums
-        counts[name] += x.shape[1]
+        for part in value.split(_IMAGES):
+            x, count = _some_patches(layers[name], part, generators[name])
+            share = count / x.shape[1]
+            sums = [share * x.sum(1), *(share * (block.mT @ block) for block in x.split(BLOCK, dim=2))]
+            if name in totals:
+                sums = [total.add_(more) for total, more in zip(totals[name], sums, strict=True)]
+            totals[name] = sums
+            counts[name] += count
 
     run_watched(model, layers, batches, watch)
     means = {name: [total.div_(counts[name]) for total in found] for name, found in totals.items()}
     return {name: Moments(mean, second) for name, (mean, *second) in means.items()}
 
 
-def _some_patches(layer: Any, value: Tensor) -> Tensor:
-    """Return at most about `_COLUMNS` patches, image by image: all patches of a batch can take gigabytes."""
+def _some_patches(layer: Any, value: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
+    """Return patches drawn from a layer's input, [groups, patches, K], and how many it has: all can take gigabytes."""
     if isinstance(layer, nn.Linear):
-        return patches(layer, value)[:, :: -(-(value.numel() // value.shape[-1]) // _COLUMNS)]
+        found = patches(layer, value)
+        return found[:, _drawn(found.shape[1], _PATCHES, generator, value.device)], found.shape[1]
     groups, count, length = patches(layer, value[:1]).shape
-    step = -(-count * len(value) // _COLUMNS)
-    each = -(-count // step)
+    each = min(count, -(-_PATCHES // len(value)))
     found = torch.empty(groups, each * len(value), length, device=value.device)
     for number, image in enumerate(value):  # not joined in the end: a part keeps all patches of its image in memory
-        found[:, number * each : (number + 1) * each] = patches(layer, image[None])[:, ::step]
-    return found
+        places = _drawn(count, each, generator, value.device)
+        found[:, number * each : (number + 1) * each] = patches(layer, image[None])[:, places]
+    return found, count * len(value)
+
+
+def _drawn(count: int, most: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Return at most `most` of the numbers below `count`, int64, without replacement."""
+    return (torch.randperm(count, generator=generator)[:most] if count > most else torch.arange(count)).to(device)
 
 
 def patches(layer: Any, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from quantstudy.methods.gain_correction import correct_gains
 from quantstudy.methods.gptq import gptq
 from quantstudy.methods.joint import finetune_jointly
 from quantstudy.methods.reconstruction import Limits, reconstruct
-from quantstudy.methods.trainable import LARGE, split
+from quantstudy.methods.trainable import split
 from quantstudy.network.graph import relative_error, run_in_eval
 from quantstudy.quantization.layers import quantized_layers
 from quantstudy.quantization.variant import Skipped, merged
@@ -62,12 +62,11 @@ def freeze(model: nn.Module, network: nn.Module, calibration: Calibration, row: 
     """
     skipped: Skipped = {}
     every = calibration
-    if row.finetune or row.rounding == "brecq":  # no earlier rounding may see the images that judge these two
+    if row.finetune or row.rounding == "brecq":  # no code may be chosen on the images that judge these two
         calibration = every.first(split(sum(map(len, every.images)))[0])
     if row.rounding == "adaround":
         given = (torch.cat(calibration.images), Limits(steps=row.steps), calibration.graph.order)
-        left = reconstruct(model, network, *given)
-        skipped["adaround"] = dict.fromkeys(left, f"more than {LARGE:,} weights are learned; rounded by GPTQ")
+        skipped["adaround"] = reconstruct(model, network, *given)
     layers = quantized_layers(network)
     waiting = {name: layer for name, layer in layers.items() if not layer.frozen}
     if row.rounding == "nearest":

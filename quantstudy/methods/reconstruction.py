@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from quantstudy.methods.trainable import LARGE, split
 from quantstudy.quantization.layers import QuantLinear, quantized_layers
+from quantstudy.quantization.observers import run_watched
 from quantstudy.quantization.schemes import WeightScheme
 
 LEARNING_RATE = 0.01
@@ -83,8 +84,8 @@ class SoftRounding(nn.Module):
 
 def reconstruct(
     reference: nn.Module, network: nn.Module, images: Tensor, limits: Limits, order: Sequence[str] = ()
-) -> list[str]:
-    """Freeze the layers of `network` with learned rounding, one by one; return the layers that are left to the caller.
+) -> dict[str, str]:
+    """Freeze the layers of `network` with learned rounding, one by one.
 
     Args:
         reference: the fp32 network.
@@ -92,20 +93,36 @@ def reconstruct(
         images: float32 [N, 3, S, S] to learn on.
         limits: the limits of each layer.
         order: the names of the layers in the order in which they run; without it, that of their definition.
+
+    Returns:
+        The layers that are left to the caller, each with the reason.
     """
     places = {name: place for place, name in enumerate(order)}
     layers = sorted(quantized_layers(network).items(), key=lambda item: places.get(item[0], len(places)))
-    skipped = []
+    skipped = {}
+    rows = [_rows(network, images[:count], [name for name, _ in layers]) for count in (1, 2)] if len(images) > 1 else []
     with tqdm(layers, desc="reconstruction", unit="layer", leave=False, mininterval=1.0) as bar:
         for name, layer in bar:
             if layer.shape.numel() > LARGE:
-                skipped.append(name)
+                skipped[name] = f"more than {LARGE:,} weights are learned; rounded by GPTQ"
+                continue
+            if rows and rows[1][name] != 2 * rows[0][name]:
+                skipped[name] = "rows of its input belong to several images; rounded by GPTQ"
                 continue
             inputs, targets = cached(reference, network, name, images.split(64), limits.memory_mb * 1e6)
             before, after = _learn(layer, inputs, targets, limits)
             del inputs, targets
             bar.set_postfix_str(f"{name}: error {before:.3g} -> {after:.3g}")
     return skipped
+
+
+@torch.no_grad()
+def _rows(network: nn.Module, images: Tensor, names: Sequence[str]) -> Counter[str]:
+    """Return the length of the first axis of each layer's input."""
+    found: Counter[str] = Counter()
+    layers = {name: network.get_submodule(name) for name in names}
+    run_watched(network, layers, [images], lambda name, value: found.update({name: len(value)}))
+    return found
 
 
 def _learn(layer: Any, inputs: Tensor, targets: Tensor, limits: Limits) -> tuple[float, float]:

@@ -174,6 +174,8 @@ def train_to_best(
         error: returns the error on images that `loss` does not see.
     """
     best = Best(network, error())
+    if not best.parameters:
+        return best
     optimizer = torch.optim.Adam(parameter_groups(network, rate), fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     every = max(steps // CHECKS, 1)

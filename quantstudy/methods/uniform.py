@@ -173,6 +173,8 @@ class JointRecipe(TrainedRecipe[P.QatJoint]):
         variant = StaticRecipe().quantize(model, calibration, row)
         if kept := make_trainable(variant.network):
             variant.skipped["finetune"] = kept
+        if not any(parameter.requires_grad for parameter in variant.parameters()):
+            raise UserError("kind: qat_joint finds nothing to train: no layer of this network is quantized")
         return variant
 
     def finish(self, variant: Variant, model: nn.Module, row: P.QatJoint) -> Variant:

@@ -43,7 +43,7 @@ def nearest(network: nn.Module) -> nn.Module:
 
 def test_the_output_is_closer_than_with_rounding_to_nearest(network: nn.Module, images: Tensor) -> None:
     found = quantized(network)
-    assert reconstruct(network, found, images, LIMITS) == []
+    assert reconstruct(network, found, images, LIMITS) == {}
     with torch.no_grad():
         y = network(images)
         errors = [float((model(images) - y).norm()) for model in (found, nearest(network))]
@@ -87,7 +87,7 @@ def test_what_is_too_large_is_left(network: nn.Module, images: Tensor, monkeypat
     found = quantized(network)
     skipped = reconstruct(network, found, images, LIMITS)
     sizes = {name: layer.shape.numel() for name, layer in quantized_layers(found).items()}
-    assert skipped == [name for name, size in sizes.items() if size > 100]
+    assert [*skipped] == [name for name, size in sizes.items() if size > 100]
     assert all(layer.frozen == (name not in skipped) for name, layer in quantized_layers(found).items())
 
 
@@ -105,14 +105,24 @@ def test_activations_are_kept_for_as_many_images_as_fit(network: nn.Module, imag
         assert values.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("columns", [50, 1000, 64 * 49, 10**6])
-def test_some_patches_of_each_image_are_taken(images: Tensor, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = nn.Conv2d(3, 6, 3, stride=2, groups=3)
-    monkeypatch.setattr(moments, "_COLUMNS", columns)
-    found = moments._some_patches(layer, images)
-    every = moments.patches(layer, images).unflatten(1, (len(images), -1))
-    step = -(-every.shape[1] * every.shape[2] // columns)
-    torch.testing.assert_close(found, every[:, :, ::step].flatten(1, 2))
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [50, 64, 128, 256])
+@pytest.mark.parametrize("layer", [nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(2, 4, 3, padding=1, groups=2)])
+def test_patches_of_all_columns_stand_for_all_patches_whatever_the_batch_size(layer: nn.Module, batch: int) -> None:
+    torch.manual_seed(0)
+    images = torch.rand(256, 2, 32, 32) + torch.linspace(0, 4, 32)  # each column has another mean
+    found = moments.input_moments(nn.Sequential(layer), images.split(batch))["0"]
+    every = moments.patches(layer, images)
+    torch.testing.assert_close(found.mean, every.mean(1), rtol=0.02, atol=0)
+    torch.testing.assert_close(found.second[0], every.mT @ every / every.shape[1], rtol=0.04, atol=0)
+
+
+@torch.no_grad()
+def test_rows_of_a_linear_layer_stand_for_all_rows() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(100, 200, 3) + torch.linspace(0, 4, 200)[:, None]  # each place has another mean
+    found = moments.input_moments(nn.Sequential(nn.Linear(3, 4)), [x[:64], x[64:]])["0"]
+    torch.testing.assert_close(found.mean[0], x.mean((0, 1)), rtol=0.02, atol=0)
 
 
 class Windows(nn.Module):

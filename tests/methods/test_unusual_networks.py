@@ -299,6 +299,36 @@ def test_a_layer_of_two_modules_is_trained_once_or_named(own: bool, calls: int, 
         assert "brecq" not in variant.skipped and set(units) >= {"first", "head"} and not left
 
 
+class Twice(nn.Module):
+    """Calls its only layer twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.layer(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("name", ["brecq", "finetuned", "adaround"])
+@pytest.mark.parametrize("kind", ["no unit", "no gradients", "rows of several images"])
+def test_what_cannot_be_learned_is_left_as_gptq_rounds_it(kind: str, name: str) -> None:
+    images = torch.randn(100, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    network: nn.Module
+    if kind == "no unit":
+        torch.manual_seed(0)
+        network = Twice().eval().requires_grad_(False)
+    elif kind == "no gradients":
+        network = made(lambda m, x: torch.no_grad()(body)(m, x))
+    else:
+        network = made(lambda m, x: m.rows(body(m, x).flatten(2).permute(2, 0, 1)).permute(1, 2, 0)[..., None])
+        network.rows = nn.Linear(8, 8)
+    variant = quantize(network, Calibration(network, list(images.split(64))), ROWS[name])
+    assert variant(images).isfinite().all()
+    if (kind, name) == ("rows of several images", "adaround"):
+        assert variant.skipped["adaround"] == {"rows": "rows of its input belong to several images; rounded by GPTQ"}
+
+
 def test_a_layer_that_is_called_twice_is_left_and_named(images: Tensor) -> None:
     network = made(lambda m, x: F.relu(m.second(F.relu(m.second(m.first(x))))))
     variant = quantize(network, Calibration(network, [images]), ROWS["brecq"])
