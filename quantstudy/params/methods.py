@@ -295,6 +295,10 @@ class QatLsq(QatWithScales):
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The share of the fp32 model's predictions in the targets; the labels have the rest."""
 
+    def training(self, row: Qat, name: str) -> Qat:
+        """Return how it trains: by SGD, as in the paper. Adam's steps would carry small scales past zero."""
+        return super().training(row, name).model_copy(update={"optimizer": "sgd"})
+
 
 class QatJoint(QatWithScales):
     """Joint fine-tuning on the training images: a post-training result learns to predict what fp32 predicts.

@@ -67,7 +67,7 @@ def averaging(model: nn.Module) -> nn.Module:
     """Wrap `model` so that its gradients are averaged over the processes; a single process gets it as it is."""
     if world() == 1:
         return model
-    return nn.parallel.DistributedDataParallel(model)
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)  # a layer may never run
 
 
 def share_buffers(model: nn.Module) -> None:

@@ -74,6 +74,8 @@ def save(run: Run, parts: dict[str, Any], state: State) -> float:
     started = time.perf_counter()
     content = {name: part.state_dict() for name, part in parts.items()}
     content |= {"fingerprint": run.fingerprint, "state": vars(state), "random": torch.get_rng_state()}
+    if torch.cuda.is_available():  # dropout draws there
+        content["random_cuda"] = torch.cuda.get_rng_state()
     save_tensors(run.resume, content)
     return time.perf_counter() - started
 
@@ -95,6 +97,8 @@ def restore(run: Run, parts: dict[str, Any]) -> State:
         else:
             part.load_state_dict(content[name])
     torch.set_rng_state(content["random"])
+    if torch.cuda.is_available() and "random_cuda" in content:
+        torch.cuda.set_rng_state(content["random_cuda"])
     state = State(**content["state"])
     tqdm.write(f"{run.name}: resumes after epoch {state.epoch} of {run.settings.epochs}")
     return state
