@@ -20,7 +20,6 @@ from quantstudy.errors import UserError
 from quantstudy.machine.device import set_up
 from quantstudy.measure.accuracy import percent_equal
 from quantstudy.measure.coverage import not_quantized, remark, stored
-from quantstudy.network.checkpoint import FORMAT, load_tensors
 from quantstudy.params import Preprocessing
 from quantstudy.quantization.sqnr import sqnr_db
 from quantstudy.quantization.variant import Variant, left_out
@@ -56,7 +55,7 @@ def quantize(arguments: argparse.Namespace) -> None:
     skipped = variant.network.skipped if isinstance(variant.network, Variant) else {}
     agreement = _agreement(model, variant, test)
     remarks = left_out(skipped) + remark(not_quantized(variant.network)) + _write(out, variant, test)
-    print(f"{out}: {out.stat().st_size / 1e6:.3f} MB, fp32 {source.stat().st_size / 1e6:.3f} MB")
+    print(f"{out}: {out.stat().st_size / 1e6:.3f} MB, fp32 {_fp32_bytes(model) / 1e6:.3f} MB")
     print(agreement, f"calibrated on {drawn}", sep=", ")
     for line in remarks:
         print(line)
@@ -64,22 +63,19 @@ def quantize(arguments: argparse.Namespace) -> None:
 
 def _fp32(source: Path, arguments: argparse.Namespace) -> Model:
     """Load the fp32 model: a file of this project, or a state_dict that the options describe."""
-    content = load_tensors(source)
-    given = {key: found for key in _OPTIONS if (found := getattr(arguments, key)) is not None}
-    if isinstance(content, dict) and content.get("format") == FORMAT:
-        if content["variant"] != "fp32":
-            raise UserError(f"{source}: holds the variant {content['variant']}; give the fp32 model it was made from")
-        if given:
-            raise UserError(f"--{next(iter(given)).replace('_', '-')}: {source} says that itself; leave the option out")
-    elif "preprocessing" in given and (twice := set(given) & {"image_size", "mean", "std"}):
-        raise UserError(f"--{min(twice).replace('_', '-')}: --preprocessing says that; leave one of them out")
-    elif arguments.architecture is None:
-        raise UserError(f"{source}: a state_dict does not say its architecture; add --architecture, resnet18 for one")
     try:
-        return library.load_model(source, **given)
+        model = library.load_model(source, **{key: getattr(arguments, key) for key in _OPTIONS})
     except UserError as error:
         key, _, rest = str(error).partition(":")
         raise UserError(f"--{key.replace('_', '-')}:{rest}" if key in _OPTIONS else str(error)) from None
+    if model.variant != "fp32":
+        raise UserError(f"{source}: holds the variant {model.variant}; give the fp32 model it was made from")
+    return model
+
+
+def _fp32_bytes(model: Model) -> int:
+    """Return how many bytes the numbers of an fp32 model take; its file may hold more, an optimizer's state too."""
+    return sum(4 * tensor.numel() for tensor in model.network.state_dict().values() if tensor.is_floating_point())
 
 
 def _images(path: Path, preprocessing: Preprocessing, arguments: argparse.Namespace) -> tuple[Split, Split, str]:

@@ -105,42 +105,46 @@ def load_model(
     architecture: str | None = None,
     *,
     preprocessing: str | P.Preprocessing | None = None,
-    image_size: int = 224,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+    image_size: int | Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     weights_key: str | None = None,
 ) -> Model:
     """Read a model file: a state_dict, or a file of this project, fp32 or a variant.
 
-    All arguments but `path` are for a state_dict only.
+    All arguments but `path` are for a state_dict only: a file of this project says the rest itself.
 
     Args:
         path: the file.
         architecture: a torchvision name, `vgg11_small`, or `package.module:factory`.
         preprocessing: `torchvision` for the preprocessing of torchvision's default weights, the name of other
             torchvision weights, or your own row; None to use the next three arguments.
-        image_size: pixels a side.
-        mean: of red, green and blue, for pixels from 0 to 1.
+        image_size: pixels a side, or height and width; None for 224.
+        mean: of red, green and blue, for pixels from 0 to 1; None for ImageNet's.
         std: likewise.
         weights_key: the name of one state_dict, for a file that holds several: `state_dict_ema` for example.
 
     Raises:
-        UserError: the file cannot be read, or does not fit the architecture.
+        UserError: the file cannot be read, or does not fit the architecture, or two arguments say the same.
     """
     path = Path(path)
-    if architecture is None:
-        content = load_tensors(path)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            what = "a state_dict does not say its architecture; pass architecture, 'resnet18' for one"
-            raise UserError(f"{path}: {what}")
+    pixels = {"image_size": image_size, "mean": mean, "std": std}
+    if _is_of_this_project(path):
+        others = {"architecture": architecture, "preprocessing": preprocessing, **pixels, "weights_key": weights_key}
+        _refuse(others, f"{path} says that itself")
         checkpoint = load_checkpoint(path)
         model = Model(load_any(path), network_facts(checkpoint), checkpoint["variant"])
         if is_own(model.facts["architecture"]):
             check_logits(model.network, model.facts["classes"], model.preprocessing.shape, f"{path}: architecture")
         return model
-    shown: Any = preprocessing or {"image_size": image_size, "mean": mean, "std": std}
-    if isinstance(shown, str):
-        shown = P.torchvision_preset(architecture, shown)
+    if architecture is None:
+        what = f"{path} is a state_dict, which does not say its architecture"
+        raise UserError(f"architecture: {what}; give it, resnet18 for one")
+    shown: Any = {"image_size": 224, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    shown |= {key: value for key, value in pixels.items() if value is not None}
+    if preprocessing is not None:
+        _refuse(pixels, "preprocessing says that")
+        shown = P.torchvision_preset(architecture, preprocessing) if isinstance(preprocessing, str) else preprocessing
     try:
         preprocessing = P.Preprocessing.model_validate(shown)
     except ValidationError as error:
@@ -149,6 +153,17 @@ def load_model(
     state = read_state_dict(path, weights_key)
     network, classes = network_of_state(state, str(path), architecture, preprocessing.shape)
     return Model(channels_last(fold_batchnorm(network)), new_facts(architecture, classes, preprocessing))
+
+
+def _is_of_this_project(path: Path) -> bool:
+    content = load_tensors(path)
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def _refuse(arguments: dict[str, Any], why: str) -> None:
+    """Raise `UserError` for the first argument that is given."""
+    if given := next((key for key, value in arguments.items() if value is not None), None):
+        raise UserError(f"{given}: {why}; leave it out")
 
 
 def quantize(model: Model, images: Tensor | Sequence[Tensor], method: str | P.MethodRow = "int8_static") -> Model:
@@ -161,12 +176,19 @@ def quantize(model: Model, images: Tensor | Sequence[Tensor], method: str | P.Me
             from the package; or a row, for example `quantstudy.params.WeightOnly(kind="weight_only", weight_bits=3)`.
 
     Raises:
-        UserError: there is no such method, or it cannot be applied to this network.
+        UserError: there is no such method, it cannot be applied to this network, or the images do not fit the model.
     """
     if isinstance(model.network, Variant):
         raise UserError(f"model: is quantized, with {model.variant}; give the fp32 model it was made from")
     name, row = (method, post_training_row(method)) if isinstance(method, str) else (method.kind, method)
+    if row.trains or row.needs_sensitivity:
+        needs = "training" if row.trains else "sensitivities"
+        raise UserError(f"method: {row.kind} needs {needs}, which only the pipeline has; choose another kind")
     batches = [images] if isinstance(images, Tensor) else list(images)
+    if not batches:
+        _check_images(model, None)
+    for batch in batches:
+        _check_images(model, batch)
     return Model(recipes.quantize(model.network, Calibration(model.network, batches), row), model.facts, name)
 
 
@@ -182,6 +204,18 @@ def post_training_row(method: str, key: str = "method") -> P.MethodRow:
     return rows[method]
 
 
+def _check_images(model: Model, images: Any) -> None:
+    """Raise `UserError` unless images are a batch that the model takes."""
+    if isinstance(images, Tensor):
+        if images.dtype == torch.float32 and len(images) and tuple(images.shape[1:]) == model.preprocessing.shape:
+            return
+        found = f"{images.dtype} {[*images.shape]}".removeprefix("torch.")
+    else:
+        found = "nothing" if images is None else type(images).__name__
+    channels, height, width = model.preprocessing.shape
+    raise UserError(f"images: {found}; give normalized float32 [N, {channels}, {height}, {width}], N at least 1")
+
+
 @torch.inference_mode()
 def run(model: Model, images: Tensor, runtime: str = "eager") -> Tensor:
     """Return the logits of a model on a runtime, float32 [N, classes].
@@ -192,8 +226,9 @@ def run(model: Model, images: Tensor, runtime: str = "eager") -> Tensor:
         runtime: one of `RUNTIMES`.
 
     Raises:
-        UserError: there is no such runtime, or it is not installed.
+        UserError: there is no such runtime, or it is not installed, or the images do not fit the model.
     """
+    _check_images(model, images)
     executable = model.executable(runtime, images.device)
     return executable.run(images.contiguous(memory_format=executable.memory_format))
 

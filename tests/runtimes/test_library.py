@@ -66,6 +66,16 @@ def test_a_saved_variant_is_loaded_as_it_was(method: Any, model: "qs.Model", ima
     assert torch.equal(qs.run(model, images), before)
 
 
+def test_what_a_file_says_is_not_said_twice(model: "qs.Model", images: Tensor, weights: Path, tmp_path: Path) -> None:
+    path = tmp_path / "variant.pth"
+    qs.save(qs.quantize(model, images, "int8_weight_only"), path)
+    for key, value in {"architecture": "resnet18", "image_size": 32, "mean": HALVES, "weights_key": "model"}.items():
+        with pytest.raises(UserError, match=f"^{key}: .* says that itself; leave it out"):
+            qs.load_model(path, **{key: value})
+    with pytest.raises(UserError, match=r"^std: preprocessing says that; leave it out"):
+        qs.load_model(weights, "resnet18", preprocessing="torchvision", std=HALVES)
+
+
 def test_a_mistake_names_the_choices(weights: Path, model: "qs.Model", images: Tensor, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"method: 'int8_statik' is unknown .*int8_static"):
         qs.quantize(model, images, "int8_statik")
@@ -77,6 +87,22 @@ def test_a_mistake_names_the_choices(weights: Path, model: "qs.Model", images: T
         qs.load_model(weights)
     with pytest.raises(UserError, match="fp32"):
         qs.save(model, tmp_path / "fp32.pth")
+    for row in (P.QatStatic(kind="qat_static", weight_bits=8), P.MixedBudget(kind="mixed_budget", mean_bits=4)):
+        with pytest.raises(UserError, match=f"method: {row.kind} needs "):
+            qs.quantize(model, images, row)
+    for wrong in (
+        [],
+        images[:0],
+        images[:, :1],
+        images[0],
+        images.double(),
+        [images, images[..., :16]],
+        images.numpy(),
+    ):
+        with pytest.raises(UserError, match=r"images: .*; give normalized float32 \[N, 3, 32, 32\]"):
+            qs.quantize(model, wrong)
+        with pytest.raises(UserError, match="images: "):
+            qs.run(model, wrong)
     variant = qs.quantize(model, images, "int8_weight_only")
     with pytest.raises(UserError, match="int8_weight_only"):
         qs.quantize(variant, images, "int8_weight_only")
