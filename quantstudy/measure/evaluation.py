@@ -29,9 +29,9 @@ from quantstudy.measure.operations import count_macs, layer_bits, tera_bit_opera
 from quantstudy.measure.per_layer import LAYER_IMAGES, layer_sqnr_db, weight_storage
 from quantstudy.network.fp32 import load_preprocessing
 from quantstudy.quantization.layers import activation_modes
-from quantstudy.quantization.sqnr import sqnr_db
+from quantstudy.quantization.sqnr import least_sqnr_db, sqnr_db
 from quantstudy.quantization.variant import load_any
-from quantstudy.runtimes.executables import Executable, build_executable, open_executable, worth_compiling
+from quantstudy.runtimes.executables import Executable, build_executable, open_executable, unrounded, worth_compiling
 
 if TYPE_CHECKING:
     import onnx
@@ -192,12 +192,33 @@ def _others(task: Task, variant: str, failed: dict[str, str]) -> list[Executable
     for runtime in task.measure.runtimes:
         try:
             if executable := _build(task, variant, runtime):
-                for size in BATCH_SIZES:
-                    executable.run(task.noise(size).contiguous(memory_format=executable.memory_format))
+                check_runtime(task, variant, executable)
                 found.append(executable)
         except Exception as error:  # a missing compiler, an unknown operator: many types, one meaning
             failed[f"{variant} {runtime}"] = str(error) if isinstance(error, UserError) else one_line(error)
     return found
+
+
+def check_runtime(task: Task, variant: str, executable: Executable) -> None:
+    """Run an executable on random images of each batch size that is timed, and compare its logits with PyTorch's.
+
+    Where int8 sums saturate nothing is judged: there runtimes compute something else, and the tables say so.
+
+    Raises:
+        UserError: the logits are further from PyTorch's than twice the error that rounding explains.
+    """
+    model = task.load(variant)
+    exact = unrounded(model)
+    for size in BATCH_SIZES:
+        images = task.noise(size)
+        found = executable.run(images.contiguous(memory_format=executable.memory_format)).float().cpu().numpy()
+        if int8_sums_saturate() or task.device.type != "cpu":  # a GPU may round float32 to fewer bits
+            continue
+        best, wanted = (each(images.clone()).float().numpy() for each in (exact, model))
+        least = least_sqnr_db(sqnr_db(best, wanted))
+        if (sqnr := sqnr_db(wanted, found)) < least:
+            what = f"computes something else: its logits of {size} images are at {sqnr:.1f} dB of PyTorch's"
+            raise UserError(f"{what}, less than {least:.1f}")
 
 
 def _build(task: Task, variant: str, runtime: str) -> Executable | None:

@@ -32,7 +32,8 @@ def weight_storage(model: nn.Module) -> dict[str, tuple[int, int]]:
 def layer_sqnr_db(reference: nn.Module, model: nn.Module, images: Tensor) -> dict[str, float]:
     """Return the SQNR in decibels of every layer's output, with all layers before it quantized too.
 
-    Both models run in eager mode, so a quantized layer simulates its arithmetic in floating point.
+    Both models run in eager mode, so a quantized layer simulates its arithmetic in floating point. A layer is left out
+    if only one of them runs it, or on another shape: the code of a network may depend on the values.
 
     Args:
         reference: the fp32 model with BatchNorm folded: its layers compute the same as the variant's.
@@ -40,7 +41,8 @@ def layer_sqnr_db(reference: nn.Module, model: nn.Module, images: Tensor) -> dic
         images: float32 [N, 3, S, S], on the models' device; all layers' outputs on them are held in memory.
     """
     wanted, found = _outputs(reference, images), _outputs(model, images)
-    return {name: sqnr_db(wanted[name], output) for name, output in found.items()}
+    known = {name: output for name, output in found.items() if name in wanted and wanted[name].shape == output.shape}
+    return {name: sqnr_db(wanted[name], output) for name, output in known.items()}
 
 
 def _outputs(model: nn.Module, images: Tensor) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ import ast
 import functools
 import logging
 import math
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -66,7 +67,11 @@ def graph_of(network: nn.Module, shape: Sequence[int]) -> onnx.ModelProto:
     try:
         model = _exported(network, shape, frozenset(state))
     except Exception as error:  # the exporter raises many types, and so may your network's code
-        raise UserError(f"export: the network cannot be exported to ONNX: {one_line(error)}") from None
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the first says that it failed, the last says why
+            cause = cause.__cause__
+        reason = re.sub(r"\x1b\[[0-9;]*m", "", one_line(cause))
+        raise UserError(f"export: the network cannot be exported to ONNX: {reason}") from None
     if not model.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
         what = "its code fixes the number of images, with len(x) for one; write x.shape[0] or x.new_zeros"
         raise UserError(f"export: the network cannot be exported for any number of images: {what}")

@@ -121,9 +121,10 @@ class _Builder:
             raise UserError(f"attention_products: {what}; export a method without them")
         for node in self.source.graph.node:
             self._append(node)
+        read = {value for node in self.nodes for value in node.input}
         result = copy.deepcopy(self.source)
         del result.graph.initializer[:], result.graph.node[:]
-        result.graph.initializer.extend(self.initializers.values())
+        result.graph.initializer.extend(each for name, each in self.initializers.items() if name in read)
         result.graph.node.extend(self.nodes)
         result.producer_name, result.producer_version = PRODUCER, ""
         return checked(result)
@@ -322,8 +323,6 @@ class _Builder:
             self._add("Mul", [sums, both], node.output[0])
             return
         product = self._add("Mul", [sums, both], f"{call}.product")
-        for unused in list(node.input)[2:]:
-            self.initializers.pop(unused, None)
         bias = self._constant(f"{name}.spread_bias", layer.bias.detach().float().reshape(spread))
         self._add("Add", [product, bias], node.output[0])
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from quantstudy import layout
 from quantstudy.data.batches import run_on_split
 from quantstudy.data.container import Split
+from quantstudy.machine.hardware import int8_sums_saturate
 from quantstudy.measure import evaluation, latency
 from quantstudy.measure.accuracy import accuracy
 from quantstudy.measure.evaluation import Task
@@ -280,6 +281,28 @@ def test_the_model_tells_whether_results_depend_on_the_batch(method: str, monkey
     monkeypatch.setattr(Task, "noise", lambda task, size: torch.zeros(size, 3, 8, 8))
     _, facts = evaluation._eager_after_a_batch(Task("study", None, "v", None, CPU))  # type: ignore[arg-type]
     assert facts.is_dynamic == (method == "int8-dynamic")
+
+
+@pytest.mark.skipif(int8_sums_saturate(), reason="int8 sums saturate here")
+@pytest.mark.parametrize("wrong", [(), (1,), (16,)])
+def test_a_runtime_that_computes_something_else_is_not_timed(wrong: tuple[int, ...], monkeypatch: Any) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).eval().requires_grad_(False)
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = network(images)
+        return 1e3 * logits if len(images) in wrong else logits * (1 + 1e-6)
+
+    measure = SimpleNamespace(runtimes=["openvino"])
+    task = SimpleNamespace(
+        measure=measure, device=CPU, load=lambda variant: network, noise=lambda size: torch.randn(size, 3, 8, 8)
+    )
+    made = evaluation.Executable("openvino", run, {"1": True})
+    monkeypatch.setattr(evaluation, "_build", lambda *_: made)
+    failed: dict[str, str] = {}
+    assert evaluation._others(task, "v", failed) == ([] if wrong else [made])  # type: ignore[arg-type]
+    assert [*failed] == (["v openvino"] if wrong else [])
+    assert all(f"its logits of {wrong[0]} images are at" in why for why in failed.values())
 
 
 def test_validation_figures_are_of_their_own_images(evaluated: Evaluated) -> None:

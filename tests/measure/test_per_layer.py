@@ -40,3 +40,22 @@ def test_sqnr_and_bytes_of_each_layer(network: nn.Module) -> None:
     assert found == {"0": (108 + 4 * 4, 108), "2": (72 * 4, 72), "4": (180 + 5 * 4, 360)}
     found = weight_storage(skeleton("mobilenet_v2", 10))
     assert len(found) == 53 and all(size == 4 * weights for size, weights in found.values())
+
+
+class OnlyIfLarge(nn.Module):
+    """Runs its second layer if the output of the first is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.second(x) if x.mean() > 0 else x
+
+
+def test_a_layer_that_only_one_of_the_two_runs_has_no_sqnr() -> None:
+    model, other = OnlyIfLarge().requires_grad_(False), OnlyIfLarge().requires_grad_(False)
+    for network, bias in ((model, -9.0), (other, 9.0)):
+        network.first.bias.fill_(bias)
+    assert [*layer_sqnr_db(model, other, torch.rand(2, 3, 8, 8))] == ["first"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from quantstudy import params as P
 from quantstudy.data.container import Split
+from quantstudy.errors import UserError
 from quantstudy.measure import agreement
 from quantstudy.methods.calibration import Calibration
 from quantstudy.methods.recipes import quantize
@@ -24,7 +25,7 @@ from quantstudy.quantization.schemes import ActivationScheme, WeightScheme
 from quantstudy.quantization.sqnr import sqnr_db
 from quantstudy.quantization.variant import Variant, save_variant
 from quantstudy.runtimes import executables, lowering, onnx_tuning
-from quantstudy.runtimes.onnx_graph import INPUT, load_graph, network_graph
+from quantstudy.runtimes.onnx_graph import INPUT, graph_of, load_graph, network_graph
 from quantstudy.runtimes.onnx_model import save_onnx, to_onnx
 from quantstudy.runtimes.onnx_tuning import exported_model
 from quantstudy.runtimes.sessions import Session, open_session, why_missing
@@ -303,3 +304,35 @@ def test_a_runtime_quantizes_no_input_that_the_file_leaves_in_float(runtime: str
     variant = quantize(network, Calibration(network, [images]), P.WeightOnly(kind="weight_only", weight_bits=bits))
     session = open_session(to_onnx(variant, graph(WIDE)), runtime, 1)
     assert sqnr_db(variant(images).detach().numpy(), session.run(images).numpy()) > 100
+
+
+class Shared(nn.Module):
+    """Calls one linear layer on tokens, then on their mean: two operators in ONNX."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.both, self.head = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.both(self.both(self.stem(x).flatten(2).transpose(1, 2)).mean(1)))
+
+
+def shared(num_classes: int) -> nn.Module:
+    return Shared()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["int8-dynamic", "int8-static"])
+def test_a_linear_layer_on_tokens_and_on_their_mean_keeps_its_bias(method: str) -> None:
+    torch.manual_seed(0)
+    name, images = f"{__name__}:shared", torch.randn(4, 3, SIZE, SIZE)
+    variant = METHODS[method](fold_batchnorm(build(name, CLASSES).eval()), images)
+    exported = to_onnx(variant, network_graph(name, CLASSES, SIZE))
+    assert sqnr_db(variant(images).numpy(), open_session(exported, "onnxruntime", 1).run(images).numpy()) > 25
+
+
+def test_an_operator_that_onnx_lacks_is_named_in_one_line() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.RReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(UserError, match=r"export: .*rrelu") as raised:
+        graph_of(model.eval(), (3, SIZE, SIZE))
+    assert str(raised.value).isprintable()
