@@ -26,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     shop = opened(params, name, study, study.goal, device)
     test = load_split(layout.split(name, "test"))
     found = search(shop)
+    if found.busy and not found.best:
+        what = f"{', '.join(found.busy[:5])} could not be timed, as the machine was busy with other work"
+        raise UserError(f"studies.{name}.goal: {what}; run the search again, and it goes on from here")
     facts = ship(shop, found, test, layout.ship(name))
     figures = metrics(facts)
     write_json(layout.ship_metrics(name), figures)

@@ -10,8 +10,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from quantstudy.errors import run_stage
+from pydantic import ValidationError
+
+from quantstudy import params as P
+from quantstudy.errors import UserError, run_stage
 from quantstudy.params import load_params
+from quantstudy.params.mistakes import mistakes
+
+KEYS = ("max_drop", "minimize", "may_train")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -21,25 +27,32 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def arguments_of(argv: Sequence[str] | None = None) -> list[str]:
-    """Return DVC's arguments; raise `UserError` for an unknown study."""
+    """Return DVC's arguments; raise `UserError` for an unknown study and for a goal that cannot be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
     parser.add_argument("--max-drop", type=float, help="percentage points; without it the goal's own")
     parser.add_argument("--minimize", choices=["size", "latency", "bit_operations"], help="likewise")
-    parser.add_argument("--may-train", choices=["true", "false"], help="likewise")
+    parser.add_argument("--may-train", type=_truth, metavar="{true,false}", help="likewise")
     given = parser.parse_args(argv)
     params = load_params()
-    params.study(given.study)
+    known = params.study(given.study).goal
+    asked = {key: value for key in KEYS if (value := getattr(given, key)) is not None}
+    try:
+        P.Goal.model_validate((known.model_dump() if known else {}) | asked)
+    except ValidationError as error:
+        raise UserError(*(f"studies.{given.study}.goal.{line}" for line in mistakes(error, P.Goal))) from None
     changes = {
         key: ",".join([*names, given.study])
         for key, names in (("run", params.run), ("ship", params.ship))
         if given.study not in names
     }
     overrides = [f"{key}=[{names}]" for key, names in changes.items()]
-    for key in ("max_drop", "minimize", "may_train"):
-        if (value := getattr(given, key)) is not None:
-            overrides.append(f"++studies.{given.study}.goal.{key}={value}")
+    overrides += [f"++studies.{given.study}.goal.{key}={str(value).lower()}" for key, value in asked.items()]
     return ["exp", "run", *(word for override in overrides for word in ("-S", override)), f"search@{given.study}"]
+
+
+def _truth(text: str) -> bool:
+    return {"true": True, "false": False}[text]
 
 
 if __name__ == "__main__":

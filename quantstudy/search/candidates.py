@@ -88,7 +88,8 @@ def candidates(params: P.Params, goal: P.Goal) -> tuple[list[Candidate], dict[st
         else:
             found.append(Candidate(name, row, group_of(row)))
     if goal.minimize != "latency":  # no runtime is faster with other weight bits
-        found += [between for candidate in list(found) for between in _between(candidate, goal.minimize)]
+        between = [one for candidate in found for one in _between(candidate, goal.minimize)]
+        found += [one for one in between if one.name not in params.methods]
     return found, left
 
 
@@ -113,6 +114,14 @@ def error_of(group: Group, goal: P.Goal, members: int = 1) -> float:
     tried = [other for other in SPENT_ON if other != "trained" or goal.may_train]
     share = SPENT_ON[group] / sum(SPENT_ON[other] for other in tried)
     return (1 - goal.confidence) * share / (1 if group == "quick" else members)
+
+
+def provable(group: Group, goal: P.Goal, members: int, images: int) -> int:
+    """Return how many of a group's `members` may be tried, so that `images` can still prove the goal for each."""
+    if group == "quick":
+        return members
+    known = range(members, 0, -1)
+    return next((count for count in known if images_needed(goal.max_drop, error_of(group, goal, count)) <= images), 0)
 
 
 def starts_of(goal: P.Goal, error: float, images: int, tests: int = STARTS) -> int:

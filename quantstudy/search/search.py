@@ -49,6 +49,7 @@ from quantstudy.search.candidates import (
     candidates,
     error_of,
     least_objective,
+    provable,
     scheme_of,
     starts_of,
 )
@@ -113,6 +114,11 @@ class Found:
     """Why the search ended."""
     seconds: float
 
+    @property
+    def busy(self) -> list[str]:
+        """The candidates that could not be timed."""
+        return [trial.name for trial in self.trials if trial.verdict == _BUSY]
+
 
 def search(shop: Workshop) -> Found:
     """Return the candidate that minimizes the goal among those shown to keep it, and all candidates that were tried."""
@@ -121,9 +127,14 @@ def search(shop: Workshop) -> Found:
     found = Found(None, [], left, "", 0.0)
     for group in SPENT_ON:
         members = sorted((one for one in tried if one.group == group), key=lambda one: _urgency(shop, one))
-        trials = _made(shop, members, tried, found)
+        count = provable(group, goal, len(members), len(shop.judge.images))
+        for one in members[count:]:
+            few = f"{len(shop.judge.images)} validation images can prove the goal for {count} {group} methods only"
+            found.trials.append(Trial(one.name, group, verdict=f"not begun: {few}"))
+            print(_line(found.trials[-1]), flush=True)
+        trials = _made(shop, members[:count], tried, found)
         front = _front([trial for trial in trials if not trial.verdict], goal)
-        _test(shop, front, group, error_of(group, goal, max(len(members), 1)), found)
+        _test(shop, front, group, error_of(group, goal, max(count, 1)), found)
     found.ended = found.ended or _ending(goal, found)
     for name, reason in left.items():
         print(f"{name}: not tried: {reason}", flush=True)
@@ -136,6 +147,7 @@ def _ending(goal: P.Goal, found: Found) -> str:
     failed = [trial.name for trial in found.trials if trial.verdict in ("rejected", "undecided")]
     untested = [trial.name for trial in found.trials if trial.verdict.startswith(_UNTESTED)]
     parts = [f"{', '.join(failed)}: tested, but not accepted"] if failed else []
+    parts += [f"{', '.join(found.busy)}: {_BUSY}"] if found.busy else []
     if untested:
         parts.append(f"{', '.join(untested)}: not tested, as the allowed error was spent")
     elif found.best:

@@ -205,6 +205,9 @@ def card(shop: Workshop, found: Found, facts: dict[str, Any]) -> str:
         test, latency, files = facts["test"], facts["latency"], facts["files_mb"]
         speed = "the machine was busy" if latency["busy"] else f"{latency['speedup']:.2f} times as fast"
         batch = f"batch {latency['batch_size']} on {latency['runtime']}"
+        how = f"`python run.py photo.jpg` with numpy, pillow and {goal.runtime}."
+        if not shop.judge.preprocessing.antialias:
+            how = "There is no run.py: Pillow cannot resize without antialiasing, as this model's images were."
         lines += [
             "| | fp32 | this model |",
             "|---|---:|---:|",
@@ -227,7 +230,7 @@ def card(shop: Workshop, found: Found, facts: dict[str, Any]) -> str:
             "",
             "## How to run it",
             "",
-            f"`python run.py photo.jpg` with numpy, pillow and {goal.runtime}. `model.onnx` takes float32 images "
+            f"{how} `model.onnx` takes float32 images "
             f"[N, {', '.join(map(str, shop.judge.preprocessing.shape))}], normalized as `model.json` says. It is "
             f"{facts['onnx_form']}. {facts['saturation']}",
             "",

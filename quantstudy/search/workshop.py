@@ -66,7 +66,7 @@ def _digest(params: P.Params, study: P.Study, goal: P.Goal, *files: Path) -> str
     """Return a name that differs for a search with other inputs; the limits of the goal do not count."""
     rows = {name: row.said() for name, row in params.methods.items()}
     parts: list[Any] = [rows, params.target, study.qat, study.seed, study.calibration, *map(sha256, files)]
-    parts += [study.training.validation_fraction, goal.runtime, goal.batch_size, torch.get_num_threads()]
+    parts += [study.training.validation_fraction, goal.runtime, goal.batch_size, goal.minimize, torch.get_num_threads()]
     code = Path("code.yaml")  # which code made what a killed search left
     parts.append(code.read_text(encoding="utf-8") if code.is_file() else "")
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -30,6 +30,7 @@ from quantstudy.search.candidates import (
     candidates,
     error_of,
     least_objective,
+    provable,
     starts_of,
 )
 from quantstudy.search.judging import drawn
@@ -92,7 +93,7 @@ class Shop:
 @pytest.fixture
 def shop(monkeypatch: pytest.MonkeyPatch) -> Any:
     def made(verdicts: dict[str, str], **goal: Any) -> Any:
-        found = Shop(monkeypatch, P.Goal(max_drop=1.0, **goal), verdicts)
+        found = Shop(monkeypatch, P.Goal(**{"max_drop": 1.0} | goal), verdicts)
         found.judge = type(
             "J", (), {"judge": found.judge_of, "shipped": found.shipped, "check": found.check, "images": range(2000)}
         )()  # type: ignore[assignment]
@@ -290,8 +291,10 @@ def test_a_busy_timing_rules_no_rounding_of_its_scheme_out(shop: Any) -> None:
         }
 
     own.judge.timed = timed
-    said = verdicts_of(search(own))
-    assert said["eight"] == "the machine was busy while it was timed"
+    found = search(own)
+    said = verdicts_of(found)
+    assert said["eight"] == "the machine was busy while it was timed" and found.busy == ["eight"]
+    assert "eight: the machine was busy" in found.ended
     assert said["large"] == said["four"] == "not 5 % faster than fp32"
 
 
@@ -399,3 +402,24 @@ def test_what_takes_a_minute_is_made_last_and_the_smallest_of_it_first() -> None
     }
     order = sorted(rows, key=lambda name: _urgency(shop, Candidate(name, rows[name], "quick")))
     assert order == ["quick", "small", "large"]
+
+
+def test_methods_that_no_number_of_images_could_prove_are_not_begun() -> None:
+    goal = P.Goal(max_drop=5.0, may_train=True)
+    assert provable("quick", goal, 9, 10) == 9
+    for group in ("learned", "trained"):
+        counts = [provable(group, goal, 6, images) for images in (10, 126, 170, 1000)]
+        assert counts == sorted(counts) and counts[0] == 0 < counts[2] < counts[3] == 6
+        for images, count in zip((126, 170), counts[1:3], strict=True):
+            needed = [
+                images_needed(goal.max_drop, error_of(group, goal, tried)) for tried in (count, count + 1) if tried
+            ]
+            assert needed[-1] > images and (not count or needed[0] <= images)
+
+
+def test_too_few_images_leave_out_learned_methods_and_say_so(shop: Any) -> None:
+    own = shop({}, max_drop=0.5)
+    own.groups = {"large": "learned"}
+    own.judge.images = range(1000)
+    found = search(own)
+    assert "validation images can prove the goal for 0 learned methods only" in verdicts_of(found)["large"]

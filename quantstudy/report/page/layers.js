@@ -68,6 +68,8 @@ function sensitivityRows(rows) {
 
 function showHistogram() {
   const input = state.study.inputs.find((row) => row.layer === state.layer);
+  document.querySelector("#chart-histogram-figure").hidden = !input;
+  if (!input) return null; // the layer never ran in calibration
   const floor = Math.min(...input.shares.filter((share) => share > 0)) / 2;
   const bins = input.shares
     .map((share, i) => ({ low: input.edges[i], high: input.edges[i + 1], share, floor }))
