@@ -135,7 +135,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _add(rows: list[Row], subject: Subject, scheme: str, steps: list[str], seeds: int) -> None:
-    if any(row["scheme"] == scheme and row["techniques"] == steps and row["seeds"] >= seeds for row in rows):
+    images = subject.study.calibration.batches * subject.study.calibration.batch_size
+    same = [row for row in rows if (row["scheme"], row["techniques"], row["images"]) == (scheme, steps, images)]
+    if any(row["seeds"] >= seeds for row in same):
         return
     row = functools.reduce(operator.or_, (STEPS[step] for step in steps), SCHEMES[scheme])
     settings: P.MethodRow = TypeAdapter(P.Method).validate_python(row)
@@ -149,7 +151,6 @@ def _add(rows: list[Row], subject: Subject, scheme: str, steps: list[str], seeds
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "variant.pth"
         save_variant(path, variant, load_checkpoint(layout.model(subject.name, "fp32")), scheme)
-        images = subject.study.calibration.batches * subject.study.calibration.batch_size
         facts = _facts(images, variant, path, statistics.mean(seconds))
     _put(rows, subject, {"scheme": scheme, "techniques": steps}, correct, facts)
 
