@@ -67,6 +67,9 @@ def test_a_table_has_the_rows_that_are_asked_for_and_a_place_needs_its_report(
     start, end = "<!-- results: s bf16 fp32 -->\n", "<!-- end -->"
     found = filled(Path("README.md"), f"a\n{start}old\n{end}\nb", lambda path: table)
     assert found == f"a\n{start}| variant | top-1 |\n|---|---|\n| fp32 | 9 |\n| bf16 | 7 |\n\nA note.\n{end}\nb"
+    remarks = "\nx was not applied everywhere. a: b (fp16, bf16).\n\ny was not applied. c: d (f) (fp16); e (fp16).\n"
+    found = filled(Path("README.md"), f"{start}{end}", lambda path: table + remarks)
+    assert "(fp16, bf16)" in found and "y was" not in found
     figures = {"top1_drop": 1.5, "top1_drop_p": 0.25, "compression": 4.0, "speedup_b1": 2.0, "speedup_b16": None}
     start = "<!-- decision: s\nA small file = int8\nSpeed = int4\n-->\n"
     found = filled(Path("README.md"), f"{start}{end}", lambda path: json.dumps(figures | {"speedup_b1": path.stem}))

@@ -121,13 +121,23 @@ def other_fp32(kind: str, study: str, read: Read) -> str:
 
 
 def with_rows(table: str, wanted: Sequence[str], where: str) -> str:
-    """Return a table and the text under it, with only the rows whose first word is one of `wanted`."""
+    """Return a table and the text under it, with only the rows whose first word is one of `wanted`.
+
+    A remark that names rows in brackets, `(fp16, bf16)`, is left out if none of them is wanted.
+    """
     lines = table.splitlines(keepends=True)
     names = {line: line.strip("| ").split(" ", 1)[0] for line in lines[2:] if line.startswith("|")}
     for name in wanted:
         if name not in names.values():
             raise unknown(where, name, list(dict.fromkeys(names.values())))
-    return "".join(line for line in lines if line not in names or names[line] in wanted)
+    kept = "".join(line for line in lines if line not in names or names[line] in wanted)
+
+    def remark(found: re.Match[str]) -> str:
+        about = {name for inside in re.findall(r"\(([\w, ]+)\)", found[0]) for name in inside.split(", ")}
+        about &= {*names.values()}
+        return found[0] if not about or about & {*wanted} else ""
+
+    return re.sub(r"\n[^|\n]+\n", remark, kept)
 
 
 def decision(study: str, wishes: Sequence[str], read: Read) -> str:
