@@ -16,6 +16,7 @@ in uint8 and is exact.
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from torch.utils._pytree import tree_map_only
 
 from quantstudy.machine.hardware import arithmetic_is_native
 from quantstudy.quantization.layers import ActivationQuantizer, quantized_layers
-from quantstudy.quantization.observers import quantizable_layers
+from quantstudy.quantization.observers import quantizable_layers, run_watched
 from quantstudy.quantization.schemes import ActivationScheme
 from quantstudy.quantization.variant import Variant, cast, network_of
 from quantstudy.runtimes.kernels import int8_kernels_available
@@ -114,14 +115,30 @@ def worth_compiling(model: nn.Module, device: torch.device) -> bool:
 
 
 def real_layers(model: nn.Module, runtime: str, device: torch.device) -> dict[str, bool]:
-    """Return whether each Conv2d and Linear runs in its stated types in eager mode or on inductor, by name."""
+    """Return whether each Conv2d and Linear runs in its stated types in eager mode or on inductor, by name.
+
+    Inductor runs a layer in float that the network calls more than once: its patterns match one use of a weight.
+    """
     network, dtype = network_of(model)
     layers = dict.fromkeys(quantizable_layers(network), _is_native(dtype, device))
     modes = ("static",) if runtime == "inductor" else ("static", "dynamic")
+    calls = _calls(network, dtype) if runtime == "inductor" and quantized_layers(network) else Counter()
     for name, layer in quantized_layers(network).items():
-        in_int8 = _is_int8(layer) and layer.scheme.activation.mode in modes and runs_in_int8(layer)
+        in_int8 = _is_int8(layer) and layer.scheme.activation.mode in modes and runs_in_int8(layer) and calls[name] < 2
         layers[name] = has_kernel(layer, device) or (in_int8 and int8_kernels_available(device))
     return layers
+
+
+@torch.no_grad()
+def _calls(network: nn.Module, dtype: torch.dtype) -> Counter[str]:
+    """Count the calls of each quantized layer for an image, if the network knows the shape of its images."""
+    found: Counter[str] = Counter()
+    if (shape := getattr(network, "example_shape", None)) is not None:
+        layers = quantized_layers(network)
+        device = next(iter(network.state_dict().values())).device
+        image = torch.zeros(1, *shape, dtype=dtype, device=device)
+        run_watched(network, layers, [image], lambda name, _: found.update([name]))
+    return found
 
 
 def unrounded(model: nn.Module) -> Variant:

@@ -364,3 +364,14 @@ def test_layers_beside_quantized_ones_have_the_networks_float_type() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
     assert layer_bits(network) == {"0": (32, 32), "3": (32, 32)}
     assert layer_bits(METHODS["mixed"](network, torch.randn(2, 3, 8, 8))) == {"0": (16, 16), "3": (4, 16)}
+
+
+def test_inductor_runs_a_layer_that_is_called_twice_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("int8_kernels_available", "runs_in_int8"):
+        monkeypatch.setattr(executables, name, lambda *_: True)
+    twice = nn.Conv2d(4, 4, 3, padding=1)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), twice, nn.ReLU(), twice, nn.Flatten(), nn.Linear(144, 5)).eval()
+    network.example_shape = (3, 8, 8)  # type: ignore[assignment]
+    made = METHODS["int8-static"](network, torch.randn(2, 3, 8, 8))
+    assert real_layers(made, "inductor", CPU) == {"0": True, "1": False, "5": True}
+    assert all(real_layers(made, "eager", CPU).values())
