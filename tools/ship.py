@@ -32,13 +32,14 @@ def arguments_of(argv: Sequence[str] | None = None) -> list[str]:
     parser.add_argument("--study", required=True, help="a row of studies in params.yaml")
     parser.add_argument("--max-drop", type=float, help="percentage points; without it the goal's own")
     parser.add_argument("--minimize", choices=["size", "latency", "bit_operations"], help="likewise")
-    parser.add_argument("--may-train", type=_truth, metavar="{true,false}", help="likewise")
+    parser.add_argument("--may-train", choices=["true", "false"], help="likewise")
     given = parser.parse_args(argv)
     params = load_params()
     known = params.study(given.study).goal
     asked = {key: value for key in KEYS if (value := getattr(given, key)) is not None}
+    truth = {"may_train": asked["may_train"] == "true"} if "may_train" in asked else {}
     try:
-        P.Goal.model_validate((known.model_dump() if known else {}) | asked)
+        P.Goal.model_validate((known.model_dump() if known else {}) | asked | truth)
     except ValidationError as error:
         raise UserError(*(f"studies.{given.study}.goal.{line}" for line in mistakes(error, P.Goal))) from None
     changes = {
@@ -47,12 +48,8 @@ def arguments_of(argv: Sequence[str] | None = None) -> list[str]:
         if given.study not in names
     }
     overrides = [f"{key}=[{names}]" for key, names in changes.items()]
-    overrides += [f"++studies.{given.study}.goal.{key}={str(value).lower()}" for key, value in asked.items()]
+    overrides += [f"++studies.{given.study}.goal.{key}={value}" for key, value in asked.items()]
     return ["exp", "run", *(word for override in overrides for word in ("-S", override)), f"search@{given.study}"]
-
-
-def _truth(text: str) -> bool:
-    return {"true": True, "false": False}[text]
 
 
 if __name__ == "__main__":

@@ -22,5 +22,7 @@ def test_a_study_joins_the_lists_and_only_what_is_given_changes(project: Project
             arguments_of(["--study", "tiny", "--max-drop", wrong])
     with pytest.raises(UserError, match=r"^studies\.other\.goal\.max_drop: missing"):
         arguments_of(["--study", "other", "--minimize", "latency"])
+    with pytest.raises(SystemExit):  # argparse names the choices
+        arguments_of(["--study", "tiny", "--may-train", "yes"])
     with pytest.raises(UserError, match="'tony' is unknown"):
         arguments_of(["--study", "tony"])
